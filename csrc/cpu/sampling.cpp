@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sampling.h"
+
+#include <algorithm>
+#include <array>
+#include <cfloat>
+
+namespace r2dllm::cpu {
+namespace {
+
+// The least logit that top-k and top-p keep, by radix selection: three histograms over parts of
+// the sort key, in place of sorting V logits. Ties at the border are kept.
+class Cutoff {
+ public:
+  Cutoff(const VocabPass& pass, int64_t row, double scale)
+      : pass_(pass), row_(row), max_(pass.stats(row).max), scale_(scale) {}
+
+  // Keep logits from the greatest down until `enough` of them (or of their mass) are kept.
+  template <class Weight>
+  uint32_t find(uint32_t least, double enough, Weight weight) const {
+    uint32_t prefix = 0;
+    double above = 0.0;
+    for (int part = 0; part < 3; ++part) {
+      const int shift = kShifts[part], bits = kBits[part];
+      std::array<double, 2048> histogram{};
+      for_each_logit([&](double logit) {
+        const uint32_t key = logit_key(static_cast<float>(logit));
+        if (key < least || (part > 0 && (key >> kShifts[part - 1]) != prefix)) return;
+        histogram[(key >> shift) & ((1u << bits) - 1)] += weight(logit);
+      });
+      uint32_t chosen = 0;
+      double above_chosen = above;
+      for (uint32_t bin = 1u << bits; bin-- > 0;) {
+        if (histogram[bin] == 0.0) continue;
+        chosen = bin;
+        above_chosen = above;
+        above += histogram[bin];
+        if (above >= enough) break;
+      }
+      above = above_chosen;
+      prefix = (prefix << bits) | chosen;
+    }
+    return prefix;
+  }
+
+  template <class F>
+  void for_each_logit(F f) const {
+    for (int64_t slice = 0; slice < pass_.slices(); ++slice) {
+      pass_.with_slice(row_, slice, [&](const char* data) {
+        for (int64_t i = 0; i < pass_.slice_size(slice); ++i) f(pass_.kernels().load(data, i));
+        return 0;
+      });
+    }
+  }
+
+  double term(double logit) const { return exp2((logit - max_) * scale_); }
+
+ private:
+  static constexpr int kBits[] = {11, 11, 10};
+  static constexpr int kShifts[] = {21, 10, 0};
+
+  const VocabPass& pass_;
+  int64_t row_;
+  double max_, scale_;
+};
+
+// The first i whose cumulative mass exceeds `target`, which becomes the remainder within i. Rounding
+// may leave no such i: then the last one of any mass.
+template <class Mass>
+int64_t choose(int64_t n, double& target, Mass mass) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double m = mass(i);
+    if (m == 0.0) continue;
+    last = i;
+    if (target < m) return i;
+    target -= m;
+  }
+  target = INFINITY;
+  return last;
+}
+
+}  // namespace
+
+int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& options,
+                   double uniform) {
+  // A temperature near 0 is the argmax; keep the scale within float32.
+  const double scale = std::min(kLog2eWide / options.temperature, 1e30);
+  const double max = pass.stats(row).max;
+  const VocabKernels& kernels = pass.kernels();
+  const Cutoff cutoff(pass, row, scale);
+
+  uint32_t least = logit_key(-FLT_MAX);
+  if (options.top_k > 0) {
+    const uint32_t kth = cutoff.find(least, static_cast<double>(options.top_k),
+                                     [](double) { return 1.0; });
+    least = std::max(least, kth);
+  }
+  if (options.top_p < 1.0) {
+    double mass = 0.0;
+    cutoff.for_each_logit([&](double logit) {
+      if (logit_key(static_cast<float>(logit)) >= least) mass += cutoff.term(logit);
+    });
+    least = std::max(least, cutoff.find(least, options.top_p * mass,
+                                        [&](double logit) { return cutoff.term(logit); }));
+  }
+  const double lowest = logit_of_key(least);
+
+  // Inverse CDF by levels: a slice, 64 columns of it, one of these.
+  std::vector<double> mass(pass.slices());
+  double total = 0.0;
+  for (int64_t slice = 0; slice < pass.slices(); ++slice) {
+    mass[slice] = pass.with_slice(row, slice, [&](const char* data) {
+      return kernels.tempered_mass(data, pass.slice_size(slice), max, scale, lowest);
+    });
+    total += mass[slice];
+  }
+  double target = uniform * total;
+  const int64_t slice = choose(pass.slices(), target, [&](int64_t i) { return mass[i]; });
+  return slice * kSliceWidth + pass.with_slice(row, slice, [&](const char* data) {
+           constexpr int64_t kWidth = 64;
+           const int64_t size = pass.slice_size(slice);
+           const int64_t group = choose((size + kWidth - 1) / kWidth, target, [&](int64_t i) {
+             return kernels.tempered_mass(data + i * kWidth * pass.logit_bytes(),
+                                          std::min(kWidth, size - i * kWidth), max, scale, lowest);
+           });
+           const int64_t first = group * kWidth;
+           return first + choose(std::min(kWidth, size - first), target, [&](int64_t i) {
+                    const double logit = kernels.load(data, first + i);
+                    return logit >= lowest ? cutoff.term(logit) : 0.0;
+                  });
+         });
+}
+
+}  // namespace r2dllm::cpu

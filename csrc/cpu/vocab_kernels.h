@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pass over V on one slice of a row, per instruction set. No torch: raw pointers only.
+#pragma once
+
+#include "../rules/confidence.h"
+#include "../rules/logits_view.h"
+
+namespace r2dllm::cpu {
+
+struct VocabKernels {
+  const char* instruction_set;
+
+  // Statistics of `n` logits, read once from memory and once from the L1 cache.
+  VocabStats (*stats)(const void* logits, int64_t n);
+
+  // Lowest index of a logit equal to `value`, which must be present.
+  int64_t (*find)(const void* logits, int64_t n, double value);
+
+  // Sum over logits >= cutoff of 2^((logit - max) * scale).
+  double (*tempered_mass)(const void* logits, int64_t n, double max, double scale, double cutoff);
+
+  double (*load)(const void* logits, int64_t i);
+};
+
+// The best of what was compiled and of what this processor runs; chosen once.
+const VocabKernels& vocab_kernels(LogitType type);
+const char* instruction_set();
+
+// Each defined in its own translation unit, compiled for its instruction set.
+const VocabKernels* avx512_kernels();  // [LogitType::kDouble)
+const VocabKernels* avx2_kernels();
+const VocabKernels* portable_kernels();  // [LogitType::kCount)
+
+}  // namespace r2dllm::cpu

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instruction set is asked for here, not on the command line: nothing outside this file may use it.
+#include "vocab_kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,f16c")
+
+namespace r2dllm::cpu {
+namespace {
+
+constexpr int64_t kGroup = 64;  // columns that are read together
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  using Floats = __m256;
+
+  static Floats set(float x) { return _mm256_set1_ps(x); }
+  static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  static Floats shift_exponent(Floats p, Floats t) {
+    const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shifted));
+  }
+  static Floats keep_if_ge(Floats x, Floats a, Floats b) {
+    return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), x);
+  }
+  static double sum(Floats x) {
+    const __m256d halves = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
+                                         _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+    alignas(32) double lanes[4];
+    _mm256_store_pd(lanes, halves);
+    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  }
+  static float greatest(Floats x) {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, x);
+    float greatest = lanes[0];
+    for (float lane : lanes) greatest = lane > greatest ? lane : greatest;
+    return greatest;
+  }
+};
+
+struct FloatLoader {
+  using Element = float;
+  static constexpr int kPerLoad = 8;
+  static constexpr Element kNegativeInfinity = -INFINITY;
+  static void load(const Element* p, __m256* out) { out[0] = _mm256_loadu_ps(p); }
+  static float to_float(Element x) { return x; }
+  static bool is_nan(Element x) { return x != x; }
+
+  struct Max {
+    __m256 max, nan;
+    Max() : max(_mm256_set1_ps(-INFINITY)), nan(_mm256_setzero_ps()) {}
+    void absorb(const Element* p) {
+      for (int i = 0; i < kGroup; i += 16) {
+        const __m256 a = _mm256_loadu_ps(p + i), b = _mm256_loadu_ps(p + i + 8);
+        nan = _mm256_or_ps(nan, _mm256_cmp_ps(a, b, _CMP_UNORD_Q));
+        max = _mm256_max_ps(b, _mm256_max_ps(a, max));
+      }
+    }
+    // NaN if any is: its payload could get lost in the exponent arithmetic.
+    template <class Otherwise>
+    float result(Otherwise) const { return _mm256_movemask_ps(nan) ? NAN : Simd::greatest(max); }
+  };
+};
+
+// Both 16-bit formats order like their bits, as signed integers, from +0 upwards.
+template <class Format>
+struct SixteenBitLoader : Format {
+  using Element = uint16_t;
+  static constexpr int kPerLoad = 16;
+
+  struct Max {
+    __m256i max;
+    Max() : max(_mm256_set1_epi16(INT16_MIN)) {}
+    void absorb(const Element* p) {
+      for (int i = 0; i < kGroup; i += 16) {
+        const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+        max = _mm256_max_epi16(max, loaded);
+      }
+    }
+    template <class Otherwise>
+    float result(Otherwise all_negative) const {
+      alignas(32) int16_t lanes[16];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), max);
+      int16_t greatest = INT16_MIN;
+      for (int16_t lane : lanes) greatest = lane > greatest ? lane : greatest;
+      return greatest >= 0 ? Format::to_float(static_cast<uint16_t>(greatest)) : all_negative();
+    }
+  };
+};
+
+struct BFloat16 {
+  static constexpr uint16_t kNegativeInfinity = 0xFF80;
+  static void load(const uint16_t* p, __m256* out) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xFFFF0000)));
+  }
+  static float to_float(uint16_t x) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(x) << 16)));
+  }
+  static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7F80; }
+};
+
+struct Half {
+  static constexpr uint16_t kNegativeInfinity = 0xFC00;
+  static void load(const uint16_t* p, __m256* out) {
+    out[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    out[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+  }
+  static float to_float(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+  static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7C00; }
+};
+
+#include "vocab_kernels.inc"
+
+constexpr VocabKernels kKernels[] = {kernels_for<FloatLoader>("avx2"),
+                                     kernels_for<SixteenBitLoader<BFloat16>>("avx2"),
+                                     kernels_for<SixteenBitLoader<Half>>("avx2")};
+
+}  // namespace
+
+const VocabKernels* avx2_kernels() { return kKernels; }
+
+}  // namespace r2dllm::cpu
+
+#else
+
+namespace r2dllm::cpu {
+const VocabKernels* avx2_kernels() { return nullptr; }
+}  // namespace r2dllm::cpu
+
+#endif

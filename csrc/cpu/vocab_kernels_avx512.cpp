@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instruction set is asked for here, not on the command line: nothing outside this file may use it.
+#include "vocab_kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+// GCC reports the deliberately undefined operands inside its own intrinsics (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+namespace r2dllm::cpu {
+namespace {
+
+constexpr int64_t kGroup = 64;  // columns that are read together
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  using Floats = __m512;
+
+  static Floats set(float x) { return _mm512_set1_ps(x); }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static Floats shift_exponent(Floats p, Floats t) {
+    const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shifted));
+  }
+  static Floats keep_if_ge(Floats x, Floats a, Floats b) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), x);
+  }
+  static double sum(Floats x) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+    const __m512d high = _mm512_cvtps_pd(
+        _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  }
+  static float greatest(Floats x) { return _mm512_reduce_max_ps(x); }
+};
+
+struct FloatLoader {
+  using Element = float;
+  static constexpr int kPerLoad = 16;
+  static constexpr Element kNegativeInfinity = -INFINITY;
+  static void load(const Element* p, __m512* out) { out[0] = _mm512_loadu_ps(p); }
+  static float to_float(Element x) { return x; }
+  static bool is_nan(Element x) { return x != x; }
+
+  struct Max {
+    __m512 max;
+    __mmask16 nan;
+    Max() : max(_mm512_set1_ps(-INFINITY)), nan(0) {}
+    void absorb(const Element* p) {
+      for (int i = 0; i < kGroup; i += 32) {
+        const __m512 a = _mm512_loadu_ps(p + i), b = _mm512_loadu_ps(p + i + 16);
+        nan |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
+        max = _mm512_max_ps(b, _mm512_max_ps(a, max));
+      }
+    }
+    // NaN if any is: its payload could get lost in the exponent arithmetic.
+    template <class Otherwise>
+    float result(Otherwise) const { return nan ? NAN : Simd::greatest(max); }
+  };
+};
+
+// Both 16-bit formats order like their bits, as signed integers, from +0 upwards.
+template <class Format>
+struct SixteenBitLoader : Format {
+  using Element = uint16_t;
+  static constexpr int kPerLoad = 32;
+
+  struct Max {
+    __m512i max;
+    Max() : max(_mm512_set1_epi16(INT16_MIN)) {}
+    void absorb(const Element* p) {
+      for (int i = 0; i < kGroup; i += 32) {
+        max = _mm512_max_epi16(max, _mm512_loadu_si512(p + i));
+      }
+    }
+    template <class Otherwise>
+    float result(Otherwise all_negative) const {
+      alignas(64) int16_t lanes[32];
+      _mm512_store_si512(lanes, max);
+      int16_t greatest = INT16_MIN;
+      for (int16_t lane : lanes) greatest = lane > greatest ? lane : greatest;
+      return greatest >= 0 ? Format::to_float(static_cast<uint16_t>(greatest)) : all_negative();
+    }
+  };
+};
+
+struct BFloat16 {
+  static constexpr uint16_t kNegativeInfinity = 0xFF80;
+  static void load(const uint16_t* p, __m512* out) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF0000)));
+  }
+  static float to_float(uint16_t x) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(x) << 16)));
+  }
+  static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7F80; }
+};
+
+struct Half {
+  static constexpr uint16_t kNegativeInfinity = 0xFC00;
+  static void load(const uint16_t* p, __m512* out) {
+    const __m512i all = _mm512_loadu_si512(p);
+    out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(all));
+    out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(all, 1));
+  }
+  static float to_float(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+  static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7C00; }
+};
+
+#include "vocab_kernels.inc"
+
+constexpr VocabKernels kKernels[] = {kernels_for<FloatLoader>("avx512"),
+                                     kernels_for<SixteenBitLoader<BFloat16>>("avx512"),
+                                     kernels_for<SixteenBitLoader<Half>>("avx512")};
+
+}  // namespace
+
+const VocabKernels* avx512_kernels() { return kKernels; }
+
+}  // namespace r2dllm::cpu
+
+#else
+
+namespace r2dllm::cpu {
+const VocabKernels* avx512_kernels() { return nullptr; }
+}  // namespace r2dllm::cpu
+
+#endif

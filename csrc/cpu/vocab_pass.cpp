@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vocab_pass.h"
+
+#include <ATen/Parallel.h>
+
+#include "../ops/token_confidence.h"
+
+namespace r2dllm::cpu {
+
+VocabPass::VocabPass(const LogitsView& logits, const bool* candidates)
+    : logits_(logits),
+      kernels_(vocab_kernels(logits.type)),
+      bytes_(kLogitBytes[static_cast<int>(logits.type)]),
+      slices_((logits.vocab + kSliceWidth - 1) / kSliceWidth) {
+  const int64_t cells = logits.batch * logits.length;
+  for (int64_t cell = 0; cell < cells; ++cell) {
+    if (candidates[cell]) cells_.push_back(cell);
+  }
+  partial_.resize(rows() * slices_);
+  stats_.resize(rows());
+  // A task is a slice of a row: a single row uses all threads too.
+  constexpr int64_t kTasksWorthAThread = 4;
+  at::parallel_for(0, rows() * slices_, kTasksWorthAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slice = task % slices_;
+      partial_[task] = with_slice(task / slices_, slice, [&](const char* data) {
+        return kernels_.stats(data, slice_size(slice));
+      });
+    }
+  });
+  for (int64_t row = 0; row < rows(); ++row) {
+    VocabStats merged = VocabStats::empty();
+    for (int64_t slice = 0; slice < slices_; ++slice) {
+      merged = merge(merged, partial_[row * slices_ + slice]);
+    }
+    stats_[row] = merged;
+  }
+}
+
+int64_t VocabPass::argmax(int64_t row) const {
+  const double max = stats_[row].max;
+  int64_t slice = 0;
+  while (partial_[row * slices_ + slice].max != max) ++slice;
+  return slice * kSliceWidth + with_slice(row, slice, [&](const char* data) {
+           return kernels_.find(data, slice_size(slice), max);
+         });
+}
+
+float VocabPass::probability(int64_t row, int64_t column) const {
+  return r2dllm::probability(kernels_.stats(logit(row, column), 1), stats_[row]);
+}
+
+void VocabPass::exclude(char* logit) const {
+  constexpr float kFloat = -INFINITY;
+  constexpr uint16_t kBFloat16 = 0xFF80, kHalf = 0xFC00;
+  constexpr double kDouble = -INFINITY;
+  const void* const negative_infinity[] = {&kFloat, &kBFloat16, &kHalf, &kDouble};
+  memcpy(logit, negative_infinity[static_cast<int>(logits_.type)], bytes_);
+}
+
+void token_confidence(const TokenConfidenceParams& params) {
+  const int64_t cells = params.logits.batch * params.logits.length;
+  std::fill_n(params.prediction, cells, int64_t{-1});
+  std::fill_n(params.confidence, cells, 0.0f);
+  const VocabPass pass(params.logits, params.candidates);
+  constexpr int64_t kRowsWorthAThread = 16;
+  at::parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t cell = pass.cell(row);
+      const bool valid = is_valid(pass.stats(row));
+      params.prediction[cell] = valid ? pass.argmax(row) : -1;
+      params.confidence[cell] = valid ? pass.probability(row, params.prediction[cell]) : NAN;
+    }
+  });
+}
+
+}  // namespace r2dllm::cpu

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module `_C`: importing it registers the ops of csrc/ops with torch.ops.r2dllm.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/vocab_kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::list compiled;
+  if (r2dllm::cpu::avx512_kernels() != nullptr) compiled.append("avx512");
+  if (r2dllm::cpu::avx2_kernels() != nullptr) compiled.append("avx2");
+  compiled.append("portable");
+
+  py::dict info;
+  info["version"] = R2DLLM_VERSION;
+  info["torch"] = R2DLLM_TORCH_VERSION;
+  info["cuda"] = false;
+  info["cuda_architectures"] = py::list();
+  info["cpu_compiled"] = compiled;
+  info["cpu_in_use"] = r2dllm::cpu::instruction_set();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }

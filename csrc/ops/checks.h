@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// Argument checks shared by the ops. Each message names op, argument, what it got, what it takes;
+// all run before anything is written.
+#pragma once
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "../rules/confidence.h"
+
+namespace r2dllm {
+
+using at::Tensor;
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim,
+                      const char* shape) {
+  TORCH_CHECK_VALUE(t.dim() == dim, op, ": ", name, " takes shape ", shape, ", got ", t.sizes());
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, at::IntArrayRef sizes,
+                        const char* shape) {
+  TORCH_CHECK_VALUE(t.sizes() == sizes, op, ": ", name, " takes shape ", shape, " = ", sizes,
+                    ", got ", t.sizes());
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, op, ": ", name, " takes dtype ", dtype, ", got ",
+                   t.scalar_type());
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like,
+                         const char* like_name) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name, " takes the device of ", like_name,
+                    " (", like.device(), "), got ", t.device());
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.is_contiguous(), op, ": ", name, " takes a contiguous tensor, got strides ",
+                    t.strides());
+}
+
+// A tensor that the op writes: no two of its elements may share memory.
+inline void check_writable(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": ", name,
+                    " takes a tensor whose elements do not share memory, got an expanded view of "
+                    "strides ",
+                    t.strides());
+}
+
+inline void check_logits(const char* op, const Tensor& logits) {
+  check_dim(op, "logits", logits, 3, "[B, L, V]");
+  const auto dtype = logits.scalar_type();
+  const bool wide = dtype == at::kDouble && logits.is_cpu();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || wide, op,
+                   ": logits takes dtype float32, bfloat16 or float16 (float64 on the CPU), got ",
+                   dtype);
+  TORCH_CHECK_VALUE(logits.size(2) >= 1, op, ": logits takes V >= 1, got shape ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.size(2) == 1 || logits.stride(2) == 1, op,
+                    ": logits takes a last dimension of stride 1, got strides ", logits.strides());
+  TORCH_CHECK_VALUE(!logits.requires_grad(), op,
+                    ": logits takes a tensor that does not require grad, got requires_grad=True; "
+                    "decode under torch.no_grad() or pass logits.detach()");
+}
+
+// [B, L] probabilities, of a dtype that converts to float32 without loss.
+inline void check_confidence(const char* op, const Tensor& confidence) {
+  check_dim(op, "confidence", confidence, 2, "[B, L]");
+  const auto dtype = confidence.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op,
+                   ": confidence takes dtype float32, bfloat16 or float16, got ", dtype);
+}
+
+// [B, L] of a given dtype beside the tensor that sets the shape.
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like,
+                       const char* like_name, at::ScalarType dtype) {
+  check_device(op, name, t, like, like_name);
+  check_dtype(op, name, t, dtype);
+  check_shape(op, name, t, like.sizes(), "[B, L]");
+}
+
+inline void check_probability(const char* op, const char* name, double value) {
+  TORCH_CHECK_VALUE(value >= 0.0 && value <= 1.0, op, ": ", name,
+                    " takes a probability in [0, 1], got ", value);
+}
+
+inline void check_at_least(const char* op, const char* name, int64_t value, int64_t least) {
+  TORCH_CHECK_VALUE(value >= least, op, ": ", name, " takes an integer >= ", least, ", got ",
+                    value);
+}
+
+// An enum passed as an integer in [0, count).
+inline void check_choice(const char* op, const char* name, int64_t value, int64_t count) {
+  TORCH_CHECK_VALUE(value >= 0 && value < count, op, ": ", name, " takes an integer in [0, ",
+                    count - 1, "], got ", value);
+}
+
+}  // namespace r2dllm

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// decode_step / select: the pass over V, then all rules of every row, in one call.
+#pragma once
+
+#include "../rules/decode_step.h"
+#include "../rules/logits_view.h"
+#include "../rules/sampling.h"
+
+namespace r2dllm {
+
+struct DecodeStepParams {
+  LogitsView logits;
+  StepOptions options;
+  SamplingOptions sampling;
+
+  // In.
+  const bool* candidates;  // [B, L] contiguous; null: tokens == mask_id
+  const int64_t* tokens;   // [B, L]
+  int64_t tokens_batch_stride, tokens_length_stride;
+
+  // In and out, contiguous.
+  int64_t* written_tokens;  // tokens, or null: nothing is written
+  int32_t* streak_count;    // [B, L]
+  int64_t* streak_id;       // [B, L]
+  float* streak_sum;        // [B, L]
+  float* streak_max;        // [B, L]
+  int64_t* counters;        // [B, kCounters]
+
+  // Out, contiguous.
+  int64_t* prediction;  // [B, L]
+  float* confidence;    // [B, L]
+  uint8_t* rule;        // [B, L]
+  int32_t* remaining;   // [B]
+};
+
+namespace cpu {
+void decode_step(const DecodeStepParams& params);
+}
+
+}  // namespace r2dllm

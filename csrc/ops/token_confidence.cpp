@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "token_confidence.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace r2dllm {
+
+LogitsView view_logits(const Tensor& logits, int64_t excluded, int64_t shift) {
+  const LogitType type = logits.scalar_type() == at::kFloat      ? LogitType::kFloat
+                         : logits.scalar_type() == at::kBFloat16 ? LogitType::kBFloat16
+                         : logits.scalar_type() == at::kHalf     ? LogitType::kHalf
+                                                                 : LogitType::kDouble;
+  return {logits.const_data_ptr(), type,
+          logits.size(0),          logits.size(1),
+          logits.size(2),          logits.stride(0),
+          logits.stride(1),        excluded,
+          shift};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> token_confidence(const Tensor& logits,
+                                            const std::optional<Tensor>& candidates,
+                                            std::optional<int64_t> exclude_id) {
+  constexpr auto op = "token_confidence";
+  check_logits(op, logits);
+  const auto shape = logits.sizes().slice(0, 2);
+  if (candidates) {
+    check_device(op, "candidates", *candidates, logits, "logits");
+    check_dtype(op, "candidates", *candidates, at::kBool);
+    check_shape(op, "candidates", *candidates, shape, "[B, L]");
+  }
+  TORCH_CHECK_VALUE(!exclude_id || (*exclude_id >= 0 && *exclude_id < logits.size(2)), op,
+                    ": exclude_id takes a token id in [0, V = ", logits.size(2), ") or None, got ",
+                    *exclude_id);
+  const Tensor rows = candidates ? candidates->contiguous()
+                                 : at::ones(shape, logits.options().dtype(at::kBool));
+  Tensor prediction = at::empty(shape, logits.options().dtype(at::kLong));
+  Tensor confidence = at::empty(shape, logits.options().dtype(at::kFloat));
+  cpu::token_confidence({view_logits(logits, exclude_id.value_or(-1), 0), rows.const_data_ptr<bool>(),
+                         prediction.mutable_data_ptr<int64_t>(),
+                         confidence.mutable_data_ptr<float>()});
+  return {prediction, confidence};
+}
+
+TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
+  m.def(
+      "token_confidence(Tensor logits, Tensor? candidates=None, int? exclude_id=None) -> (Tensor "
+      "prediction, Tensor confidence)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(r2dllm, CPU, m) { m.impl("token_confidence", &token_confidence); }
+
+}  // namespace
+}  // namespace r2dllm

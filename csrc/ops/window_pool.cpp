@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "window_pool.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace r2dllm {
+namespace {
+
+Tensor window_pool(const Tensor& confidence, const Tensor& is_masked, int64_t window,
+                   double min_confidence, std::optional<int64_t> max_unmasked) {
+  constexpr auto op = "window_pool";
+  check_confidence(op, confidence);
+  check_like(op, "is_masked", is_masked, confidence, "confidence", at::kBool);
+  check_at_least(op, "window", window, 1);
+  check_probability(op, "min_confidence", min_confidence);
+  if (max_unmasked) check_at_least(op, "max_unmasked", *max_unmasked, 0);
+
+  const Tensor values = confidence.to(at::kFloat).contiguous(), masked = is_masked.contiguous();
+  Tensor marked = at::empty(confidence.sizes(), is_masked.options());
+  cpu::window_pool({confidence.size(0), confidence.size(1), values.const_data_ptr<float>(),
+                    masked.const_data_ptr<bool>(), window, static_cast<float>(min_confidence),
+                    max_unmasked.value_or(-1), marked.mutable_data_ptr<bool>()});
+  return marked;
+}
+
+TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
+  m.def(
+      "window_pool(Tensor confidence, Tensor is_masked, int window, float min_confidence, "
+      "int? max_unmasked=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(r2dllm, CPU, m) { m.impl("window_pool", &window_pool); }
+
+}  // namespace
+}  // namespace r2dllm

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// The base rule: which cells of a row are committed from their confidence alone.
+#pragma once
+
+#include <cstring>
+
+#include "host_device.h"
+
+namespace r2dllm {
+
+enum class BaseRule : int32_t { kThreshold, kSchedule, kFactor, kFirst, kBudget };
+
+// Orders cells by falling confidence, ties by lowest index; 0 = no cell. Confidence is in [0, 1].
+R2D_HOST_DEVICE uint64_t cell_key(float confidence, int64_t cell) {
+  uint32_t bits;
+  memcpy(&bits, &confidence, sizeof bits);
+  return (static_cast<uint64_t>(bits) << 32) | (0xFFFFFFFFu - static_cast<uint32_t>(cell));
+}
+
+R2D_HOST_DEVICE int64_t cell_of(uint64_t key) {
+  return key == 0 ? -1 : static_cast<int64_t>(0xFFFFFFFFu - static_cast<uint32_t>(key));
+}
+
+// Cells that step `step` of `steps` commits in a block that began with `masked` masked cells:
+// an equal share each, the remainder to the first steps, all that is left once the steps are over.
+R2D_HOST_DEVICE int64_t schedule_quota(int64_t masked, int64_t step, int64_t steps) {
+  return step >= steps ? masked : masked / steps + (step < masked % steps ? 1 : 0);
+}
+
+// Length of the committed prefix of `count` >= 1 cells in falling confidence. `confidence(j)` is
+// the j-th best, j from 0.
+template <class Confidence>
+R2D_HOST_DEVICE int64_t factor_prefix(int64_t count, double factor, Confidence confidence) {
+  int64_t length = 1;
+  while (length < count &&
+         confidence(length) >= 1.0 - factor / static_cast<double>(length + 2)) {
+    ++length;
+  }
+  // The release commits the last cell along with all others even if it alone fails.
+  return length == count - 1 ? count : length;
+}
+
+template <class Confidence>
+R2D_HOST_DEVICE int64_t budget_prefix(int64_t count, double budget, Confidence confidence) {
+  double expected_errors = 1.0 - confidence(0);
+  int64_t length = 1;
+  while (length < count) {
+    expected_errors += 1.0 - confidence(length);
+    if (!(expected_errors <= budget)) break;
+    ++length;
+  }
+  return length;
+}
+
+}  // namespace r2dllm

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// One decode step of one batch row after the pass over V: the order of the rules and what each one
+// sees. Written against an execution context so that a loop (CPU), a thread block (CUDA) and a
+// test's fibres run the same source:
+//
+//   ctx.for_each(n, f)   f(i) for 0 <= i < n in any order; all done, and visible, on return
+//   ctx.count(n, f)      how many i have f(i); every participant gets the answer
+//   ctx.max(n, f)        greatest f(i) (uint64), 0 if n = 0; every participant gets the answer
+//   ctx.once(f)          f() by one participant; done, and visible, on return
+#pragma once
+
+#include "base_rule.h"
+#include "confidence.h"
+#include "positional_ambiguity.h"
+#include "stability.h"
+#include "window_pool.h"
+
+namespace r2dllm {
+
+enum class Rule : uint8_t { kNone, kThreshold, kForced, kWindow, kCluster, kTemporal };
+
+struct StepOptions {
+  int64_t mask_id;
+  BaseRule base;
+  float threshold;
+  double factor;
+  double error_budget;
+  int64_t steps_per_block;  // 0: one token a step
+  int64_t window;           // 0: off
+  float spatial_threshold;
+  int64_t max_unmasked;  // -1: no limit
+  TokenCluster token_cluster;
+  int64_t min_run;
+  int64_t temporal_steps;  // 0: off
+  float temporal_threshold;
+  TemporalEval temporal_eval;
+  uint64_t seed;
+  Rounding rounding;
+};
+
+// Columns of DecodeState.counters.
+enum Counter : int { kRowId, kStep, kBlockStep, kBlockMasked, kCounters };
+
+// One batch row; every array has `length` cells.
+struct StepRow {
+  int64_t length;
+
+  // The pass over V. At cells that are no candidates: -1 and 0; without a prediction: -1 and NaN.
+  const int64_t* top_id;   // argmax
+  const float* top_confidence;  // its probability, not rounded
+
+  // In: the drawn token (the argmax at temperature 0) and its probability, rounded on request.
+  // Out: the same, but at cells committed by kCluster or kTemporal the argmax.
+  int64_t* prediction;
+  float* confidence;
+
+  uint8_t* rule;       // out
+  int32_t* remaining;  // out: candidates that are still masked
+
+  int64_t* tokens;  // null: not written
+  int64_t tokens_stride;
+
+  int32_t* streak_count;
+  int64_t* streak_id;
+  float* streak_sum;
+  float* streak_max;
+  int64_t* counters;
+
+  bool* masked;       // in: the candidates. Scratch: candidates not committed yet
+  uint64_t* keys;     // scratch
+  uint8_t* selected;  // scratch
+  int32_t* order;     // scratch
+};
+
+template <class Context>
+class RowStep {
+ public:
+  R2D_HOST_DEVICE RowStep(Context& ctx, const StepRow& row, const StepOptions& options)
+      : ctx_(ctx), row_(row), options_(options) {}
+
+  R2D_HOST_DEVICE void run() {
+    const StepRow& row = row_;
+    ctx_.for_each(row.length, [&](int64_t i) { row.rule[i] = 0; });
+    if (row.counters[kBlockMasked] < 0) {
+      const int64_t masked = ctx_.count(row.length, [&](int64_t i) { return row.masked[i]; });
+      ctx_.once([&] { row.counters[kBlockMasked] = masked; });
+    }
+    base_rule();
+    if (options_.window > 0 && options_.window <= row.length) window_pool();
+    if (options_.token_cluster != TokenCluster::kOff) positional_ambiguity();
+    if (options_.temporal_steps > 0) stability();
+    const int64_t remaining = ctx_.count(row.length, [&](int64_t i) { return row.masked[i]; });
+    ctx_.once([&] {
+      *row.remaining = static_cast<int32_t>(remaining);
+      ++row.counters[kStep];
+      ++row.counters[kBlockStep];
+    });
+    if (row.tokens != nullptr) {
+      ctx_.for_each(row.length, [&](int64_t i) {
+        if (row.rule[i] != 0) row.tokens[i * row.tokens_stride] = row.prediction[i];
+      });
+    }
+  }
+
+ private:
+  // A cell without a prediction (NaN) is masked but never eligible.
+  R2D_HOST_DEVICE bool eligible(int64_t i) const {
+    return row_.masked[i] && row_.confidence[i] == row_.confidence[i];
+  }
+
+  // Committing the mask id leaves the cell masked.
+  R2D_HOST_DEVICE void commit(int64_t i, Rule rule) {
+    if (row_.prediction[i] == options_.mask_id) return;
+    row_.masked[i] = false;
+    row_.rule[i] = static_cast<uint8_t>(rule);
+  }
+
+  // Ambiguity and stability look at the argmax, also where another token was drawn.
+  R2D_HOST_DEVICE void commit_top(int64_t i, Rule rule) {
+    if (row_.top_id[i] == options_.mask_id) return;
+    row_.prediction[i] = row_.top_id[i];
+    row_.confidence[i] = round_to(row_.top_confidence[i], options_.rounding);
+    commit(i, rule);
+  }
+
+  R2D_HOST_DEVICE void base_rule() {
+    const StepRow& row = row_;
+    ctx_.for_each(row.length, [&](int64_t i) {
+      const float rank_by = options_.base == BaseRule::kFirst ? 0.0f : row.confidence[i];
+      row.keys[i] = eligible(i) ? cell_key(rank_by, i) : 0;
+    });
+    if (options_.base == BaseRule::kThreshold || options_.base == BaseRule::kFirst) {
+      const int64_t best = cell_of(ctx_.max(row.length, [&](int64_t i) { return row.keys[i]; }));
+      const bool by_threshold = options_.base == BaseRule::kThreshold;
+      const float threshold = round_to(options_.threshold, options_.rounding);
+      ctx_.for_each(row.length, [&](int64_t i) {
+        if (by_threshold && eligible(i) && row.confidence[i] >= threshold) {
+          commit(i, Rule::kThreshold);
+        } else if (i == best) {
+          commit(i, Rule::kForced);
+        }
+      });
+      return;
+    }
+    // The other rules commit a prefix of the cells in falling confidence.
+    const int64_t count = ctx_.count(row.length, [&](int64_t i) { return row.keys[i] != 0; });
+    if (count == 0) return;
+    ctx_.for_each(row.length, [&](int64_t i) {
+      if (row.keys[i] == 0) return;
+      int32_t rank = 0;
+      for (int64_t j = 0; j < row.length; ++j) rank += row.keys[j] > row.keys[i];
+      row.order[rank] = static_cast<int32_t>(i);
+    });
+    const auto confidence = [&](int64_t rank) {
+      return static_cast<double>(row.confidence[row.order[rank]]);
+    };
+    ctx_.once([&] {
+      int64_t prefix = 0;
+      if (options_.base == BaseRule::kSchedule) {
+        const int64_t steps = options_.steps_per_block > 0 ? options_.steps_per_block : row.length;
+        prefix = schedule_quota(row.counters[kBlockMasked], row.counters[kBlockStep], steps);
+      } else if (options_.base == BaseRule::kFactor) {
+        prefix = factor_prefix(count, options_.factor, confidence);
+      } else {
+        prefix = budget_prefix(count, options_.error_budget, confidence);
+      }
+      for (int64_t rank = 0; rank < count && rank < prefix; ++rank) {
+        commit(row.order[rank], Rule::kForced);
+      }
+    });
+  }
+
+  R2D_HOST_DEVICE void window_pool() {
+    const StepRow& row = row_;
+    ctx_.for_each(row.length - options_.window + 1, [&](int64_t start) {
+      row.selected[start] = window_passes(
+          start, options_.window, options_.max_unmasked, options_.spatial_threshold,
+          options_.rounding, [&](int64_t i) { return row.masked[i]; },
+          [&](int64_t i) { return row.confidence[i]; });
+    });
+    ctx_.for_each(row.length, [&](int64_t i) {
+      if (row.masked[i] && in_passing_window(i, row.length, options_.window,
+                                             [&](int64_t start) { return row.selected[start]; })) {
+        commit(i, Rule::kWindow);
+      }
+    });
+  }
+
+  R2D_HOST_DEVICE void positional_ambiguity() {
+    const StepRow& row = row_;
+    const auto in_run = [&](int64_t i) {
+      return may_join_run(row.masked[i], row.top_id[i], row.top_confidence[i]);
+    };
+    const auto top_id = [&](int64_t i) { return row.top_id[i]; };
+    const auto top_confidence = [&](int64_t i) { return row.top_confidence[i]; };
+    ctx_.for_each(row.length, [&](int64_t i) { row.selected[i] = 0; });
+    ctx_.for_each(row.length, [&](int64_t i) {
+      if (!begins_run(i, in_run, top_id)) return;
+      const Run run = run_from(i, row.length, in_run, top_id, top_confidence);
+      const int64_t cell =
+          chosen_cell(i, run, options_.min_run, options_.spatial_threshold, options_.token_cluster,
+                      top_confidence, [&] {
+                        return uniform(options_.seed, row.counters[kRowId], row.counters[kStep], i,
+                                       Draw::kRun);
+                      });
+      if (cell >= 0) row.selected[cell] = 1;
+    });
+    ctx_.for_each(row.length, [&](int64_t i) {
+      if (row.selected[i]) commit_top(i, Rule::kCluster);
+    });
+  }
+
+  R2D_HOST_DEVICE void stability() {
+    const StepRow& row = row_;
+    ctx_.for_each(row.length, [&](int64_t i) {
+      Streak streak{row.streak_count[i], row.streak_id[i], row.streak_sum[i], row.streak_max[i]};
+      // A candidate is either masked still or was given a rule in this step.
+      const bool was_masked = row.masked[i] || row.rule[i] != 0;
+      const bool stable =
+          advance(streak, {was_masked, row.masked[i], row.top_id[i], row.top_confidence[i]},
+                  options_.temporal_steps, options_.temporal_threshold, options_.temporal_eval);
+      if (stable) commit_top(i, Rule::kTemporal);
+      row.streak_count[i] = streak.count;
+      row.streak_id[i] = streak.id;
+      row.streak_sum[i] = streak.sum;
+      row.streak_max[i] = streak.max;
+    });
+  }
+
+  Context& ctx_;
+  const StepRow& row_;
+  const StepOptions& options_;
+};
+
+}  // namespace r2dllm

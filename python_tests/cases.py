@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs: logits with chosen confidences, awkward memory layouts, random draws, hand cases."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from r2dllm_ext.config import BASE_RULES, TEMPORAL_EVALS, TOKEN_CLUSTERS, DecodeConfig
+
+OFF = {"confidence_cluster_size": 0, "token_cluster": None, "temporal_steps": 0}
+NARROW = (torch.bfloat16, torch.float16)
+DTYPES = {"cpu": (torch.float32, *NARROW, torch.float64), "cuda": (torch.float32, *NARROW)}
+STREAKS = ("streak_count", "streak_id", "streak_sum", "streak_max")
+
+# ---- logits ----------------------------------------------------------------------------------
+
+
+def sure_logits(cells: list[tuple[int, float]], vocab: int = 16) -> Tensor:
+    """[1, L, V] float32: cell i predicts token cells[i][0] with probability cells[i][1].
+
+    Probability 1 / n with n in 2, 4, 8 is exact: n tied tokens, of which the given one is the
+    lowest; 1 is exact too. Others hold to rounding. The last token, a place for the mask id, has
+    none.
+    """
+    logits = torch.zeros(1, len(cells), vocab)
+    logits[..., -1] = -1e4
+    for i, (token, p) in enumerate(cells):
+        if p in (1, 0.5, 0.25, 0.125):
+            logits[0, i] = -1e4
+            logits[0, i, token : token + round(1 / p)] = 0
+        else:
+            logits[0, i, token] = math.log(p / (1 - p) * (vocab - 2))
+    return logits
+
+
+def spiked_logits(
+    generator: torch.Generator, target: Tensor, probability: Tensor, vocab: int, noise: float = 0.5
+) -> Tensor:
+    """[B, L, V] float32 noise in which token `target` [B, L] has about that probability [B, L]."""
+    z = torch.randn(*target.shape, vocab, generator=generator) * noise
+    others = z.scatter(-1, target[..., None], -torch.inf).logsumexp(-1)
+    spike = others + torch.logit(probability.clamp(1e-3, 1 - 1e-6))
+    return z.scatter(-1, target[..., None], spike.nan_to_num(0.0, 0.0, 0.0)[..., None])
+
+
+# ---- memory layouts --------------------------------------------------------------------------
+
+LAYOUTS = ("contiguous", "padded", "offset", "transposed")
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values in other memory, last dimension contiguous.
+
+    "padded": row stride > V and a gap between batch rows; "offset": starts at an odd element;
+    "transposed": the first two dimensions are swapped in memory.
+    """
+    if layout == "contiguous":
+        return values.contiguous()
+    shape = list(values.shape)
+    if layout == "transposed":
+        return values.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "offset":
+        buffer = values.new_zeros(values.numel() + 3)
+        view = buffer[3:].view(shape)
+    else:
+        pads = (2, 3, 5)[: len(shape)]
+        view = values.new_zeros([n + pad for n, pad in zip(shape, pads, strict=True)])
+        for axis, n in enumerate(shape):
+            view = view.narrow(axis, pads[axis] - 1, n)
+    return view.copy_(values)
+
+
+def strided_tokens(tokens: Tensor) -> Tensor:
+    """The same tokens as every second column of a larger buffer."""
+    rows, length = tokens.shape
+    view = tokens.new_full((rows, 2 * length + 1), -7)[:, 1 : 2 * length + 1 : 2]
+    return view.copy_(tokens)
+
+
+# ---- comparisons -----------------------------------------------------------------------------
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and values; NaN equals NaN."""
+    a, b = a.cpu(), b.cpu()
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def assert_same(got, want, where: str = "") -> None:
+    """Two tuples of tensors (DecodeStep, ...) agree bit for bit."""
+    assert len(got) == len(want)
+    names = getattr(want, "_fields", range(len(want)))
+    for name, a, b in zip(names, got, want, strict=True):
+        assert same_bits(a, b), f"{where} {name}: got {a.tolist()}, expected {b.tolist()}"
+
+
+def state_tensors(state) -> tuple[Tensor, ...]:
+    return tuple(getattr(state, name) for name in (*STREAKS, "counters"))
+
+
+def clone(state):
+    return copy.deepcopy(state)
+
+
+def ulps(got: Tensor, want: Tensor) -> Tensor:
+    """Distance of float32 `got` from float64 `want` in units of want's last float32 place."""
+    exponent = torch.frexp(want.clamp_min(torch.finfo(torch.float32).tiny)).exponent
+    return (got.double() - want).abs() / torch.ldexp(torch.ones_like(want), exponent - 24)
+
+
+# ---- random draws (hypothesis) ---------------------------------------------------------------
+
+probabilities = st.sampled_from((0.0, 0.125, 0.25, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
+
+
+@st.composite
+def configs(draw, vocab: int, **fixed) -> DecodeConfig:
+    """Any valid DecodeConfig for V = vocab; `fixed` fields as given."""
+    options = {
+        "mask_id": draw(st.integers(0, vocab - 1)),
+        "base": draw(st.sampled_from(BASE_RULES)),
+        "threshold": draw(probabilities),
+        "factor": draw(st.sampled_from((0.01, 0.5, 1.0, 1.5, 4.0))),
+        "error_budget": draw(st.sampled_from((0.0, 0.1, 0.5, 2.0))),
+        "steps_per_block": draw(st.sampled_from((None, 1, 2, 3, 5))),
+        "confidence_cluster_size": draw(st.sampled_from((None, 0, 1, 2, 3, 5, 40))),
+        "spatial_threshold": draw(probabilities),
+        "confidence_cluster_unmasked": draw(st.sampled_from((None, 0, 1, 2, 9))),
+        "token_cluster": draw(st.sampled_from(TOKEN_CLUSTERS)),
+        "token_cluster_size": draw(st.integers(1, 3)),
+        "temporal_steps": draw(st.sampled_from((None, 0, 1, 2, 3))),
+        "temporal_threshold": draw(probabilities),
+        "temporal_eval": draw(st.sampled_from(TEMPORAL_EVALS)),
+        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        "allow_mask_id": draw(st.booleans()),
+        "confidence_dtype": draw(st.sampled_from(("float32", "logits"))),
+    }
+    if draw(st.integers(0, 3)) == 0:
+        options["temperature"] = draw(st.sampled_from((0.3, 1.0, 2.5)))
+        options["top_k"] = draw(st.sampled_from((None, 1, 5)))
+        options["top_p"] = draw(st.sampled_from((None, 0.5, 0.95)))
+    return DecodeConfig(**(options | fixed))
+
+
+def random_steps(seed: int, shape: tuple[int, int, int], steps: int, mask_id: int) -> list[Tensor]:
+    """Logits of consecutive steps, [B, L, V] float32: runs of predictions that drift slowly.
+
+    Some cells predict the mask id, some tie, some rows are invalid (NaN, +inf, all -inf).
+    """
+    rows, length, vocab = shape
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform() -> Tensor:
+        return torch.rand(rows, length, generator=g)
+
+    target = torch.randint(vocab, (rows, length), generator=g)
+    for i in range(1, length):  # neighbours often agree
+        target[:, i] = torch.where(uniform()[:, i] < 0.5, target[:, i - 1], target[:, i])
+    level = torch.rand(rows, 1, generator=g)
+    made = []
+    for _ in range(steps):
+        redrawn = torch.randint(vocab, (rows, length), generator=g)
+        target = torch.where(uniform() < 0.15, redrawn, target)
+        target = torch.where(uniform() < 0.05, mask_id, target)
+        z = spiked_logits(g, target, (level + uniform()).clamp(max=1.6) / 1.6, vocab)
+        odd = uniform()
+        z[odd < 0.02] = -torch.inf
+        z[(0.02 < odd) & (odd < 0.08)] = torch.rand(1, generator=g).item()  # all tied
+        for low, bad in ((0.08, torch.nan), (0.1, torch.inf), (0.12, -torch.inf)):
+            b, i = ((low < odd) & (odd < low + 0.02)).nonzero(as_tuple=True)
+            z[b, i, torch.randint(vocab, b.shape, generator=g)] = bad
+        made.append(z)
+    return made

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures: the device, the implementation under test, threads that are put back."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# One profile for all property tests: reproducible, and no deadline, as the machine may be busy.
+settings.register_profile(
+    "r2dllm",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("r2dllm")
+
+# The oracle works on small tensors, where a second thread costs more than it brings; tests that are
+# about threads ask for them.
+torch.set_num_threads(1)
+
+
+class Implementation(NamedTuple):
+    """The ops of the package or their oracle, and the device to run them on."""
+
+    ops: ModuleType
+    device: str
+
+
+def require_device(device: str) -> str:
+    """`device`, or a visible skip; a failure under R2DLLM_REQUIRE_CUDA=1."""
+    if device == "cpu":
+        return device
+    built = importlib.import_module("r2dllm_ext").build_info()["cuda"]
+    if not (built and torch.cuda.is_available()):
+        reason = "no CUDA device" if built else "built without CUDA"
+        if os.environ.get("R2DLLM_REQUIRE_CUDA") == "1":
+            pytest.fail(f"R2DLLM_REQUIRE_CUDA=1, but {reason}")
+        pytest.skip(reason)
+    return device
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    return require_device(request.param)
+
+
+@pytest.fixture(scope="session")
+def r2() -> ModuleType:
+    """The package with its extension; that it is missing is a failure."""
+    return importlib.import_module("r2dllm_ext")
+
+
+@pytest.fixture(params=["reference-cpu", "extension-cpu", "extension-cuda"])
+def implementation(request) -> Implementation:
+    name, device = request.param.split("-")
+    module = "r2dllm_ext.reference" if name == "reference" else "r2dllm_ext"
+    if name == "extension":
+        require_device(device)
+    return Implementation(importlib.import_module(module), device)
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone at the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers worked out by hand, for the oracle and for the extension alike."""
+
+import math
+
+import pytest
+import torch
+from cases import OFF, STREAKS, clone, same_bits, state_tensors, sure_logits
+
+from r2dllm_ext import reference
+from r2dllm_ext.config import DecodeConfig, Rule
+from r2dllm_ext.state import DecodeState
+
+NAN, INF = math.nan, math.inf
+MASK = 15
+
+
+def bools(text: str) -> torch.Tensor:
+    """"x.x" -> [[True, False, True]]; rows are separated by blanks."""
+    return torch.tensor([[c == "x" for c in row] for row in text.split()])
+
+
+def drawing(cells: torch.Tensor) -> str:
+    return " ".join("".join("x" if c else "." for c in row) for row in cells.tolist())
+
+
+def rules_of(step) -> str:
+    """One character per cell: . none, t threshold, f forced, w window, c cluster, s stability."""
+    return " ".join("".join(".tfwcs"[c] for c in row) for row in step.rule.tolist())
+
+
+# ---- token_confidence ------------------------------------------------------------------------
+
+
+def test_token_confidence(implementation):
+    ops, device = implementation
+    logits = sure_logits([(3, 0.5), (7, 1.0), (0, 0.25), (9, 0.8)]).to(device)
+    prediction, confidence = ops.token_confidence(logits)
+    assert prediction.tolist() == [[3, 7, 0, 9]]
+    assert confidence[0, :3].tolist() == [0.5, 1.0, 0.25]
+    assert confidence[0, 3].item() == pytest.approx(0.8, rel=1e-6)
+
+
+def test_token_confidence_of_candidates_only(implementation):
+    ops, device = implementation
+    logits = sure_logits([(3, 0.5), (7, 1.0), (0, 0.25)]).to(device)
+    logits[0, 1] = NAN
+    prediction, confidence = ops.token_confidence(logits, candidates=bools("x.x").to(device))
+    assert prediction.tolist() == [[3, -1, 0]]
+    assert confidence.tolist() == [[0.5, 0.0, 0.25]]
+
+
+def test_token_confidence_without_a_column(implementation):
+    ops, device = implementation
+    logits = sure_logits([(3, 0.5), (7, 1.0), (2, 0.5)]).to(device)
+    prediction, confidence = ops.token_confidence(logits, exclude_id=3)
+    assert prediction.tolist() == [[4, 7, 2]]
+    assert confidence.tolist() == [[1.0, 1.0, 1.0]]
+
+
+# ---- window_pool -----------------------------------------------------------------------------
+
+WINDOWS = [
+    # confidence, masked, window, min_confidence, max_unmasked, selected
+    ([0.9, 0.8, 0.1], "xxx", 2, 0.8, None, "xx."),
+    ([0.95, 0.7, 0.95, 0.1], "xxxx", 2, 0.8, None, "xxx."),  # windows do not see each other
+    ([0.9, 0.1, 0.9], "xxx", 1, 0.8, None, "x.x"),
+    ([0.9, 0.9, 0.9], "xxx", 3, 0.8, None, "xxx"),
+    ([0.9, 0.9, 0.9], "xxx", 4, 0.8, None, "..."),  # W > L
+    ([0.9, 0.0, 0.9], "x.x", 3, 0.8, None, "x.x"),  # the mean is over masked cells alone
+    ([0.9, 0.0, 0.9], "x.x", 3, 0.8, 1, "x.x"),
+    ([0.9, 0.0, 0.9], "x.x", 3, 0.8, 0, "..."),
+    ([0.9, 0.0, 0.9], "x.x", 3, 0.8, 99, "x.x"),  # U > W
+    ([0.9, 0.9, 0.9, 0.9], "x..x", 2, 0.8, 0, "...."),
+    ([0.5, 0.5, 0.25, 0.75], "xxxx", 2, 0.5, None, "xxxx"),  # inclusive
+    ([0.5, 0.5, 0.25, 0.7], "xxxx", 2, 0.5, None, "xx.."),
+    ([0.8, 0.8], "xx", 2, 0.8, None, "xx"),  # 0.8 means float32(0.8)
+    ([0.9, NAN, 0.9, 0.9], "xxxx", 2, 0.8, None, "..xx"),
+    ([0.9, INF, 0.9, 0.9], "xxxx", 2, 0.8, None, "..xx"),
+    ([0.9, -INF, INF, 0.9], "xxxx", 4, 0.0, None, "...."),
+    ([0.9, NAN, 0.9, 0.9], "x.xx", 2, 0.8, None, "x.xx"),  # a committed cell's NaN is not seen
+    ([0.0, 0.0], "xx", 1, 0.0, None, "xx"),
+    ([0.9, 0.9], "..", 1, 0.0, None, ".."),
+]
+
+
+@pytest.mark.parametrize("confidence, masked, window, least, unmasked, want", WINDOWS)
+def test_window_pool(implementation, confidence, masked, window, least, unmasked, want):
+    ops, device = implementation
+    options = {"window": window, "min_confidence": least, "max_unmasked": unmasked}
+    p = torch.tensor([confidence], device=device)
+    assert drawing(ops.window_pool(p, bools(masked).to(device), **options)) == want
+
+
+# ---- positional_ambiguity --------------------------------------------------------------------
+
+AMBIGUITIES = [
+    # prediction, confidence, masked, options, chosen
+    ([5, 5, 5, 7, 7, 9], [0.5, 0.9, 0.9, 0.85, 0.2, 0.99], "xxxxxx", {}, ".x.x.."),
+    ([5, 5, 5, 7, 7, 9], [0.5, 0.9, 0.9, 0.85, 0.2, 0.99], "xxxxxx", {"mode": "mid"}, ".x..x."),
+    ([5, 5, 5, 5], [0.9, 0.1, 0.1, 0.1], "xxxx", {"mode": "mid"}, "..x."),
+    ([5, 5, 5, 7, 7], [0.9] * 5, "xxxxx", {"min_run": 3}, "x...."),
+    ([5, 6], [0.9, 0.9], "xx", {"min_run": 1}, "xx"),
+    ([5, 5], [0.8, 0.8], "xx", {}, ".."),  # strict
+    ([5, 5], [0.8, 0.81], "xx", {}, ".x"),
+    ([5, 5, 5], [0.9, 0.9, 0.9], "x.x", {}, "..."),  # a committed cell cuts the run
+    ([5, 5, 5, 5], [0.9, 0.85, 0.9, 0.95], ".xxx", {}, "...x"),
+    ([-1, -1, -1], [0.9, 0.9, 0.9], "xxx", {}, "..."),
+    ([5, 5, 5], [0.9, NAN, 0.9], "xxx", {}, "..."),
+    ([5, 5, 5], [0.9, INF, 0.9], "xxx", {"min_run": 1}, "x.x"),
+    ([5, 5], [NAN, NAN], "xx", {}, ".."),
+]
+
+
+@pytest.mark.parametrize("prediction, confidence, masked, options, want", AMBIGUITIES)
+def test_positional_ambiguity(implementation, prediction, confidence, masked, options, want):
+    ops, device = implementation
+    ids = torch.tensor([prediction], device=device)
+    p = torch.tensor([confidence], device=device)
+    cells = bools(masked).to(device)
+    options = {"min_confidence": 0.8} | options
+    assert drawing(ops.positional_ambiguity(ids, p, cells, **options)) == want
+
+
+# ---- update_stability_ -----------------------------------------------------------------------
+
+STREAK_RUNS = [
+    # steps, min_confidence, mode, observations (id, p) of one cell, step at which it is final
+    (3, 0.8, "last", [(5, 0.1), (5, 0.2), (5, 0.9)], 3),
+    (3, 0.8, "last", [(5, 0.9), (5, 0.9), (5, 0.7), (5, 0.8)], 4),  # too weak: the streak stays
+    (3, 0.8, "last", [(5, 0.9), (6, 0.9), (5, 0.9), (5, 0.9), (5, 0.9)], 5),  # a change restarts
+    (1, 0.5, "last", [(5, 0.5)], 1),  # inclusive
+    (2, 0.5, "ave", [(5, 0.25), (5, 0.75)], 2),
+    (2, 0.5, "ave", [(5, 0.25), (5, 0.5), (5, 0.75)], 3),
+    (2, 0.8, "max", [(5, 0.9), (5, 0.1)], 2),
+    (2, 0.8, "max", [(5, 0.9), (6, 0.1), (6, 0.1)], None),
+]
+
+
+@pytest.mark.parametrize("steps, least, mode, seen, final_at", STREAK_RUNS)
+def test_update_stability(implementation, steps, least, mode, seen, final_at):
+    ops, device = implementation
+    state = DecodeState(1, 1, device=device)
+    masked = bools("x").to(device)
+    for number, (token, p) in enumerate(seen, 1):
+        final = ops.update_stability_(
+            state,
+            torch.tensor([[token]], device=device),
+            torch.tensor([[p]], device=device),
+            was_masked=masked,
+            is_masked=masked,
+            steps=steps,
+            min_confidence=least,
+            mode=mode,
+        ).item()
+        assert final == (number == final_at)
+    count = state.streak_count.item()
+    assert (count == 0) == (final_at is not None)
+
+
+def test_update_stability_clears_and_keeps(implementation):
+    """Per cell: committed, invalid twice, extended, restarted, not masked before."""
+    ops, device = implementation
+    state = DecodeState(1, 6, device=device)
+    state.streak_count[:] = 2
+    state.streak_id[:] = 5
+    state.streak_sum[:] = 1.25
+    state.streak_max[:] = 0.75
+    final = ops.update_stability_(
+        state,
+        torch.tensor([[5, -1, 5, 5, 6, 5]], device=device),
+        torch.tensor([[0.5, 0.5, NAN, 0.5, 0.5, 0.5]], device=device),
+        was_masked=bools("xxxxx.").to(device),
+        is_masked=bools(".xxxx.").to(device),
+        steps=9,
+        min_confidence=0.5,
+    )
+    assert drawing(final) == "......"
+    assert state.streak_count.tolist() == [[0, 0, 0, 3, 1, 2]]
+    assert state.streak_id.tolist() == [[-1, -1, -1, 5, 6, 5]]
+    assert state.streak_sum.tolist() == [[0, 0, 0, 1.75, 0.5, 1.25]]
+    assert state.streak_max.tolist() == [[0, 0, 0, 0.75, 0.5, 0.75]]
+
+
+# ---- base rules ------------------------------------------------------------------------------
+
+BASES = [
+    # options, confidence per cell, rule per cell
+    ({"threshold": 0.5}, [0.5, 0.3, 1, 0.25], "t.t."),  # inclusive
+    ({"threshold": 0.9}, [0.3, 0.6, 0.6, 0.2], ".f.."),  # best cell, lowest index on ties
+    ({"threshold": 1.0}, [1, 0.6, 1, 0.2], "t.t."),
+    ({"base": "first", "threshold": 0.1}, [0.2, 0.9, 0.9, 0.9], "f..."),
+    ({"base": "schedule", "steps_per_block": 2}, [0.2, 0.7, 0.9, 0.6], ".ff."),
+    ({"base": "schedule", "steps_per_block": 3}, [0.2, 0.7, 0.9, 0.6], ".ff."),  # 2, 1, 1
+    ({"base": "schedule", "steps_per_block": 1}, [0.2, 0.7, 0.9, 0.6], "ffff"),
+    ({"base": "schedule"}, [0.2, 0.7, 0.9, 0.6], "..f."),
+    ({"base": "factor", "factor": 1.0}, [0.5, 0.6, 0.8, 0.7], "..ff"),  # .7 >= 2/3, .6 < 3/4
+    ({"base": "factor", "factor": 1.0}, [0.5, 0.6, 0.8, 0.76, 0.7], "..ff."),
+    ({"base": "factor", "factor": 1.0}, [0.8, 0.7, 0.9], "fff"),
+    ({"base": "factor", "factor": 1.0}, [0.9, 0.1], "ff"),  # a single failing cell at the end
+    ({"base": "factor", "factor": 0.1}, [0.9, 0.1, 0.1], "f.."),
+    ({"base": "budget", "error_budget": 0.5}, [0.5, 1, 0.7, 0.9], ".fff"),  # 0 + .1 + .3 <= .5
+    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 1, 1], "f.ff"),  # 0.5 is still inside
+    ({"base": "budget", "error_budget": 0.0}, [0.5, 0.6, 0.3, 0.2], ".f.."),
+    ({"base": "budget", "error_budget": 0.0}, [1, 0.6, 1, 0.2], "f.f."),
+    ({"base": "budget", "error_budget": 9.0}, [0.5, 0.6, 0.3, 0.2], "ffff"),
+]
+
+
+@pytest.mark.parametrize("options, confidence, want", BASES)
+def test_base_rule(implementation, options, confidence, want):
+    ops, device = implementation
+    config = DecodeConfig(MASK, **(OFF | options))
+    cells = [(token, p) for token, p in enumerate(confidence)]
+    tokens = torch.full((1, len(cells)), MASK, device=device)
+    state = DecodeState(1, len(cells), device=device)
+    step = ops.decode_step(sure_logits(cells).to(device), tokens, state, config)
+    assert rules_of(step) == want
+    committed = step.rule[0] != Rule.NONE
+    assert step.prediction.tolist() == [list(range(len(cells)))]
+    assert tokens[0].tolist() == [i if committed[i] else MASK for i in range(len(cells))]
+    assert step.remaining.tolist() == [want.count(".")]
+
+
+def test_schedule_over_a_block(implementation):
+    """7 candidates in 3 steps: 3, 2, 2; a straggler that was invalid follows in step 4."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, base="schedule", steps_per_block=3, **OFF)
+    logits = sure_logits([(1, 0.3 + 0.05 * i) for i in range(8)]).to(device)
+    tokens = torch.full((1, 8), MASK, device=device)
+    tokens[0, 0] = 3  # committed before the block began
+    state = DecodeState(1, 8, device=device)
+    seen = []
+    for number in range(4):
+        broken = logits.clone()
+        if number < 3:
+            broken[0, 7] = NAN
+        step = ops.decode_step(broken, tokens, state, config)
+        seen.append((rules_of(step), step.remaining.item()))
+    assert seen == [("....fff.", 4), ("..ff....", 2), (".f......", 1), (".......f", 0)]
+    assert state.counters.tolist() == [[0, 4, 4, 7]]
+
+
+# ---- decode_step -----------------------------------------------------------------------------
+
+
+def test_all_rules_in_one_decode(implementation):
+    """Cell by cell: threshold; window (mean .84 beside a committed cell); run; and stability."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, temporal_steps=2, temporal_threshold=0.6, temporal_eval="max")
+    cells = [(1, 0.95), (2, 0.88), (3, 0.8), (4, 0.2), (5, 0.7), (6, 0.3), (7, 0.85), (7, 0.1)]
+    logits = sure_logits(cells).to(device)
+    tokens = torch.full((1, 8), MASK, device=device)
+    state = DecodeState(1, 8, device=device)
+    step = ops.decode_step(logits, tokens, state, config)
+    assert rules_of(step) == "tww...c."
+    assert step.remaining.tolist() == [4]
+    assert tokens.tolist() == [[1, 2, 3, MASK, MASK, MASK, 7, MASK]]
+    assert state.streak_count.tolist() == [[0, 0, 0, 1, 1, 1, 0, 1]]
+    step = ops.decode_step(logits, tokens, state, config.replace(confidence_cluster_size=0))
+    assert rules_of(step) == "....f..."  # the best cell left; nothing else is ripe and strong
+    assert state.streak_count.tolist() == [[0, 0, 0, 2, 0, 2, 0, 2]]
+    logits[0, [3, 7]] = sure_logits([(4, 0.65), (8, 0.7)])[0].to(device)
+    step = ops.decode_step(logits, tokens, state, config.replace(confidence_cluster_size=0))
+    assert rules_of(step) == "...s...f"
+    assert step.confidence[0, :3].tolist() == [0, 0, 0]
+    assert step.prediction.tolist() == [[-1, -1, -1, 4, -1, 6, -1, 8]]
+    assert state.streak_id.tolist() == [[-1, -1, -1, -1, -1, 6, -1, -1]]
+
+
+def test_select_leaves_tokens(implementation):
+    ops, device = implementation
+    config = DecodeConfig(MASK)
+    logits = sure_logits([(1, 0.95), (2, 0.88), (3, 0.3)]).to(device)
+    tokens = torch.full((1, 3), MASK, device=device)
+    state, twin = DecodeState(1, 3, device=device), DecodeState(1, 3, device=device)
+    chosen = ops.select(logits, tokens, state, config)
+    assert tokens.tolist() == [[MASK] * 3]
+    done = ops.decode_step(logits, tokens, twin, config)
+    assert all(same_bits(a, b) for a, b in zip(chosen, done, strict=True))
+    assert all(same_bits(*pair) for pair in zip(state_tensors(state), state_tensors(twin), strict=True))
+    assert chosen.rule.any() and state.counters.tolist() == [[0, 1, 1, 3]]
+
+
+def test_explicit_candidates(implementation):
+    """Candidates need not hold the mask id, and a mask that is no candidate counts as committed."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, token_cluster=None, temporal_steps=0)
+    logits = sure_logits([(1, 0.95), (2, 0.85), (3, 0.3), (4, 0.95)]).to(device)
+    tokens = torch.tensor([[9, 9, MASK, MASK]], device=device)
+    state = DecodeState(1, 4, device=device)
+    step = ops.decode_step(logits, tokens, state, config, candidates=bools("xxx.").to(device))
+    assert rules_of(step) == "t..."  # window (0, 2): mean .575; window (1, 3): mean .575
+    step = ops.decode_step(logits, tokens, state, config, candidates=bools(".x..").to(device))
+    assert rules_of(step) == ".f.."
+    assert tokens.tolist() == [[1, 2, MASK, MASK]]
+    assert step.remaining.tolist() == [0]
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_mask_id_as_winner(implementation, allow):
+    """Allowed: "committed" but still masked. Default: the column does not exist."""
+    ops, device = implementation
+    config = DecodeConfig(3, allow_mask_id=allow, temporal_steps=1, temporal_threshold=0.0)
+    logits = sure_logits([(3, 0.5), (3, 0.5), (5, 0.25)]).to(device)
+    tokens = torch.full((1, 3), 3, device=device)
+    state = DecodeState(1, 3, device=device)
+    step = ops.decode_step(logits, tokens, state, config)
+    if allow:
+        assert step.prediction.tolist() == [[3, 3, 5]]
+        assert step.confidence.tolist() == [[0.5, 0.5, 0.25]]
+        assert rules_of(step) == "..s" and tokens.tolist() == [[3, 3, 5]]
+        assert step.remaining.tolist() == [2]
+    else:
+        assert step.prediction.tolist() == [[4, 4, 5]]
+        assert step.confidence.tolist() == [[1.0, 1.0, 0.25]]
+        assert rules_of(step) == "tts" and tokens.tolist() == [[4, 4, 5]]
+        assert step.remaining.tolist() == [0]
+    assert all(not getattr(state, name)[:, :2].gt(0).any() for name in STREAKS)
+
+
+def two_level_logits(spikes: list[float], dtype: torch.dtype) -> torch.Tensor:
+    """[1, L, 60]: token 1 + i at spikes[i] over 58 tokens at 0; exact in every dtype."""
+    logits = torch.zeros(1, len(spikes), 60, dtype=dtype)
+    logits[0, range(len(spikes)), range(1, len(spikes) + 1)] = torch.tensor(spikes, dtype=dtype)
+    return logits
+
+
+@pytest.mark.parametrize(
+    "dtype, mode, want, confidence",
+    [
+        (torch.bfloat16, "float32", "f.", 0.89931),
+        (torch.bfloat16, "logits", "t.", 0.8984375),  # and 0.9 is 0.8984375 as well
+        (torch.float16, "float32", "f.", 0.89931),
+        (torch.float16, "logits", "f.", 0.8994140625),
+        (torch.float32, "logits", "f.", 0.89931),
+    ],
+)
+def test_rounded_confidence(implementation, dtype, mode, want, confidence):
+    """e^6.25 / (e^6.25 + 58) = 0.89931 against 0.9."""
+    ops, device = implementation
+    logits = two_level_logits([6.25, 1.0], dtype).to(device)
+    config = DecodeConfig(59, confidence_dtype=mode, **OFF)
+    tokens = torch.full((1, 2), 59, device=device)
+    step = ops.decode_step(logits, tokens, DecodeState(1, 2, device=device), config)
+    assert rules_of(step) == want
+    assert step.confidence[0, 0].item() == pytest.approx(confidence, abs=5e-6)
+
+
+@pytest.mark.parametrize("mode, want", [("float32", "t..."), ("logits", "twww")])
+def test_rounded_window_mean(implementation, mode, want):
+    """0.79855, 0.79855, 0.80353: mean 0.80021; in bfloat16 0.79948, rounded up to 0.80078."""
+    ops, device = implementation
+    logits = two_level_logits([9.0, 5.4375, 5.4375, 5.46875], torch.bfloat16).to(device)
+    config = DecodeConfig(59, confidence_dtype=mode, spatial_threshold=0.8005, **OFF)
+    config = config.replace(confidence_cluster_size=3, confidence_cluster_unmasked=None)
+    tokens = torch.full((1, 4), 59, device=device)
+    step = ops.decode_step(logits, tokens, DecodeState(1, 4, device=device), config)
+    assert rules_of(step) == want
+
+
+# ---- random numbers and truncation (the oracle's own) ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [  # known answers of the Random123 distribution
+        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox(counter, key, words):
+    assert " ".join(f"{word:08x}" for word in reference.philox4x32(counter, key)) == words
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, kept",
+    [
+        (None, None, [0, 1, 2, 3, 4]),
+        (1, None, [1]),
+        (2, None, [1, 2, 3]),  # 2 and 3 tie for the second place
+        (3, None, [1, 2, 3]),
+        (9, None, [0, 1, 2, 3, 4]),
+        (None, 0.4, [1]),  # the mass of token 1 is 0.5
+        (None, 0.51, [1, 2, 3]),
+        (None, 0.92, [0, 1, 2, 3]),
+        (None, 1.0, [0, 1, 2, 3, 4]),
+        (3, 0.6, [1, 2, 3]),
+        (3, 0.55, [1]),  # 0.5 of 0.9 is 0.5556
+    ],
+)
+def test_support(top_k, top_p, kept):
+    mass = torch.tensor([0.0625, 0.5, 0.2, 0.2, 0.0375], dtype=torch.float64)
+    for temperature in (1.0, 0.5):
+        weights = reference.token_weights(mass.log() * temperature, temperature, top_k, top_p)
+        assert weights.nonzero().flatten().tolist() == kept
+        torch.testing.assert_close(weights[kept] / weights[1], mass[kept] / mass[1])
+
+
+@pytest.mark.parametrize("u, token", [(0.0, 1), (0.249, 1), (0.25, 2), (0.74, 2), (0.76, 4)])
+def test_inverse_distribution(u, token):
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    assert reference.draw_token(weights, u) == token
+
+
+def test_state_reset():
+    state = DecodeState(3, 2)
+    for tensor in state_tensors(state):
+        tensor.fill_(7)
+    state.counters[:, 0] = torch.tensor([10, 11, 12])
+    whole = clone(state)
+    state.reset(rows=torch.tensor([1]))
+    assert state.streak_count.tolist() == [[7, 7], [0, 0], [7, 7]]
+    assert state.streak_id.tolist() == [[7, 7], [-1, -1], [7, 7]]
+    assert state.counters.tolist() == [[10, 7, 7, 7], [11, 7, 0, -1], [12, 7, 7, 7]]
+    whole.reset()
+    assert whole.counters.tolist() == [[10 + row, 7, 0, -1] for row in range(3)]
+    assert not whole.streak_sum.any() and not whole.streak_max.any()

@@ -1,0 +1,310 @@
+"""The transformer against itself and against formulas: caches, masks, head positions, devices."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from r2dllm_ext.models import ModelConfig, Transformer
+from r2dllm_ext.models.transformer import RMSNorm, _attend
+
+B, T, START, END = 2, 24, 8, 16
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+CONFIGS = {
+    "llada": ModelConfig("llada", 50, width=32, layers=3, heads=4, mlp_width=48, embedding_size=56),
+    "llada-gqa": ModelConfig("llada", 50, width=48, layers=2, heads=6, kv_heads=2, mlp_width=48),
+    "dream": ModelConfig(
+        "dream", 50, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48, qkv_bias=True,
+        rope_theta=1e6, norm_eps=1e-6,
+    ),
+    "tied": ModelConfig("dream", 50, width=32, layers=1, heads=4, mlp_width=48, tied_head=True),
+}  # fmt: skip
+
+
+def build(config: ModelConfig, seed: int = 0) -> Transformer:
+    """Weights large enough that attention is far from uniform, and biases that are not zero."""
+    model = Transformer(config).init_weights(seed, std=0.3).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise * 0.3 + (0.0 if name.endswith("bias") else 1.0))
+    return model
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request) -> Transformer:
+    return build(CONFIGS[request.param])
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 50, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def cut(pairs, end):
+    """Both families keep time in the last dimension but one."""
+    return [tuple(t.narrow(t.dim() - 2, 0, end) for t in pair) for pair in pairs]
+
+
+def test_logits_cover_embedding_rows_and_depend_on_every_token(model, ids):
+    logits = model(ids).logits
+    assert logits.shape == (B, T, model.config.embedding_size)
+    for place in (0, T - 1):
+        other = ids.clone()
+        other[:, place] = (other[:, place] + 1) % 50
+        changed = (model(other).logits - logits).abs().amax(-1) > 1e-4
+        assert changed.all(), "attention is bidirectional: every position sees the change"
+
+
+def test_cache_layout_follows_the_family(model, ids):
+    config = model.config
+    key, value = model(ids, use_cache=True).past_key_values[0]
+    wanted = {
+        "llada": (B, config.kv_heads, T, config.head_dim),
+        "dream": (B, T, config.kv_heads * config.head_dim),
+    }
+    assert key.shape == value.shape == wanted[config.family]
+    assert model(ids).past_key_values is None
+
+
+def test_keys_are_cached_before_the_rotary_embedding(model):
+    same = torch.full((1, T), 7)
+    key, _ = model(same, use_cache=True).past_key_values[0]
+    time = key.dim() - 2
+    first = key.narrow(time, 0, 1).expand_as(key)
+    torch.testing.assert_close(key, first, **CLOSE)
+
+
+def test_prefix_cache_equals_full_pass_and_keeps_the_past(model, ids):
+    full = model(ids, use_cache=True)
+    past = cut(full.past_key_values, START)
+    before = [tuple(t.clone() for t in pair) for pair in past]
+    out = model(ids[:, START:], past_key_values=past, use_cache=True)
+    torch.testing.assert_close(out.logits, full.logits[:, START:], **CLOSE)
+    for layer, pair in enumerate(past):
+        for side in (0, 1):
+            assert torch.equal(pair[side], before[layer][side])
+            torch.testing.assert_close(
+                out.past_key_values[layer][side], full.past_key_values[layer][side], **CLOSE
+            )
+
+
+def block_mask(start=START, end=END):
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    mask[:, start:end] = True
+    return mask
+
+
+@pytest.mark.parametrize("replace", [(START, END), block_mask()], ids=["range", "mask"])
+def test_dual_cache_after_an_unchanged_pass_equals_it(model, ids, replace):
+    full = model(ids, use_cache=True)
+    out = model(
+        ids[:, START:END],
+        past_key_values=full.past_key_values,
+        use_cache=True,
+        replace_position=replace,
+        dual_cache=True,
+    )
+    torch.testing.assert_close(out.logits, full.logits[:, START:END], **CLOSE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("replace", [(START, END), block_mask()], ids=["range", "mask"])
+def test_dual_cache_overwrites_the_block(name, replace, ids):
+    # With one layer the pairs outside the block do not depend on it, so nothing is stale and the
+    # step must equal a full pass over the new ids.
+    model = build(dataclasses.replace(CONFIGS[name], layers=1))
+    past = model(ids, use_cache=True).past_key_values
+    new = ids.clone()
+    new[:, START:END] = (new[:, START:END] + 5) % 50
+    wanted = model(new, use_cache=True)
+    out = model(
+        new[:, START:END], past_key_values=past, use_cache=True, replace_position=replace
+    )
+    torch.testing.assert_close(out.logits, wanted.logits[:, START:END], **CLOSE)
+    for got, want in zip(out.past_key_values[0], wanted.past_key_values[0], strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_dual_cache_rows_may_work_on_different_blocks(model, ids):
+    full = model(ids, use_cache=True)
+    mask = block_mask()
+    mask[1] = mask[1].roll(START)
+    rows = torch.stack([ids[0, START:END], ids[1, END : END + START]])
+    out = model(rows, past_key_values=full.past_key_values, replace_position=mask)
+    wanted = torch.stack([full.logits[0, START:END], full.logits[1, END : END + START]])
+    torch.testing.assert_close(out.logits, wanted, **CLOSE)
+
+
+def test_left_padded_row_equals_the_unpadded_one(model, ids):
+    pad = 5
+    padded = torch.cat((torch.zeros(B, pad, dtype=torch.int64), ids), dim=1)
+    mask = torch.ones(B, pad + T, dtype=torch.bool)
+    mask[:, :pad] = False
+    plain = model(ids, use_cache=True)
+    full = model(padded, attention_mask=mask, use_cache=True)
+    torch.testing.assert_close(full.logits[:, pad:], plain.logits, rtol=1e-4, atol=1e-4)
+    past = cut(full.past_key_values, pad + START)
+    tail = model(ids[:, START:], past_key_values=past, attention_mask=mask.long())
+    torch.testing.assert_close(tail.logits, plain.logits[:, START:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_padding_alone_stays_finite_and_apart(model, ids):
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0] = False
+    logits = model(ids, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[1], model(ids).logits[1], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        slice(START, END),
+        slice(-3, None),
+        (START, END),
+        torch.tensor([3, 1, 20]),
+        torch.tensor([[3, 1], [0, T - 1]]),
+    ],
+    ids=["slice", "open slice", "range", "indices", "indices per row"],
+)
+def test_logits_positions_pick_rows_of_the_full_logits(model, ids, positions):
+    full = model(ids).logits
+    if isinstance(positions, tuple):
+        wanted = full[:, positions[0] : positions[1]]
+    elif isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        wanted = full[torch.arange(B)[:, None], positions]
+    else:
+        wanted = full[:, positions]
+    torch.testing.assert_close(model(ids, logits_positions=positions).logits, wanted, **CLOSE)
+
+
+def test_grouped_queries_equal_repeated_key_heads(ids):
+    grouped = build(CONFIGS["llada-gqa"])
+    config = grouped.config
+    plain = Transformer(dataclasses.replace(config, kv_heads=config.heads)).requires_grad_(False)
+    state = grouped.state_dict()
+    for name, weight in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            heads = weight.unflatten(0, (config.kv_heads, config.head_dim))
+            state[name] = heads.repeat_interleave(config.heads // config.kv_heads, 0).flatten(0, 1)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(grouped(ids).logits, plain(ids).logits, **CLOSE)
+
+
+def test_tied_head_is_the_embedding(ids):
+    model = build(CONFIGS["tied"])
+    assert model.lm_head_weight is model.embed.weight
+    hidden, _ = model.hidden_states(ids)
+    torch.testing.assert_close(model(ids).logits, hidden @ model.embed.weight.T, **CLOSE)
+
+
+def test_norm_casts_back_before_the_weight():
+    norm = RMSNorm(8, 1e-5)
+    norm.weight.data = torch.linspace(0.5, 2, 8)
+    norm, x = norm.bfloat16(), torch.randn(4, 8).bfloat16()
+    wide = x.float()
+    unit = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(norm(x), norm.weight * unit.bfloat16())
+
+
+def test_rotary_tables_stay_float32_and_grow(ids):
+    config = dataclasses.replace(CONFIGS["llada"], max_length=4)
+    short, long = build(config), build(CONFIGS["llada"])
+    assert short.rotary.cos.shape[0] == 4
+    assert torch.equal(short(ids).logits, long(ids).logits)
+    assert short.rotary.cos.shape[0] >= T
+    narrow = short.to(torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16 and narrow.rotary.cos.dtype == torch.float32
+    assert torch.equal(narrow.rotary.cos[:T], long.rotary.cos[:T])
+    assert not any("rotary" in name for name in narrow.state_dict())
+
+
+def test_meta_device_and_materialisation(model, ids):
+    with torch.device("meta"):
+        hollow = Transformer(model.config)
+    assert hollow(ids.to("meta")).logits.shape == (B, T, model.config.embedding_size)
+    solid = hollow.to_empty(device="cpu")
+    solid.load_state_dict(model.state_dict())
+    assert torch.equal(solid(ids).logits, model(ids).logits)
+
+
+def test_compiles_to_one_graph(model, ids):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    full = model(ids, use_cache=True)
+    torch.testing.assert_close(compiled(ids, use_cache=True).logits, full.logits, **CLOSE)
+    block = compiled(
+        ids[:, START:END], past_key_values=full.past_key_values, replace_position=(START, END)
+    )
+    torch.testing.assert_close(block.logits, full.logits[:, START:END], **CLOSE)
+
+
+def test_bfloat16_cpu_training_attention_equals_the_fused_one():
+    q, k, v = (torch.randn(2, 3, 16, 8).bfloat16().requires_grad_() for _ in range(3))
+    mask = torch.ones(2, 1, 1, 16, dtype=torch.bool)
+    mask[0, ..., :5] = False
+    wanted = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    torch.testing.assert_close(_attend(q, k, v, mask).float(), wanted, rtol=0.05, atol=0.05)
+
+
+def test_same_seed_same_weights():
+    first, again, other = (Transformer(CONFIGS["llada"]).init_weights(s) for s in (3, 3, 4))
+    assert torch.equal(first.embed.weight, again.embed.weight)
+    assert not torch.equal(first.embed.weight, other.embed.weight)
+
+
+def test_bad_calls_name_the_argument(ids):
+    model = build(CONFIGS["llada"])
+    past = model(ids, use_cache=True).past_key_values
+    block = ids[:, START:END]
+    with pytest.raises(ValueError, match=r"input_ids is torch.float32 \[2, 24\]"):
+        model(ids.float())
+    with pytest.raises(ValueError, match=r"input_ids .* takes int64 \[B, T\]"):
+        model(ids[0])
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 23\].*\[2, 24\]"):
+        model(ids, attention_mask=torch.ones(2, 23))
+    with pytest.raises(ValueError, match=r"past_key_values has 2 layers, takes 3"):
+        model(block, past_key_values=past[:2])
+    with pytest.raises(ValueError, match=r"replace_position is \(8, 17\), takes 8 positions"):
+        model(block, past_key_values=past, replace_position=(8, 17))
+    with pytest.raises(ValueError, match=r"replace_position is \(20, 28\).* within the 24"):
+        model(block, past_key_values=past, replace_position=(20, 28))
+    with pytest.raises(ValueError, match=r"takes bool \[B, T_past\] = \[2, 24\]"):
+        model(block, past_key_values=past, replace_position=torch.ones(2, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"true on \[9, 9\] positions a row, takes exactly 8"):
+        model(block, past_key_values=past, replace_position=block_mask(START, END + 1))
+    with pytest.raises(ValueError, match=r"replace_position given, needs past_key_values"):
+        model(block, replace_position=(START, END))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "gpt"}, "family is 'gpt'"),
+        ({"layers": 0}, "layers is 0"),
+        ({"heads": 3}, "width 32 is not an even multiple of heads 3"),
+        ({"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
+        ({"embedding_size": 49}, "embedding_size 49 is below vocab_size 50"),
+    ],
+)
+def test_config_names_the_bad_field(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIGS["llada"], **change)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu_without_synchronising(model, ids):
+    wanted = model(ids).logits
+    model, ids, mask = model.cuda(), ids.cuda(), block_mask().cuda()
+    full = model(ids, use_cache=True)
+    torch.testing.assert_close(full.logits.cpu(), wanted, rtol=1e-3, atol=1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = model(
+            ids[:, START:END], past_key_values=full.past_key_values, replace_position=mask
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out.logits, full.logits[:, START:END], rtol=1e-3, atol=1e-3)

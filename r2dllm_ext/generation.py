@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`generate`: block-wise decoding of any masked-diffusion model with `decode_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import DecodeConfig
+from .model_driver import CACHES, ModelDriver
+from .ops import DecodeStep, decode_step
+from .state import DecodeState
+from .trace import Trace, TraceRecorder
+
+
+class Generation(NamedTuple):
+    """Result of `generate`."""
+
+    sequences: torch.Tensor  # [B, P + gen_length] int64
+    nfe: int  # forwards
+    trace: Trace | None
+
+
+class StepEvent(NamedTuple):
+    """What `on_step` is called with, after each step."""
+
+    nfe: int  # forwards so far
+    block: int  # index of the active block
+    start: int  # its first position in the sequence
+    rows: list[int]  # rows of the batch that are still being decoded
+    step: DecodeStep  # of these rows
+    sequences: torch.Tensor  # [B, P + gen_length], the live buffer: read it, don't write
+
+
+class NoProgressError(RuntimeError):
+    """The model can't finish a row.
+
+    Attributes:
+        step: forwards made, the failing one included.
+        row: row of the batch.
+        sequences: [B, P + gen_length] int64, the tokens decided so far.
+    """
+
+    def __init__(self, reason: str, step: int, row: int, sequences: torch.Tensor) -> None:
+        super().__init__(
+            f"generate: no progress at step {step}, row {row}: {reason}. The tokens decided so far "
+            "are in the exception's `sequences`."
+        )
+        self.step, self.row, self.sequences = step, row, sequences
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompt: torch.Tensor,
+    *,
+    gen_length: int,
+    block_length: int = 32,
+    config: DecodeConfig,
+    cache: str = "none",
+    logits_shift: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    stop_id: int | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
+    progress: bool = False,
+    trace: bool = False,
+) -> Generation:
+    """Append `gen_length` tokens to each prompt, block by block, left to right.
+
+    Args:
+        model: any callable of the convention that the published loops use: `model(ids).logits`
+            [B, T, V]; with a cache also `use_cache`, `past_key_values`, and `replace_position` for
+            "dual". A model with `supports_logits_positions = True` is asked for the logits of the
+            active block alone.
+        prompt: [B, P] int64. Prompts of different lengths: pad on the left, pass `attention_mask`.
+        gen_length: G >= 0, a multiple of `block_length`.
+        block_length: L >= 1 (release: 32).
+        config: what a step may commit.
+        cache: "none" (each forward reads everything), "prefix" (keys and values before the block
+            are kept) or "dual" (those after it too). A block begins with a full pass.
+        logits_shift: 0 where row i predicts position i (LLaDA); 1 where row i - 1 does (Dream).
+            With 1 and a cache the loop is Dream's: a block's full pass commits its first cell by
+            the base rule, and at least one block step follows.
+        attention_mask: [B, P], 1 / True on tokens, 0 / False on padding; given to the model,
+            lengthened by ones, if anything is padding. Default: no padding.
+        stop_id: a row is finished once this token is decided and everything before it is; its
+            undecided cells become `stop_id`, and it is not forwarded any more. Default: none.
+        on_step: called after each step. Whatever it raises ends the decode.
+        progress: True shows a bar of decided tokens (needs tqdm).
+        trace: True records every step (copies to the host each step).
+
+    Returns:
+        Generation: `sequences` [B, P + G] int64 on the model's device, `nfe` = forwards made,
+        `trace` (None unless asked for).
+
+    Raises:
+        TypeError, ValueError: a bad argument, or logits of an unexpected shape from the model.
+        NoProgressError: a row whose masked cells all have non-finite logits, or which commits
+            nothing but mask ids for very long; it carries the tokens decided so far.
+
+    One host synchronisation a step: the loop reads how many cells remain.
+
+    >>> model = load_model("ledger")
+    >>> prompt = torch.tensor([[1, 2, 3]])
+    >>> out = generate(model, prompt, gen_length=32, config=DecodeConfig(model.mask_id))
+    >>> out.sequences.shape, out.nfe <= 32
+    (torch.Size([1, 35]), True)
+    """
+    _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask)
+    device = getattr(model, "device", prompt.device)
+    batch, prompt_length = prompt.shape
+    sequences = torch.full(
+        (batch, prompt_length + gen_length), config.mask_id, dtype=torch.int64, device=device
+    )
+    sequences[:, :prompt_length] = prompt
+
+    driver = ModelDriver(model, cache, logits_shift, _key_mask(attention_mask, gen_length, device))
+    recorder = TraceRecorder(batch, prompt_length, gen_length, block_length) if trace else None
+    bar = _progress_bar(batch * gen_length) if progress else None
+    rows = list(range(batch))  # not finished
+    state = DecodeState(batch, block_length, device=device)
+    nfe = 0
+    try:
+        for block in range(gen_length // block_length):
+            start = prompt_length + block * block_length
+            end = start + block_length
+            state.reset()
+            watch = _Watch(config, rows, block_length)
+            first = True
+            while rows and (first or watch.remaining or driver.owes_block_step):
+                ids = sequences if len(rows) == batch else sequences[rows]
+                logits, shift, full_pass = driver.forward(ids, start, end, rows, new_block=first)
+                step_config = driver.step_config(config, full_pass)
+                nfe += 1
+                tokens = ids[:, start:end]
+                masked = tokens == config.mask_id if recorder else None
+                step = decode_step(logits, tokens, state, step_config, logits_shift=shift)
+                if ids is not sequences:
+                    sequences[rows, start:end] = tokens
+                if recorder:
+                    recorder.record(block, full_pass, rows, masked, step)
+                committed = watch.update(step, nfe, sequences)
+                if bar is not None:
+                    bar.update(committed)
+                    bar.set_postfix(nfe=nfe, refresh=False)
+                if on_step is not None:
+                    on_step(StepEvent(nfe, block, start, list(rows), step, sequences))
+                if stop_id is not None:
+                    keep = _unfinished(tokens, stop_id, config.mask_id)
+                    if len(keep) < len(rows):
+                        finished = set(rows) - {rows[i] for i in keep}
+                        _fill(sequences, sorted(finished), stop_id, config.mask_id)
+                        rows = [rows[i] for i in keep]
+                        state = state.take(torch.tensor(keep, device=device, dtype=torch.int64))
+                        driver.keep_rows(keep)
+                        watch.keep_rows(keep)
+                first = False
+            if not rows:
+                break
+    finally:
+        if bar is not None:
+            bar.close()
+    return Generation(sequences, nfe, recorder.finish(sequences) if recorder else None)
+
+
+class _Watch:
+    """Counts on the host what remains of each row, and notices a row that is stuck."""
+
+    # A model that predicts the mask id (allow_mask_id) may commit nothing for a while.
+    _PATIENCE = 256
+
+    def __init__(self, config: DecodeConfig, rows: list[int], block_length: int) -> None:
+        self._rows = rows
+        self._left = [block_length] * len(rows)
+        self._stalled = [0] * len(rows)
+        self._limit = self._PATIENCE + (config.steps_per_block or 0)
+
+    @property
+    def remaining(self) -> int:
+        return sum(self._left)
+
+    def keep_rows(self, keep: list[int]) -> None:
+        self._rows = [self._rows[i] for i in keep]
+        self._left = [self._left[i] for i in keep]
+        self._stalled = [self._stalled[i] for i in keep]
+
+    def update(self, step: DecodeStep, nfe: int, sequences: torch.Tensor) -> int:
+        """Takes note of a step; returns how many tokens it committed."""
+        before, self._left = self._left, step.remaining.tolist()
+        for i, (old, new) in enumerate(zip(before, self._left, strict=True)):
+            self._stalled[i] = self._stalled[i] + 1 if new == old > 0 else 0
+            if not self._stalled[i]:
+                continue
+            if not (step.prediction[i] >= 0).any():
+                reason = "the logits of every masked position are non-finite"
+                raise NoProgressError(reason, nfe, self._rows[i], sequences.clone())
+            if self._stalled[i] > self._limit:
+                reason = f"nothing was committed in {self._stalled[i]} steps"
+                raise NoProgressError(reason, nfe, self._rows[i], sequences.clone())
+        return sum(before) - sum(self._left)
+
+
+def _unfinished(tokens: torch.Tensor, stop_id: int, mask_id: int) -> list[int]:
+    """Rows of `tokens` [B, L] without a stop token before which everything is decided."""
+    undecided_before = (tokens == mask_id).cumsum(1) > 0
+    finished = ((tokens == stop_id) & ~undecided_before).any(1)
+    return [i for i, done in enumerate(finished.tolist()) if not done]
+
+
+def _fill(sequences: torch.Tensor, rows: list[int], stop_id: int, mask_id: int) -> None:
+    values = sequences[rows]
+    sequences[rows] = values.masked_fill(values == mask_id, stop_id)
+
+
+def _key_mask(attention_mask, gen_length: int, device) -> torch.Tensor | None:
+    """[B, P + G], or None if nothing is padding."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    mask = attention_mask.to(device)
+    return torch.cat([mask, mask.new_ones(mask.shape[0], gen_length)], dim=1)
+
+
+def _progress_bar(total: int):
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "generate: progress=True needs tqdm. Fix: pip install 'r2dllm_ext[cli]'"
+        ) from error
+    return tqdm(total=total, unit="tok", desc="generate")
+
+
+def _check(
+    prompt, gen_length, block_length, config, cache, logits_shift, attention_mask
+) -> None:  # fmt: skip
+    if not isinstance(prompt, torch.Tensor):
+        raise TypeError(f"generate: prompt takes a torch.Tensor, got {type(prompt).__name__}")
+    if prompt.dtype != torch.int64:
+        raise TypeError(f"generate: prompt takes dtype torch.int64, got {prompt.dtype}")
+    if prompt.dim() != 2:
+        raise ValueError(f"generate: prompt takes shape [B, P], got {list(prompt.shape)}")
+    if not isinstance(config, DecodeConfig):
+        raise TypeError(f"generate: config takes a DecodeConfig, got {type(config).__name__}")
+    for name, value, least in (("gen_length", gen_length, 0), ("block_length", block_length, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"generate: {name} takes an integer >= {least}, got {value!r}")
+        if value < least:
+            raise ValueError(f"generate: {name} takes an integer >= {least}, got {value}")
+    if gen_length % block_length:
+        raise ValueError(
+            f"generate: gen_length takes a multiple of block_length ({block_length}), "
+            f"got {gen_length}"
+        )
+    if cache not in CACHES:
+        raise ValueError(f"generate: cache takes one of {CACHES}, got {cache!r}")
+    if logits_shift not in (0, 1):
+        raise ValueError(f"generate: logits_shift takes 0 or 1, got {logits_shift!r}")
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor):
+            got = type(attention_mask).__name__
+            raise TypeError(f"generate: attention_mask takes a torch.Tensor, got {got}")
+        if attention_mask.shape != prompt.shape:
+            raise ValueError(
+                f"generate: attention_mask takes the shape of prompt {list(prompt.shape)}, got "
+                f"{list(attention_mask.shape)}"
+            )

@@ -1,0 +1,323 @@
+"""Train the bundled ledger model: ``python -m r2dllm_ext.ledger.train --out DIR``.
+
+Every batch, mask and initial weight is a function of (seed, step) alone, so a run that was killed
+and resumed ends in the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.transformer import ModelConfig, Transformer
+from .task import ANSWER_LENGTH, OPERATIONS, Sample, encode_sample, make_sample, verify
+from .tokenizer import Tokenizer
+
+BLOCK_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything the weights depend on; a resumed run must agree on all of it."""
+
+    seed: int = 0
+    steps: int = 4200
+    batch_size: int = 48
+    learning_rate: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.05
+    digit_weight: float = 4.0
+    iid_share: float = 0.25  # rows masked over the whole answer rather than in one block
+    frontier_share: float = 0.4  # rows masked like a half-decoded block, see mask_answers
+    width: int = 160
+    layers: int = 4
+    heads: int = 5
+    mlp_width: int = 448
+    operations: int = OPERATIONS
+    answer_length: int = ANSWER_LENGTH
+    autocast: bool = True
+    compile: bool = True
+
+
+def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Shape of the ledger model, a small LLaDA."""
+    return ModelConfig(
+        family="llada",
+        vocab_size=len(tokenizer),
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        mlp_width=config.mlp_width,
+        rope_theta=10000.0,
+        max_length=512,
+        mask_id=tokenizer.mask_id,
+        eos_id=tokenizer.end_id,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def collate(samples: list[Sample], tokenizer: Tokenizer, answer_length: int) -> tuple[Tensor, int]:
+    """Token ids [B, P + answer_length] int64, prompts padded on the left to P, whole blocks; and P."""
+    encoded = [encode_sample(sample, tokenizer, answer_length) for sample in samples]
+    P = -(-max(len(prompt) for prompt, _ in encoded) // BLOCK_LENGTH) * BLOCK_LENGTH
+    rows = [[tokenizer.pad_id] * (P - len(p)) + p + a for p, a in encoded]
+    return torch.tensor(rows, dtype=torch.int64), P
+
+
+def mask_answers(
+    answers: Tensor, digit_ids: tuple[int, ...], config: TrainConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Which cells of ``answers`` [B, A] are hidden, and which of them are learned, both bool.
+
+    iid rows hide each cell with one ratio t ~ U(0, 1). The others pick an active block: what lies
+    before it is clean, what lies behind it is hidden and not learned. Inside it, either cells are
+    hidden with ratio t, or, in frontier rows, words are mostly visible and the digits hidden from
+    some point on: what decoding meets after the easy words are committed.
+    """
+    B, A = answers.shape
+    uniform = torch.rand(B, 4, generator=generator)
+    noise = torch.rand(B, A, generator=generator)
+    ratio = uniform[:, :1]
+    mode = uniform[:, 1:2]
+    iid = mode < config.iid_share
+    frontier = mode > 1 - config.frontier_share
+    cell = torch.arange(A)
+    start = (uniform[:, 2:3] * (A // BLOCK_LENGTH)).long() * BLOCK_LENGTH
+    active = (cell >= start) & (cell < start + BLOCK_LENGTH)
+    digit = torch.isin(answers, torch.tensor(digit_ids))
+    behind_front = digit & (cell >= start + uniform[:, 3:4] * BLOCK_LENGTH)
+    hidden = torch.where(frontier, behind_front | (~digit & (noise < ratio**2)), noise < ratio)
+    learned = hidden & (iid | active)
+    return learned | (~iid & (cell >= start + BLOCK_LENGTH)), learned
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@torch.no_grad()
+def decode(model: Transformer, ids: Tensor, prompt_length: int) -> Tensor:
+    """Fill the masks of ``ids`` [B, T] one token a step: the surest cell of the first open block.
+
+    A self-contained oracle for training; ``r2dllm_ext.generate`` is the real thing.
+    """
+    ids, tokenizer = ids.clone(), Tokenizer()
+    attention_mask = ids != tokenizer.pad_id
+    rows = torch.arange(len(ids))
+    for start in range(prompt_length, ids.shape[1], BLOCK_LENGTH):
+        block = ids[:, start : start + BLOCK_LENGTH]
+        for _ in range(block.shape[1]):
+            logits = model(
+                ids, attention_mask=attention_mask, logits_positions=(start, start + BLOCK_LENGTH)
+            ).logits.float()
+            logits[..., tokenizer.mask_id] = -torch.inf
+            confidence, prediction = logits.softmax(-1).max(-1)
+            best = confidence.masked_fill(block != tokenizer.mask_id, -1).argmax(-1)
+            block[rows, best] = prediction[rows, best]
+    return ids
+
+
+def evaluate(
+    model: Transformer, samples: list[Sample], *, answer_length: int = ANSWER_LENGTH, batch: int = 64
+) -> tuple[float, list[str]]:
+    """Share of ``samples`` decoded one token a step without any error, and the answer texts."""
+    tokenizer = Tokenizer()
+    texts = []
+    for i in range(0, len(samples), batch):
+        ids, P = collate(samples[i : i + batch], tokenizer, answer_length)
+        ids[:, P:] = tokenizer.mask_id
+        answers = decode(model, ids.to(model.device), P)[:, P:]
+        texts += [tokenizer.decode(row) for row in answers.tolist()]
+    right = sum(verify(s.problem, t).correct for s, t in zip(samples, texts, strict=True))
+    return right / max(1, len(samples)), texts
+
+
+class Trainer:
+    """Model, optimizer and step counter of one run; :meth:`run` goes on from any checkpoint."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.tokenizer, self.step = config, Tokenizer(), 0
+        self.model = Transformer(model_config(config, self.tokenizer)).init_weights(config.seed)
+        hidden = [p for p in self.model.blocks.parameters() if p.dim() == 2]
+        others = [p for p in self.model.parameters() if all(p is not h for h in hidden)]
+        lr = config.learning_rate
+        self.optimizers = (
+            torch.optim.Muon(
+                hidden, lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        self._loss = torch.compile(self._loss_of, dynamic=False) if config.compile else self._loss_of
+
+    def _loss_of(self, ids: Tensor, keys: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        answer = (ids.shape[1] - targets.shape[1], ids.shape[1])
+        logits = self.model(ids, attention_mask=keys, logits_positions=answer).logits.float()
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return (nll * weight.flatten()).sum() / weight.sum()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids [B, T], key mask [B, T], targets [B, A] and loss weights [B, A] of a step."""
+        config = self.config
+        samples = [
+            make_sample(
+                config.seed,
+                step * config.batch_size + i,
+                operations=config.operations,
+                answer_length=config.answer_length,
+            )
+            for i in range(config.batch_size)
+        ]
+        ids, P = collate(samples, self.tokenizer, config.answer_length)
+        targets = ids[:, P:].clone()
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        hidden, learned = mask_answers(targets, self.tokenizer.digit_ids, config, generator)
+        digit = torch.isin(targets, torch.tensor(self.tokenizer.digit_ids))
+        weight = learned * torch.where(digit, config.digit_weight, 1.0)
+        keys = ids != self.tokenizer.pad_id
+        ids[:, P:] = targets.masked_fill(hidden, self.tokenizer.mask_id)
+        return ids, keys, targets, weight
+
+    def train_step(self) -> tuple[float, float]:
+        """One update; returns its loss and learning rate."""
+        lr = learning_rate(self.config, self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        batch = self.batch(self.step)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.autocast):
+            loss = self._loss(*batch)
+        self.model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        return float(loss.detach()), lr
+
+    def save(self, path: Path) -> None:
+        """Write the whole state, or nothing: a crash leaves the old checkpoint in place."""
+        state = {
+            "config": asdict(self.config),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng": torch.get_rng_state(),
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    @classmethod
+    def resume(cls, path: Path) -> Trainer:
+        """The trainer a checkpoint was written by."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        trainer = cls(TrainConfig(**state["config"]))
+        trainer.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["rng"])
+        trainer.step = state["step"]
+        return trainer
+
+
+def run(
+    trainer: Trainer,
+    out: Path,
+    *,
+    stop: int | None = None,
+    save_every: int = 250,
+    eval_every: int = 500,
+    eval_samples: int = 64,
+    log_every: int = 50,
+    progress: bool = True,
+) -> None:
+    """Train to ``stop`` (default: the configured steps), logging to ``out/train_log.jsonl``."""
+    config, began = trainer.config, time.perf_counter()
+    stop = config.steps if stop is None else min(stop, config.steps)
+    out.mkdir(parents=True, exist_ok=True)
+    held_out = [
+        make_sample(
+            config.seed,
+            i,
+            split="test",
+            operations=config.operations,
+            answer_length=config.answer_length,
+        )
+        for i in range(eval_samples)
+    ]
+    losses: list[float] = []
+    with open(out / "train_log.jsonl", "a") as log, _bar(progress, trainer.step, stop) as bar:
+        while trainer.step < stop:
+            loss, lr = trainer.train_step()
+            losses.append(loss)
+            bar.update()
+            if trainer.step % log_every == 0 or trainer.step == stop:
+                mean = sum(losses) / len(losses)
+                record = {"step": trainer.step, "loss": round(mean, 5), "lr": lr}
+                if trainer.step % eval_every == 0 or trainer.step == stop:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+                        accuracy, _ = evaluate(
+                            trainer.model, held_out, answer_length=config.answer_length
+                        )
+                    record["accuracy"] = accuracy
+                record["seconds"] = round(time.perf_counter() - began, 1)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{mean:.4f}")
+                losses.clear()
+            if trainer.step % save_every == 0 or trainer.step == stop:
+                trainer.save(out / "checkpoint.pt")
+
+
+def _bar(progress: bool, start: int, stop: int):
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "r2dllm_ext.ledger.train shows progress with tqdm: pip install tqdm"
+        ) from error
+    return tqdm(initial=start, total=stop, disable=not progress, mininterval=5, desc="ledger")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train the ledger model on the CPU.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and log")
+    parser.add_argument("--steps", type=int, default=TrainConfig.steps)
+    parser.add_argument("--stop", type=int, help="stop early at this step, schedule unchanged")
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed)
+    parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    if args.resume:
+        trainer = Trainer.resume(args.out / "checkpoint.pt")
+    else:
+        trainer = Trainer(
+            TrainConfig(
+                seed=args.seed,
+                steps=args.steps,
+                learning_rate=args.learning_rate,
+                compile=not args.no_compile,
+            )
+        )
+    run(trainer, args.out, stop=args.stop, eval_every=args.eval_every)
+
+
+if __name__ == "__main__":
+    main()

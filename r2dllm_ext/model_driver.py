@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `generate` calls a model: the convention of the published loops, and their three caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .config import DecodeConfig
+
+CACHES = ("none", "prefix", "dual")
+
+
+class ModelDriver:
+    """Forwards of one decode: what the model is given, and which rows of its logits to take.
+
+    Args:
+        model: see `generate`.
+        cache: one of `CACHES`.
+        logits_shift: 0 or 1 (Dream).
+        key_mask: [B, P + G] with zeros on padding, or None.
+    """
+
+    def __init__(
+        self, model: Any, cache: str, logits_shift: int, key_mask: torch.Tensor | None
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._shift = logits_shift
+        self._key_mask = key_mask
+        self._block_logits_only = getattr(model, "supports_logits_positions", False)
+        self._past: list[tuple[torch.Tensor, ...]] | None = None
+        self.owes_block_step = False
+
+    def step_config(self, config: DecodeConfig, full_pass: bool) -> DecodeConfig:
+        """Dream's full pass commits the first cell of the block by the base rule, nothing else."""
+        dream_loop = self._shift == 1 and self._cache != "none"
+        return config.replace(base="first") if dream_loop and full_pass else config
+
+    def forward(
+        self, ids: torch.Tensor, start: int, end: int, rows: list[int], *, new_block: bool
+    ) -> tuple[torch.Tensor, int, bool]:
+        """One forward for the block [start, end) of `ids` [B, T], the rows `rows` of the batch.
+
+        Returns its logits [B, L, V], the shift that is left to apply to their rows, and whether the
+        forward read the whole sequence.
+        """
+        options: dict[str, Any] = {}
+        if self._key_mask is not None:
+            mask = self._key_mask
+            options["attention_mask"] = mask if len(rows) == len(mask) else mask[rows]
+        if new_block or self._cache == "none":
+            return self._full_pass(ids, start, end, options)
+        self.owes_block_step = False
+        options.update(use_cache=True, past_key_values=self._past)
+        inputs = ids[:, start:]
+        if self._cache == "dual":
+            inputs = ids[:, start:end]
+            replace = torch.zeros_like(ids, dtype=torch.bool)
+            replace[:, start:end] = True
+            options["replace_position"] = replace
+            if self._shift:
+                options["dual_cache"] = True
+        # Within a block row 0 stays with cell 0, as in the release.
+        return self._logits(inputs, 0, end - start, options)[0], self._shift, False
+
+    def keep_rows(self, keep: list[int]) -> None:
+        """Drops the cached keys and values of all other rows."""
+        if self._past is not None and keep:
+            self._past = [tuple(tensor[keep] for tensor in pair) for pair in self._past]
+
+    def _full_pass(self, ids, start, end, options) -> tuple[torch.Tensor, int, bool]:
+        if self._cache != "none":
+            options["use_cache"] = True
+            self.owes_block_step = self._shift == 1
+        # Position i is predicted by row i - shift; position 0 by row 0.
+        begin = max(start - self._shift, 0)
+        logits, output = self._logits(ids, begin, begin + end - start, options)
+        if self._cache != "none":
+            past = output.past_key_values
+            self._past = _cut(past, start) if self._cache == "prefix" else past
+        return logits, self._shift - (start - begin), True
+
+    def _logits(self, inputs, begin: int, end: int, options) -> tuple[torch.Tensor, Any]:
+        """Rows [begin, end) of the logits."""
+        batch, length = inputs.shape
+        if self._block_logits_only:
+            output = self._model(inputs, logits_positions=(begin, end), **options)
+            expected, rows = (batch, end - begin), slice(None)
+        else:
+            output = self._model(inputs, **options)
+            expected, rows = (batch, length), slice(begin, end)
+        logits = output.logits
+        if logits.dim() != 3 or tuple(logits.shape[:2]) != expected:
+            raise ValueError(
+                f"generate: the model takes ids {list(inputs.shape)} and has to return logits "
+                f"[{expected[0]}, {expected[1]}, V], got {list(logits.shape)}"
+            )
+        return logits[:, rows], output
+
+
+def _cut(past: Any, length: int) -> list[tuple[torch.Tensor, ...]]:
+    """Keys and values of the first `length` positions.
+
+    Time is dim 2 of [B, heads, T, head_dim] (LLaDA) and dim 1 of [B, T, heads * head_dim] (Dream).
+    """
+    return [tuple(tensor.narrow(tensor.dim() - 2, 0, length) for tensor in pair) for pair in past]

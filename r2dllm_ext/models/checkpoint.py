@@ -1,0 +1,241 @@
+"""Load and save LLaDA and Dream checkpoints: config.json and safetensors, sharded or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .transformer import ModelConfig, Transformer
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "BF16", "F16")  # storage an unquantised checkpoint may use
+_ALIASES = {"ledger": Path(__file__).parent.parent / "ledger" / "model"}
+
+# Our module path -> published key; "{}" is the layer number.
+_KEYS = {
+    "llada": {
+        "embed": "model.transformer.wte",
+        "norm": "model.transformer.ln_f",
+        "head": "model.transformer.ff_out",
+        "blocks.{}.attn_norm": "model.transformer.blocks.{}.attn_norm",
+        "blocks.{}.attn.q_proj": "model.transformer.blocks.{}.q_proj",
+        "blocks.{}.attn.k_proj": "model.transformer.blocks.{}.k_proj",
+        "blocks.{}.attn.v_proj": "model.transformer.blocks.{}.v_proj",
+        "blocks.{}.attn.o_proj": "model.transformer.blocks.{}.attn_out",
+        "blocks.{}.mlp_norm": "model.transformer.blocks.{}.ff_norm",
+        "blocks.{}.gate_proj": "model.transformer.blocks.{}.ff_proj",
+        "blocks.{}.up_proj": "model.transformer.blocks.{}.up_proj",
+        "blocks.{}.down_proj": "model.transformer.blocks.{}.ff_out",
+    },
+    "dream": {
+        "embed": "model.embed_tokens",
+        "norm": "model.norm",
+        "head": "lm_head",
+        "blocks.{}.attn_norm": "model.layers.{}.input_layernorm",
+        "blocks.{}.attn.q_proj": "model.layers.{}.self_attn.q_proj",
+        "blocks.{}.attn.k_proj": "model.layers.{}.self_attn.k_proj",
+        "blocks.{}.attn.v_proj": "model.layers.{}.self_attn.v_proj",
+        "blocks.{}.attn.o_proj": "model.layers.{}.self_attn.o_proj",
+        "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "blocks.{}.gate_proj": "model.layers.{}.mlp.gate_proj",
+        "blocks.{}.up_proj": "model.layers.{}.mlp.up_proj",
+        "blocks.{}.down_proj": "model.layers.{}.mlp.down_proj",
+    },
+}
+
+
+def load_model(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """A LLaDA or Dream checkpoint as our transformer, in eval mode and ready for ``generate``.
+
+    path_or_hub_id: a folder with ``config.json`` and ``model.safetensors`` (or shards and their
+        ``model.safetensors.index.json``), a hub id such as ``"GSAI-ML/LLaDA-8B-Instruct"``
+        (needs ``huggingface_hub``), or ``"ledger"`` for the small model inside this package.
+        A local folder wins over a hub id of the same name, the alias over both.
+    dtype: any floating dtype; ``None`` keeps the one the checkpoint's embedding is stored in.
+
+    Tensors go one by one from the file to ``device`` and ``dtype``, so the peak is the weights and
+    one tensor. Raises ``ValueError`` naming key, file and shapes if the weights do not fit the
+    config, or field and value for a config we do not compute; ``FileNotFoundError`` if there is
+    no checkpoint.
+
+    Example::
+
+        model = load_model("ledger")
+        model = load_model("/models/LLaDA-8B-Instruct", device="cuda", dtype=torch.bfloat16)
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"load_model: dtype is {dtype!r}, takes a floating torch.dtype or None")
+    folder = _locate(path_or_hub_id)
+    config = ModelConfig.from_hf_config(_read_json(folder / "config.json"))
+    with torch.device("meta"):
+        model = Transformer(config).eval()
+    sources = _sources(folder)
+    names = {published_key(config.family, name): name for name, _ in model.named_parameters()}
+    _check(folder, sources, {key: model.get_parameter(name) for key, name in names.items()})
+
+    # The embedding comes first: where no dtype is asked for, its own decides for all.
+    for key, name in names.items():
+        # A file is opened anew for each tensor: an open map would keep every page read so far.
+        with safe_open(sources[key], framework="pt") as file:
+            stored = file.get_tensor(key)
+        dtype = dtype or stored.dtype
+        _assign(model, name, stored.to(device, dtype, copy=True))
+        del stored
+    model.rotary.to(torch.device(device))
+    return model
+
+
+def save_model(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int = 5_000_000_000,
+) -> None:
+    """Write ``config.json`` and safetensors in the published layout of the model's family.
+
+    max_shard_size: bytes; weights above it are split over several files and an index. Shards left
+    in ``folder`` by an earlier save are removed. ``load_model(folder)`` gives the same bits back.
+
+    Example::
+
+        save_model(load_model("ledger"), "copy")
+    """
+    if max_shard_size < 1:
+        raise ValueError(f"save_model: max_shard_size is {max_shard_size}, takes bytes >= 1")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    family = model.config.family
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, weight in model.named_parameters():
+        if shards[-1] and size + weight.nbytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][published_key(family, name)] = weight.detach()
+        size += weight.nbytes
+
+    n = len(shards)
+    files = [_SINGLE] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    for file, shard in zip(files, shards, strict=True):
+        on_cpu = {key: weight.cpu().contiguous() for key, weight in shard.items()}
+        save_file(on_cpu, folder / f"{file}.part", metadata={"format": "pt"})
+        os.replace(folder / f"{file}.part", folder / file)
+    if n > 1:
+        where = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
+        total = sum(weight.nbytes for shard in shards for weight in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(folder / _INDEX, index)
+    for stale in (*folder.glob("model-*-of-*.safetensors"), folder / _SINGLE, folder / _INDEX):
+        if stale.name not in files and not (n > 1 and stale.name == _INDEX):
+            stale.unlink(missing_ok=True)
+    _write_json(folder / "config.json", model.config.to_hf_config(model.dtype))
+
+
+def published_key(family: str, name: str) -> str:
+    """Checkpoint key of one of our parameters.
+
+    Example::
+
+        published_key("llada", "blocks.3.down_proj.weight")
+        # "model.transformer.blocks.3.ff_out.weight"
+    """
+    module, leaf = name.rsplit(".", 1)
+    layer = re.match(r"blocks\.(\d+)\.", module)
+    number = layer[1] if layer else ""
+    pattern = module.replace(f"blocks.{number}.", "blocks.{}.", 1) if layer else module
+    return f"{_KEYS[family][pattern].format(number)}.{leaf}"
+
+
+def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    name = os.fspath(path_or_hub_id)
+    path = _ALIASES.get(name, Path(name))
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"load_model: no folder {str(path)!r}, and no hub id either")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"load_model: there is no folder {name!r}, and to fetch it from the hub needs "
+            "huggingface_hub: pip install huggingface_hub"
+        ) from error
+    try:
+        wanted = ["config.json", "*.safetensors", _INDEX]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # what the hub client raises for a bad name or network
+        raise FileNotFoundError(
+            f"load_model: {name!r} is neither a local folder nor to be had from the hub: {error}"
+        ) from error
+
+
+def _sources(folder: Path) -> dict[str, Path]:
+    """Published key -> the file that holds it."""
+    if (folder / _SINGLE).is_file():
+        with safe_open(folder / _SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / _SINGLE)
+    if not (folder / _INDEX).is_file():
+        raise FileNotFoundError(f"load_model: neither {_SINGLE} nor {_INDEX} in {str(folder)!r}")
+    where = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(where, dict):
+        raise ValueError(f"load_model: {folder / _INDEX} has no weight_map")
+    return {key: folder / file for key, file in where.items()}
+
+
+def _check(folder: Path, sources: dict[str, Path], expected: dict[str, nn.Parameter]) -> None:
+    """Compare keys and shapes with the config's before a byte of weights is read."""
+    for key in expected.keys() - sources.keys():
+        shape = list(expected[key].shape)
+        raise ValueError(f"load_model: key {key} {shape} is missing from {str(folder)!r}")
+    for path in sorted(set(sources.values())):
+        if not path.is_file():
+            raise FileNotFoundError(f"load_model: {_INDEX} names {path}, which does not exist")
+        with safe_open(path, framework="pt") as file:
+            held = set(file.keys())
+            for key in (k for k, source in sources.items() if source == path):
+                if key not in held:
+                    raise ValueError(f"load_model: key {key} is missing from {path}")
+                view = file.get_slice(key)
+                shape, kind = view.get_shape(), view.get_dtype()
+                if key not in expected:
+                    raise ValueError(f"load_model: unexpected key {key} {shape} in {path}")
+                if shape != list(expected[key].shape):
+                    raise ValueError(
+                        f"load_model: key {key} in {path} has shape {shape}, config.json asks for "
+                        f"{list(expected[key].shape)}"
+                    )
+                if kind not in _DTYPES:
+                    raise ValueError(
+                        f"load_model: key {key} in {path} is stored as {kind}, takes "
+                        + ", ".join(_DTYPES)
+                    )
+
+
+def _assign(model: Transformer, name: str, weight: Tensor) -> None:
+    module, leaf = name.rsplit(".", 1)
+    setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"load_model: no {path.name} in {str(path.parent)!r}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load_model: {path} is not JSON: {error}") from error
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

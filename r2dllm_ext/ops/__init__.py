@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops, one file each: a thin wrapper over `torch.ops.r2dllm` and its fake (meta) kernel."""
+
+from .. import _library as _library  # registers the ops
+from .decode_step import DecodeStep, decode_step, select
+from .positional_ambiguity import positional_ambiguity
+from .token_confidence import token_confidence
+from .update_stability import update_stability_
+from .window_pool import window_pool
+
+__all__ = [
+    "DecodeStep",
+    "decode_step",
+    "positional_ambiguity",
+    "select",
+    "token_confidence",
+    "update_stability_",
+    "window_pool",
+]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..config import DecodeConfig
+from ..state import DecodeState
+from ._checks import same_device
+
+
+class DecodeStep(NamedTuple):
+    """What a step decided; see `decode_step`."""
+
+    prediction: torch.Tensor  # [B, L] int64
+    confidence: torch.Tensor  # [B, L] float32
+    rule: torch.Tensor  # [B, L] uint8, values of Rule
+    remaining: torch.Tensor  # [B] int32
+
+
+def decode_step(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    state: DecodeState,
+    config: DecodeConfig,
+    *,
+    candidates: torch.Tensor | None = None,
+    logits_shift: int = 0,
+) -> DecodeStep:
+    """Commit tokens of a block from one forward's logits: all rules of R2-dLLM in one call.
+
+    Base rule, `window_pool`, `positional_ambiguity`, `update_stability_`, in this order; each sees
+    what the ones before have committed.
+
+    Args:
+        logits: [B, L, V] float32, bfloat16 or float16 (float64 on the CPU), row i for cell i;
+            last dimension of stride 1, any other strides, any alignment.
+        tokens: [B, L] int64, the block; a strided view is fine. Written in place.
+        state: of this block, [B, L], on the device of the logits; written in place. Call
+            `state.reset()` when a new block begins.
+        config: what may be committed.
+        candidates: [B, L] bool, cells that may be committed; every other cell counts as committed.
+            Default `tokens == config.mask_id`.
+        logits_shift: 1 judges cell i by row max(i - 1, 0) (Dream's block step), without a copy.
+
+    Returns:
+        prediction: [B, L] int64, the argmax (at temperature > 0 the drawn token, but the argmax at
+            cells committed by CLUSTER or TEMPORAL); -1 where there is none. Wherever `rule` is not
+            NONE it is the token committed.
+        confidence: [B, L] float32, its untempered probability; 0 where not a candidate, NaN where a
+            candidate's logits have no finite maximum. Such a cell is never committed.
+        rule: [B, L] uint8, why a cell was committed: values of `Rule`.
+        remaining: [B] int32, candidates that are still masked.
+
+    Raises:
+        TypeError, ValueError: name the argument, what it got and what it takes. Nothing is written
+            then.
+
+    No host synchronisation; nothing of size V is allocated. A row's result depends on that row
+    alone. With B = 0 or L = 0 the results are empty.
+
+    >>> logits = torch.zeros(1, 2, 4); logits[0, 0, 1] = 9
+    >>> tokens = torch.tensor([[3, 3]])
+    >>> step = decode_step(logits, tokens, DecodeState(1, 2), DecodeConfig(mask_id=3))
+    >>> tokens, step.rule, step.remaining
+    (tensor([[1, 3]]), tensor([[1, 0]], dtype=torch.uint8), tensor([1], dtype=torch.int32))
+    """
+    return _step(torch.ops.r2dllm.decode_step.default, logits, tokens, state, config, candidates, logits_shift)
+
+
+def select(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    state: DecodeState,
+    config: DecodeConfig,
+    *,
+    candidates: torch.Tensor | None = None,
+    logits_shift: int = 0,
+) -> DecodeStep:
+    """The decision of `decode_step` without writing `tokens`; the state advances.
+
+    For loops that commit by themselves: take `prediction` wherever `rule` is not `Rule.NONE`.
+    Arguments, results and errors are those of `decode_step`.
+
+    >>> tokens = torch.tensor([[3, 3]])
+    >>> step = select(torch.zeros(1, 2, 4), tokens, DecodeState(1, 2), DecodeConfig(mask_id=3))
+    >>> tokens, step.rule
+    (tensor([[3, 3]]), tensor([[2, 0]], dtype=torch.uint8))
+    """
+    return _step(torch.ops.r2dllm.select.default, logits, tokens, state, config, candidates, logits_shift)
+
+
+def _step(op, logits, tokens, state, config, candidates, logits_shift) -> DecodeStep:
+    try:
+        arguments = config._op_args
+        streaks = (state.streak_count, state.streak_id, state.streak_sum, state.streak_max)
+        counters = state.counters
+    except AttributeError:
+        _reject(op, state, config)
+        raise
+    if not (isinstance(logits, torch.Tensor) and isinstance(tokens, torch.Tensor)):
+        name = "tokens" if isinstance(logits, torch.Tensor) else "logits"
+        got = type(tokens if name == "tokens" else logits).__name__
+        raise TypeError(f"{_name(op)}: {name} takes a torch.Tensor, got {got}")
+    return DecodeStep(
+        *op(logits, tokens, *streaks, counters, candidates, logits_shift, *arguments)
+    )
+
+
+def _name(op) -> str:
+    return op.name().split("::")[1]
+
+
+def _reject(op, state, config) -> None:
+    if not isinstance(config, DecodeConfig):
+        raise TypeError(f"{_name(op)}: config takes a DecodeConfig, got {type(config).__name__}")
+    if not isinstance(state, DecodeState):
+        raise TypeError(f"{_name(op)}: state takes a DecodeState, got {type(state).__name__}")
+
+
+def _fake(logits, tokens, streak_count, streak_id, streak_sum, streak_max, counters, candidates,
+          *options):  # fmt: skip
+    same_device("decode_step", logits, tokens=tokens, state=streak_count, candidates=candidates)
+    cells, rows = logits.shape[:2], logits.shape[:1]
+    return (
+        logits.new_empty(cells, dtype=torch.int64),
+        logits.new_empty(cells, dtype=torch.float32),
+        logits.new_empty(cells, dtype=torch.uint8),
+        logits.new_empty(rows, dtype=torch.int32),
+    )
+
+
+torch.library.register_fake("r2dllm::decode_step", _fake)
+torch.library.register_fake("r2dllm::select", _fake)

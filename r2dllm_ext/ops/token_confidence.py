@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import torch
+
+from ._checks import is_tensor, same_device
+
+
+def token_confidence(
+    logits: torch.Tensor,
+    *,
+    candidates: torch.Tensor | None = None,
+    exclude_id: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prediction of every position and its softmax probability: the pass over V.
+
+    One read of the logits of the candidate rows; nothing of size V is written.
+
+    Args:
+        logits: [B, L, V] float32, bfloat16 or float16 (float64 on the CPU), V >= 1; last dimension
+            of stride 1, any other strides, any alignment.
+        candidates: [B, L] bool, rows to read; default all.
+        exclude_id: this column counts as -inf; default none.
+
+    Returns:
+        prediction: [B, L] int64, the argmax, lowest id on ties; -1 where there is none: not a
+            candidate, maximum NaN or +inf, or all logits -inf.
+        confidence: [B, L] float32, its probability; 0 where not a candidate, NaN where a candidate
+            has no prediction.
+
+    Raises:
+        TypeError, ValueError: name the argument, what it got and what it takes.
+
+    A row has the same bits alone, in any batch and with any number of threads. No host
+    synchronisation.
+
+    >>> token_confidence(torch.tensor([[[0.0, 0.0, -1e4]]]))
+    (tensor([[0]]), tensor([[0.5000]]))
+    """
+    is_tensor("token_confidence", logits=logits)
+    return torch.ops.r2dllm.token_confidence(logits, candidates, exclude_id)
+
+
+@torch.library.register_fake("r2dllm::token_confidence")
+def _(logits, candidates=None, exclude_id=None):
+    same_device("token_confidence", logits, candidates=candidates)
+    shape = logits.shape[:2]
+    return (
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty(shape, dtype=torch.float32),
+    )

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import torch
+
+from ..config import TEMPORAL_EVALS
+from ..state import DecodeState
+from ._checks import is_tensor, same_device
+
+
+def update_stability_(
+    state: DecodeState,
+    prediction: torch.Tensor,
+    confidence: torch.Tensor,
+    *,
+    was_masked: torch.Tensor,
+    is_masked: torch.Tensor,
+    steps: int,
+    min_confidence: float,
+    mode: str = "last",
+) -> torch.Tensor:
+    """Advance the streaks of `state` in place and report the predictions that have become stable.
+
+    A position that is still masked continues its streak if its prediction is the tracked one and
+    begins a new one otherwise. It is stable once the streak is `steps` long and its evidence
+    reaches `min_confidence`; its streak then ends. A position committed in this step, or one that
+    is masked but has no prediction, loses its streak. One that was not masked is left alone.
+
+    Args:
+        state: streaks of B rows and L positions, written in place.
+        prediction: [B, L] int64; negative = none.
+        confidence: [B, L] float32, float16 or bfloat16; non-finite = no prediction.
+        was_masked, is_masked: [B, L] bool, before the step and after its other rules.
+        steps: >= 1 equal predictions in a row, this step's included.
+        min_confidence: inclusive, a probability in [0, 1].
+        mode: evidence: confidence of this step ("last"), mean ("ave") or maximum ("max") of the
+            streak.
+
+    Returns:
+        [B, L] bool, positions whose prediction is stable: a subset of `is_masked`.
+
+    Raises:
+        TypeError, ValueError: name the argument, what it got and what it takes; the state is then
+            unchanged.
+
+    Float32 arithmetic, same bits on every device. No host synchronisation. Source: temporal rule of
+    R2-dLLM (`temporal_steps`); oracle: `reference.update_stability_`.
+
+    >>> masked = torch.ones(1, 1, dtype=torch.bool)
+    >>> state = DecodeState(1, 1)
+    >>> for _ in range(2):
+    ...     stable = update_stability_(state, torch.tensor([[5]]), torch.tensor([[.9]]),
+    ...                                was_masked=masked, is_masked=masked, steps=2,
+    ...                                min_confidence=.8)
+    >>> stable
+    tensor([[True]])
+    """
+    op = "update_stability_"
+    if not isinstance(state, DecodeState):
+        raise TypeError(f"{op}: state takes a DecodeState, got {type(state).__name__}")
+    is_tensor(op, prediction=prediction, confidence=confidence)
+    is_tensor(op, was_masked=was_masked, is_masked=is_masked)
+    if mode not in TEMPORAL_EVALS:
+        raise ValueError(f"{op}: mode takes one of {TEMPORAL_EVALS}, got {mode!r}")
+    return torch.ops.r2dllm.update_stability_(
+        state.streak_count, state.streak_id, state.streak_sum, state.streak_max, prediction,
+        confidence, was_masked, is_masked, steps, min_confidence, TEMPORAL_EVALS.index(mode),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("r2dllm::update_stability_")
+def _(
+    streak_count, streak_id, streak_sum, streak_max, prediction, confidence, was_masked, is_masked,
+    steps, min_confidence, eval=0,
+):  # fmt: skip
+    same_device("update_stability_", prediction, confidence=confidence, is_masked=is_masked)
+    return prediction.new_empty(prediction.shape, dtype=torch.bool)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import torch
+
+from ._checks import is_tensor, same_device
+
+
+def window_pool(
+    confidence: torch.Tensor,
+    is_masked: torch.Tensor,
+    *,
+    window: int,
+    min_confidence: float,
+    max_unmasked: int | None = None,
+) -> torch.Tensor:
+    """Mark the masked positions that lie in a confident window.
+
+    Each run of `window` neighbours is judged by the mean confidence of its masked positions; where
+    it reaches `min_confidence`, all of these are marked. Windows overlap and do not see each
+    other's verdicts, so the result does not depend on the order of the scan.
+
+    Args:
+        confidence: [B, L] float32, float16 or bfloat16, probabilities of the predictions. A window
+            that holds a non-finite one at a masked position is skipped.
+        is_masked: [B, L] bool, True where no token is committed yet.
+        window: W >= 1 neighbours; a window longer than L marks nothing.
+        min_confidence: inclusive, a probability in [0, 1].
+        max_unmasked: most committed positions that a window may hold; None = no limit.
+
+    Returns:
+        [B, L] bool, a subset of `is_masked`.
+
+    Raises:
+        TypeError, ValueError: name the argument, what it got and what it takes.
+
+    Same bits on every device; the mean is taken in float64, left to right. No host synchronisation.
+    Source: spatial rule of R2-dLLM (`confidence_cluster_size`); oracle: `reference.window_pool`.
+
+    >>> window_pool(torch.tensor([[.9, .8, .1]]), torch.ones(1, 3, dtype=torch.bool),
+    ...             window=2, min_confidence=.8)
+    tensor([[ True,  True, False]])
+    """
+    is_tensor("window_pool", confidence=confidence, is_masked=is_masked)
+    return torch.ops.r2dllm.window_pool(confidence, is_masked, window, min_confidence, max_unmasked)
+
+
+@torch.library.register_fake("r2dllm::window_pool")
+def _(confidence, is_masked, window, min_confidence, max_unmasked=None):
+    same_device("window_pool", confidence, is_masked=is_masked)
+    return confidence.new_empty(confidence.shape, dtype=torch.bool)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: every op of the package once more, written to be read rather than to be fast.
+
+Plain PyTorch in float64 with the signatures of the ops; importable without the extension. What the
+tests compare against, and the place to look up what a rule does.
+"""
+
+from ..config import DecodeConfig, Rule
+from ..state import DecodeState
+from .base_rule import base_rule
+from .decode_step import DecodeStep, Observation, decide, decode_step, observe, select
+from .positional_ambiguity import positional_ambiguity
+from .random import philox4x32, uniform
+from .sampling import draw_token, draw_tokens, token_weights
+from .stability import update_stability_
+from .token_confidence import token_confidence
+from .window_pool import window_pool
+
+__all__ = [
+    "DecodeConfig",
+    "DecodeState",
+    "DecodeStep",
+    "Observation",
+    "Rule",
+    "base_rule",
+    "decide",
+    "decode_step",
+    "draw_token",
+    "draw_tokens",
+    "observe",
+    "philox4x32",
+    "positional_ambiguity",
+    "select",
+    "token_confidence",
+    "token_weights",
+    "uniform",
+    "update_stability_",
+    "window_pool",
+]

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is committed from confidence alone."""
+
+import torch
+from torch import Tensor
+
+
+def base_rule(
+    confidence: Tensor,
+    is_masked: Tensor,
+    config,
+    *,
+    threshold: float,
+    step: Tensor,
+    masked_at_start: Tensor,
+) -> Tensor:
+    """Cells that `config.base` commits.
+
+    Args:
+        confidence: [B, L] float32.
+        is_masked: [B, L] bool, the cells that may be committed.
+        config: DecodeConfig.
+        threshold: config.threshold in the precision that `confidence` is compared in.
+        step: [B] int64, steps taken in the block before this one.
+        masked_at_start: [B] int64, candidates when the block began.
+
+    Returns:
+        [B, L] bool, a subset of `is_masked`.
+    """
+    committed = torch.zeros_like(is_masked)
+    for b in range(is_masked.shape[0]):
+        cells = is_masked[b].nonzero().flatten().tolist()
+        if not cells:
+            continue
+        p = confidence[b].tolist()
+        falling = sorted(cells, key=lambda cell: (-p[cell], cell))  # ties: lowest index first
+        if config.base == "first":
+            chosen = [cells[0]]
+        elif config.base == "schedule":
+            n = config.steps_per_block or is_masked.shape[1]
+            chosen = falling[: quota(int(masked_at_start[b]), n, int(step[b]), len(cells))]
+        else:
+            ranked = [p[cell] for cell in falling]
+            if config.base == "threshold":
+                count = max(1, sum(value >= threshold for value in ranked))
+            elif config.base == "factor":
+                count = factor_count(ranked, config.factor)
+            else:
+                count = budget_count(ranked, config.error_budget)
+            chosen = falling[:count]
+        committed[b, chosen] = True
+    return committed
+
+
+def quota(m: int, n: int, step: int, masked: int) -> int:
+    """Cells that step `step` of `n` takes when a block began with `m`; all of them past the end."""
+    return min(masked, m // n + (step < m % n)) if step < n else masked
+
+
+def factor_count(falling: list[float], factor: float) -> int:
+    """Length of the prefix with p_j >= 1 - factor / (j + 1), j from 1; p_1 always passes.
+
+    A single failing cell at the very end is committed with the rest, as the release does.
+    """
+    j = 1
+    while j < len(falling) and falling[j] >= 1 - factor / (j + 2):
+        j += 1
+    return j + 1 if j == len(falling) - 1 else j
+
+
+def budget_count(falling: list[float], error_budget: float) -> int:
+    """The best cell, then cells while the summed (1 - p) of all of them stays in the budget."""
+    spent, count = 1 - falling[0], 1
+    for p in falling[1:]:
+        spent += 1 - p
+        if not spent <= error_budget:
+            break
+        count += 1
+    return count

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw a token from tempered, truncated logits."""
+
+import torch
+from torch import Tensor
+
+from .random import DOMAIN_TOKEN, uniform
+from .token_confidence import without_column
+
+
+def token_weights(
+    row: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Unnormalised weights [V] float64 that a token is drawn with; 0 outside the support.
+
+    Args:
+        row: [V] float64, its maximum finite.
+        top_k: keep every logit >= the k-th largest, ties included.
+        top_p: then keep the likeliest tokens until their share of the mass reaches `top_p`; the one
+            that crosses it and its ties stay.
+    """
+    weights = ((row - row.max()) / temperature).exp()
+    if top_k is not None and top_k < row.numel():
+        weights[row < row.topk(top_k).values[-1]] = 0
+    if top_p is not None:
+        falling, order = row.sort(descending=True)
+        reached = weights[order].cumsum(0) >= top_p * weights.sum()
+        if reached.any():
+            weights[row < falling[reached.to(torch.uint8).argmax()]] = 0
+    return weights
+
+
+def draw_token(weights: Tensor, u: float) -> int:
+    """Inverse of the cumulative distribution: the first token whose cumulative mass exceeds u."""
+    mass = weights.cumsum(0)
+    beyond = mass > u * mass[-1]
+    return int(beyond.to(torch.uint8).argmax())
+
+
+def draw_tokens(
+    logits: Tensor, cells: Tensor, config, *, row: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Drawn tokens of some cells and their untempered probabilities.
+
+    Args:
+        logits: [B, L, V] floating point.
+        cells: [B, L] bool, the cells that draw; their rows of logits are valid.
+        config: temperature > 0, top_k, top_p, seed, mask_id, allow_mask_id.
+        row, step: [B] int64, identity of the random numbers.
+
+    Returns:
+        token [B, L] int64 and probability [B, L] float64; -1 / NaN in all other cells.
+    """
+    token = torch.full(cells.shape, -1, dtype=torch.int64, device=cells.device)
+    probability = torch.full(cells.shape, torch.nan, dtype=torch.float64, device=cells.device)
+    for b, i in cells.nonzero().tolist():
+        z = without_column(logits[b, i], None if config.allow_mask_id else config.mask_id)
+        weights = token_weights(z, config.temperature, config.top_k, config.top_p)
+        u = uniform(config.seed, int(row[b]), int(step[b]), i, DOMAIN_TOKEN)
+        token[b, i] = drawn = draw_token(weights, u)
+        probability[b, i] = z.softmax(-1)[drawn]
+    return token, probability

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-1 token of a row of logits and its softmax probability."""
+
+import torch
+from torch import Tensor
+
+
+def without_column(logits: Tensor, exclude_id: int | None) -> Tensor:
+    """[..., V] logits in float64, column `exclude_id` set to -inf."""
+    z = logits.to(torch.float64, copy=True)
+    if exclude_id is not None:
+        z[..., exclude_id] = -torch.inf
+    return z
+
+
+def token_confidence(
+    logits: Tensor, *, candidates: Tensor | None = None, exclude_id: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Prediction and confidence of every candidate cell.
+
+    Args:
+        logits: [B, L, V] floating point.
+        candidates: [B, L] bool, the cells to look at; None = all.
+        exclude_id: a column that counts as -inf; None = no such column.
+
+    Returns:
+        prediction [B, L] int64, lowest id on ties; confidence [B, L] float64 (the op: float32).
+        -1 / 0 where a cell is no candidate; -1 / NaN where the row is invalid: its maximum is NaN
+        or +inf, or all of it is -inf.
+    """
+    prediction = torch.full(logits.shape[:-1], -1, dtype=torch.int64, device=logits.device)
+    confidence = torch.zeros_like(prediction, dtype=torch.float64)
+    if candidates is None:
+        candidates = torch.ones_like(prediction, dtype=torch.bool)
+    if not candidates.any():
+        return prediction, confidence
+    rows = without_column(logits[candidates], exclude_id)  # [n, V]
+    top, index = rows.max(-1)  # NaN is the greatest
+    lowest = (rows == top[:, None]).to(torch.uint8).argmax(-1)
+    probability = 1 / (rows - top[:, None]).exp().sum(-1)
+    valid = top.isfinite()
+    prediction[candidates] = torch.where(valid, lowest, -1)
+    confidence[candidates] = torch.where(valid, probability, torch.nan)
+    return prediction, confidence

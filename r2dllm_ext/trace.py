@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Trace`: everything that a decode saw and did, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .config import Rule
+from .ops import DecodeStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A whole decode of B rows in S steps (forwards), on the CPU. G = generated positions.
+
+    Attributes:
+        prompt_length, block_length: P and L.
+        block: [S] int64, the block that was active in a step.
+        full_pass: [S] bool, True where the forward read the whole sequence.
+        prediction: [S, B, L] int64, `DecodeStep.prediction` of the active block.
+        confidence: [S, B, L] float32.
+        masked: [S, B, L] bool, cells masked before the step.
+        rule: [S, B, L] uint8, values of `Rule`.
+        commit_step: [B, G] int64, step that committed a position; -1 = never (filled with
+            `stop_id` once its row was finished).
+        commit_rule: [B, G] uint8, its rule.
+        sequences: [B, P + G] int64, the result.
+    """
+
+    prompt_length: int
+    block_length: int
+    block: torch.Tensor
+    full_pass: torch.Tensor
+    prediction: torch.Tensor
+    confidence: torch.Tensor
+    masked: torch.Tensor
+    rule: torch.Tensor
+    commit_step: torch.Tensor
+    commit_rule: torch.Tensor
+    sequences: torch.Tensor
+
+    @property
+    def nfe(self) -> int:
+        """S, the number of forwards."""
+        return len(self.block)
+
+    def rule_counts(self) -> dict[Rule, int]:
+        """Positions committed by each rule, over all rows."""
+        counts = torch.bincount(self.commit_rule.flatten().long(), minlength=len(Rule))
+        return {rule: int(counts[rule]) for rule in Rule if rule is not Rule.NONE}
+
+
+class TraceRecorder:
+    """Collects the steps of `generate`."""
+
+    def __init__(self, batch_size: int, prompt_length: int, gen_length: int, block_length: int):
+        self._shape = (batch_size, block_length)
+        self._prompt_length = prompt_length
+        self._steps: list[dict[str, torch.Tensor]] = []
+        self._commit_step = torch.full((batch_size, gen_length), -1)
+        self._commit_rule = torch.zeros((batch_size, gen_length), dtype=torch.uint8)
+
+    def record(
+        self, block: int, full_pass: bool, rows: list[int], masked: torch.Tensor, step: DecodeStep
+    ) -> None:
+        """`rows` are the rows of the batch that `masked` and `step` are about."""
+        entry = {
+            "block": torch.tensor(block),
+            "full_pass": torch.tensor(full_pass),
+            "prediction": torch.full(self._shape, -1),
+            "confidence": torch.zeros(self._shape),
+            "masked": torch.zeros(self._shape, dtype=torch.bool),
+            "rule": torch.zeros(self._shape, dtype=torch.uint8),
+        }
+        entry["prediction"][rows] = step.prediction.cpu()
+        entry["confidence"][rows] = step.confidence.cpu()
+        entry["masked"][rows] = masked.cpu()
+        entry["rule"][rows] = step.rule.cpu()
+
+        length = self._shape[1]
+        committed = entry["rule"] != Rule.NONE
+        cells = slice(block * length, (block + 1) * length)
+        self._commit_step[:, cells][committed] = len(self._steps)
+        self._commit_rule[:, cells][committed] = entry["rule"][committed]
+        self._steps.append(entry)
+
+    def finish(self, sequences: torch.Tensor) -> Trace:
+        empty = {
+            "block": torch.empty(0, dtype=torch.int64),
+            "full_pass": torch.empty(0, dtype=torch.bool),
+            "prediction": torch.empty(0, *self._shape, dtype=torch.int64),
+            "confidence": torch.empty(0, *self._shape),
+            "masked": torch.empty(0, *self._shape, dtype=torch.bool),
+            "rule": torch.empty(0, *self._shape, dtype=torch.uint8),
+        }
+        stacked = {
+            name: torch.stack([step[name] for step in self._steps]) if self._steps else nothing
+            for name, nothing in empty.items()
+        }
+        return Trace(
+            prompt_length=self._prompt_length,
+            block_length=self._shape[1],
+            commit_step=self._commit_step,
+            commit_rule=self._commit_rule,
+            sequences=sequences.cpu(),
+            **stacked,
+        )
