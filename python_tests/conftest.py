@@ -52,9 +52,15 @@ def device(request) -> str:
     return require_device(request.param)
 
 
+@pytest.fixture
+def cuda() -> str:
+    return require_device("cuda")
+
+
 @pytest.fixture(scope="session")
 def r2() -> ModuleType:
-    """The package with its extension; that it is missing is a failure."""
+    """The package with its extension loaded; that it is missing is a failure."""
+    importlib.import_module("r2dllm_ext.ops")
     return importlib.import_module("r2dllm_ext")
 
 

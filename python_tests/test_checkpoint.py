@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of both published layouts, against a plain reimplementation of the published math."""
 
 import json
@@ -6,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from r2dllm_ext.models import ModelConfig, Transformer, checkpoint, load_model, save_model
 from safetensors.torch import load_file, save_file
+
+from r2dllm_ext.models import ModelConfig, Transformer, checkpoint, load_model, save_model
 
 LLADA = {
     "model_type": "llada", "d_model": 32, "n_heads": 4, "n_kv_heads": 4, "n_layers": 2,
@@ -315,6 +317,13 @@ def test_hub_id_goes_through_snapshot_download(tmp_path, monkeypatch):
         load_model("some/one")
     with pytest.raises(FileNotFoundError, match="no folder '/no/such/folder'"):
         load_model("/no/such/folder")
+
+
+def test_missing_safetensors_is_explained(tmp_path, monkeypatch):
+    write(tmp_path, DREAM, random_weights(DREAM))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        load_model(tmp_path)
 
 
 def test_every_parameter_has_its_own_key():

@@ -6,6 +6,7 @@ import torch
 from cases import (
     DTYPES,
     LAYOUTS,
+    MAX_ULPS,
     OFF,
     STREAKS,
     assert_same,
@@ -129,13 +130,11 @@ def test_empty(r2, device, shape, temperature):
     prediction, confidence = r2.token_confidence(logits)
     assert prediction.shape == confidence.shape == shape
     masked = tokens == 1
-    assert r2.window_pool(confidence, masked, window=1, min_confidence=0.5).shape == shape
-    assert r2.positional_ambiguity(prediction, confidence, masked, min_confidence=0.5).shape == shape
-    final = r2.update_stability_(
-        state, prediction, confidence, was_masked=masked, is_masked=masked, steps=1,
-        min_confidence=0.5,
-    )  # fmt: skip
-    assert final.shape == shape
+    least, masks = {"min_confidence": 0.5}, {"was_masked": masked, "is_masked": masked}
+    marked = r2.window_pool(confidence, masked, window=1, **least)
+    chosen = r2.positional_ambiguity(prediction, confidence, masked, **least)
+    final = r2.update_stability_(state, prediction, confidence, **masks, steps=1, **least)
+    assert marked.shape == chosen.shape == final.shape == shape
 
 
 def test_one_token_vocabulary(r2, device):
@@ -168,13 +167,12 @@ def test_every_small_vocabulary(r2, device, dtype):
         values = torch.randn(1, 5, vocab, generator=g).to(dtype)
         where = torch.randint(vocab, (5,), generator=g)
         values[0, range(5), where] = 6
-        buffer = torch.zeros(values.numel() + 8, dtype=dtype)
-        offset = vocab % 8
-        logits = buffer[offset : offset + values.numel()].view(values.shape).copy_(values).to(device)
+        buffer = torch.zeros(values.numel() + vocab % 8, dtype=dtype, device=device)
+        logits = buffer[vocab % 8 :].view(values.shape).copy_(values)
         prediction, confidence = r2.token_confidence(logits)
         want = reference.token_confidence(values)[1]
         assert prediction.cpu().tolist() == [where.tolist()], vocab
-        assert ulps(confidence.cpu(), want).max() <= 2, vocab
+        assert ulps(confidence.cpu(), want).max() <= MAX_ULPS, vocab
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -245,7 +243,7 @@ def test_candidates_may_be_strided(r2, device, transposed):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "columns",
-    [(0, 1), (5, 6), (31, 32), (3, 2055), (17, 4200), (4095, 4096), (4000, 12000), (8191, 8192, 14998)],
+    [(0, 1), (31, 32), (3, 2055), (17, 4200), (4095, 4096), (4000, 12000), (7, 8192, 14998)],
 )
 def test_tied_tokens(r2, device, columns, dtype):
     """The lowest id, however far apart; n ties have probability 1 / n exactly if n is 2^k."""
@@ -319,7 +317,7 @@ def test_large_but_close_logits(r2, device):
         prediction, confidence = r2.token_confidence(rows)
         want = reference.token_confidence(rows.cpu())[1]
         assert prediction.item() == 4999
-        assert ulps(confidence.cpu(), want).max() <= 2
+        assert ulps(confidence.cpu(), want).max() <= MAX_ULPS
 
 
 # ---- rules at their limits -------------------------------------------------------------------
@@ -418,34 +416,6 @@ def test_number_of_threads(r2, threads, temperature):
         assert_same(results[2], results[0])
 
 
-def test_cpu_and_cuda_agree_after_the_pass_over_v(r2, device):
-    """The rules on given confidences: same bits on every device."""
-    g = torch.Generator().manual_seed(19)
-    ids = torch.randint(-1, 3, (8, 64), generator=g)
-    p = torch.rand(8, 64, generator=g)
-    masked = torch.rand(8, 64, generator=g) < 0.7
-    state, twin = DecodeState(8, 64), DecodeState(8, 64, device=device)
-    there = [t.to(device) for t in (ids, p, masked)]
-    for _ in range(3):
-        for mode in ("confidence", "mid", "random"):
-            options = {"min_confidence": 0.4, "mode": mode, "seed": 3}
-            assert same_bits(
-                r2.positional_ambiguity(*there, **options),
-                r2.positional_ambiguity(ids, p, masked, **options),
-            )
-        options = {"window": 3, "min_confidence": 0.55}
-        assert same_bits(
-            r2.window_pool(*there[1:], **options), r2.window_pool(p, masked, **options)
-        )
-        options = {"steps": 3, "min_confidence": 0.5, "mode": "ave"}
-        pair = [
-            r2.update_stability_(s, a, b, was_masked=c, is_masked=c, **options)
-            for s, (a, b, c) in ((twin, there), (state, (ids, p, masked)))
-        ]
-        assert same_bits(*pair)
-        assert_same(state_tensors(twin), state_tensors(state))
-
-
 def test_repeatable(r2, device):
     """Twice the same call, twice the same bits; inputs are left alone."""
     config = DecodeConfig(4, temperature=0.7, token_cluster="random")
@@ -457,3 +427,60 @@ def test_repeatable(r2, device):
         results.append((*r2.decode_step(logits, tokens, state, config), tokens))
     assert_same(*results)
     assert same_bits(logits, kept)
+
+
+# ---- CUDA ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_no_synchronisation_with_the_host(r2, cuda, temperature):
+    config = DecodeConfig(4, temperature=temperature)
+    logits = random_steps(29, (3, 16, 5003), 1, 4)[0].to(cuda)
+    tokens, state = block(config, (3, 16), cuda)
+    cells = tokens == 4
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        r2.decode_step(logits, tokens, state, config)
+        r2.select(logits, tokens, state, config, candidates=cells)
+        prediction, confidence = r2.token_confidence(logits)
+        r2.window_pool(confidence, cells, window=3, min_confidence=0.5)
+        r2.positional_ambiguity(prediction, confidence, cells, min_confidence=0.5, mode="random")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_cuda_graph(r2, cuda, temperature):
+    """Captured once, replayed for every step of a block: the same bits as calls."""
+    config = DecodeConfig(4, temperature=temperature, token_cluster="random")
+    steps = [z.to(cuda) for z in random_steps(31, (3, 16, 5003), 3, 4)]
+    plain, twin = block(config, (3, 16), cuda)
+    want = [(*r2.decode_step(z, plain, twin, config), plain.clone()) for z in steps]
+
+    logits = steps[0].clone()
+    tokens, state = block(config, (3, 16), cuda)
+    graph = torch.cuda.CUDAGraph()
+    r2.decode_step(logits, tokens.clone(), clone(state), config)  # warm-up
+    with torch.cuda.graph(graph):
+        step = r2.decode_step(logits, tokens, state, config)
+    tokens.fill_(4)
+    state.counters[:, 1] = 0
+    state.reset()
+    for z, expected in zip(steps, want, strict=True):
+        logits.copy_(z)
+        graph.replay()
+        assert_same((*step, tokens), expected)
+    assert_same(state_tensors(state), state_tensors(twin))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_memory_does_not_grow_with_the_vocabulary(r2, cuda, temperature):
+    """Beside the partial results of V-slices nothing of size V is allocated."""
+    config = DecodeConfig(4, temperature=temperature)
+    logits = torch.randn(8, 32, 100003, device=cuda)
+    tokens, state = block(config, (8, 32), cuda)
+    r2.decode_step(logits, tokens, state, config)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    r2.decode_step(logits, tokens, state, config)
+    assert torch.cuda.max_memory_allocated() - before < logits.nbytes / 50

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import OFF, STREAKS, clone, same_bits, state_tensors, sure_logits
+from cases import OFF, STREAKS, assert_same, clone, state_tensors, sure_logits
 
 from r2dllm_ext import reference
 from r2dllm_ext.config import DecodeConfig, Rule
@@ -16,7 +16,7 @@ MASK = 15
 
 
 def bools(text: str) -> torch.Tensor:
-    """"x.x" -> [[True, False, True]]; rows are separated by blanks."""
+    """[B, L] cells drawn as "x.x xx.": x is True; rows are separated by blanks."""
     return torch.tensor([[c == "x" for c in row] for row in text.split()])
 
 
@@ -198,9 +198,11 @@ BASES = [
     ({"base": "factor", "factor": 1.0}, [0.5, 0.6, 0.8, 0.76, 0.7], "..ff."),
     ({"base": "factor", "factor": 1.0}, [0.8, 0.7, 0.9], "fff"),
     ({"base": "factor", "factor": 1.0}, [0.9, 0.1], "ff"),  # a single failing cell at the end
+    ({"base": "factor", "factor": 1.5}, [0.25, 0.5, 1, 0.25], ".ff."),  # .5 >= 1 - 1.5 / 3
     ({"base": "factor", "factor": 0.1}, [0.9, 0.1, 0.1], "f.."),
     ({"base": "budget", "error_budget": 0.5}, [0.5, 1, 0.7, 0.9], ".fff"),  # 0 + .1 + .3 <= .5
     ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 1, 1], "f.ff"),  # 0.5 is still inside
+    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 0.25, 0.25], "f..."),  # the best counts
     ({"base": "budget", "error_budget": 0.0}, [0.5, 0.6, 0.3, 0.2], ".f.."),
     ({"base": "budget", "error_budget": 0.0}, [1, 0.6, 1, 0.2], "f.f."),
     ({"base": "budget", "error_budget": 9.0}, [0.5, 0.6, 0.3, 0.2], "ffff"),
@@ -223,7 +225,7 @@ def test_base_rule(implementation, options, confidence, want):
 
 
 def test_schedule_over_a_block(implementation):
-    """7 candidates in 3 steps: 3, 2, 2; a straggler that was invalid follows in step 4."""
+    """7 candidates in 3 steps: 3, 2, 2; stragglers that were invalid follow in step 4, all."""
     ops, device = implementation
     config = DecodeConfig(MASK, base="schedule", steps_per_block=3, **OFF)
     logits = sure_logits([(1, 0.3 + 0.05 * i) for i in range(8)]).to(device)
@@ -234,10 +236,10 @@ def test_schedule_over_a_block(implementation):
     for number in range(4):
         broken = logits.clone()
         if number < 3:
-            broken[0, 7] = NAN
+            broken[0, 6:] = NAN
         step = ops.decode_step(broken, tokens, state, config)
         seen.append((rules_of(step), step.remaining.item()))
-    assert seen == [("....fff.", 4), ("..ff....", 2), (".f......", 1), (".......f", 0)]
+    assert seen == [("...fff..", 4), (".ff.....", 2), ("........", 2), ("......ff", 0)]
     assert state.counters.tolist() == [[0, 4, 4, 7]]
 
 
@@ -277,8 +279,8 @@ def test_select_leaves_tokens(implementation):
     chosen = ops.select(logits, tokens, state, config)
     assert tokens.tolist() == [[MASK] * 3]
     done = ops.decode_step(logits, tokens, twin, config)
-    assert all(same_bits(a, b) for a, b in zip(chosen, done, strict=True))
-    assert all(same_bits(*pair) for pair in zip(state_tensors(state), state_tensors(twin), strict=True))
+    assert_same(chosen, done)
+    assert_same(state_tensors(state), state_tensors(twin))
     assert chosen.rule.any() and state.counters.tolist() == [[0, 1, 1, 3]]
 
 
@@ -295,6 +297,20 @@ def test_explicit_candidates(implementation):
     assert rules_of(step) == ".f.."
     assert tokens.tolist() == [[1, 2, MASK, MASK]]
     assert step.remaining.tolist() == [0]
+
+
+def test_shift_inside_the_block(implementation):
+    """Cell i is judged by row i - 1, cell 0 by row 0; the last row is not used."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, threshold=0.5, **OFF)
+    logits = sure_logits([(1, 0.9), (2, 0.8), (3, 0.3), (4, 0.95)]).to(device)
+    for step_with in (ops.select, ops.decode_step):
+        tokens = torch.full((1, 4), MASK, device=device)
+        state = DecodeState(1, 4, device=device)
+        step = step_with(logits, tokens, state, config, logits_shift=1)
+        assert step.prediction.tolist() == [[1, 1, 2, 3]]
+        assert rules_of(step) == "ttt."
+    assert tokens.tolist() == [[1, 1, 2, MASK]]
 
 
 @pytest.mark.parametrize("allow", [False, True])

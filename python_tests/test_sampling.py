@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawing tokens at temperature > 0.
 
-Exact where it can be: with its uniform number, known from the counter, a cell's token is the inverse
-of the cumulative distribution in float64, unless that number lies within 1e-6 of a step. Statistical
-on top: chi-square with a false-alarm rate of 1e-6 a test, and fixed seeds.
+Exact where it can be: the counter gives a cell's uniform number, and its token is the inverse of
+the cumulative distribution in float64 there, unless the number lies within 1e-6 of a step.
+Statistical on top: chi-square with a false-alarm rate of 1e-6 a test, and fixed seeds.
 """
 
 import pytest
@@ -32,7 +32,7 @@ def draw(ops, logits, config, *, rows=None, steps=1, device="cpu"):
         state.counters[:, 0] = torch.as_tensor(rows)
     tokens = torch.full(shape, config.mask_id, device=device)
     made = [ops.select(logits.to(device), tokens, state, config) for _ in range(steps)]
-    return tuple(torch.stack([getattr(s, n) for s in made]).cpu() for n in ("prediction", "confidence"))
+    return tuple(torch.stack([step[i] for step in made]).cpu() for i in (0, 1))
 
 
 def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
@@ -122,7 +122,9 @@ def test_border_of_the_support_in_float64(r2):
     assert tokens.unique().tolist() == [7, 300]
 
 
-@pytest.mark.parametrize("top_k, top_p, kept", [(1, None, 1), (3, None, 4), (None, 0.3, 1), (4, 0.9, 4)])
+@pytest.mark.parametrize(
+    "top_k, top_p, kept", [(1, None, 1), (3, None, 4), (None, 0.3, 1), (4, 0.9, 4)]
+)
 def test_support_across_slices(r2, device, top_k, top_p, kept):
     """Ties at the border are kept wherever they lie; nothing else is ever drawn."""
     logits = torch.full((32, 32, 9001), -20.0)
@@ -169,7 +171,8 @@ def test_numbers_depend_on_seed_row_step_and_position(r2, device):
 def test_steps_go_on_across_blocks(r2, device):
     """`reset` keeps counting steps, so that a new block draws fresh numbers."""
     config = DecodeConfig(0, temperature=1.0, base="first", **OFF)
-    logits, tokens = torch.zeros(1, 32, 997, device=device), torch.zeros(1, 32, device=device).long()
+    logits = torch.zeros(1, 32, 997, device=device)
+    tokens = torch.zeros(1, 32, dtype=torch.int64, device=device)
     state = DecodeState(1, 32, device=device)
     first = r2.select(logits, tokens, state, config).prediction
     state.reset()
@@ -186,17 +189,17 @@ def test_who_sees_the_draw(r2, device):
     g = torch.Generator().manual_seed(43)
     logits = torch.randn(64, 12, 29, generator=g)
     logits[:, :6, 7], logits[:, 6:, 9] = 4.0, 3.6
-    seen = reference.Observation(*r2.token_confidence(logits.to(device), exclude_id=0), *(None,) * 2)
+    top, p = (t.cpu() for t in r2.token_confidence(logits.to(device), exclude_id=0))
     drawn, q = (t[0] for t in draw(r2, logits, config, device=device))
     tokens = torch.zeros(64, 12, dtype=torch.int64, device=device)
     step = r2.decode_step(logits.to(device), tokens, DecodeState(64, 12, device=device), config)
     rule, prediction, confidence = step.rule.cpu(), step.prediction.cpu(), step.confidence.cpu()
     by_top = (rule == Rule.CLUSTER) | (rule == Rule.TEMPORAL)
-    assert torch.equal(prediction, torch.where(by_top, seen.top.cpu(), drawn))
-    assert torch.equal(confidence, torch.where(by_top, seen.p.cpu(), q))
+    assert torch.equal(prediction, torch.where(by_top, top, drawn))
+    assert torch.equal(confidence, torch.where(by_top, p, q))
     for code in (Rule.FORCED, Rule.WINDOW, Rule.CLUSTER, Rule.TEMPORAL):
         cells = rule == code
-        assert (drawn[cells] != seen.top.cpu()[cells]).any(), code
+        assert (drawn[cells] != top[cells]).any(), code
 
 
 def test_random_cell_of_a_run(r2, device):

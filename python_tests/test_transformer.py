@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The transformer against itself and against formulas: caches, masks, head positions, devices."""
 
 import dataclasses
@@ -5,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+
 from r2dllm_ext.models import ModelConfig, Transformer
 from r2dllm_ext.models.transformer import RMSNorm, _attend
 
@@ -120,9 +122,7 @@ def test_dual_cache_overwrites_the_block(name, replace, ids):
     new = ids.clone()
     new[:, START:END] = (new[:, START:END] + 5) % 50
     wanted = model(new, use_cache=True)
-    out = model(
-        new[:, START:END], past_key_values=past, use_cache=True, replace_position=replace
-    )
+    out = model(new[:, START:END], past_key_values=past, use_cache=True, replace_position=replace)
     torch.testing.assert_close(out.logits, wanted.logits[:, START:END], **CLOSE)
     for got, want in zip(out.past_key_values[0], wanted.past_key_values[0], strict=True):
         torch.testing.assert_close(got, want, **CLOSE)
@@ -231,12 +231,19 @@ def test_meta_device_and_materialisation(model, ids):
     assert torch.equal(solid(ids).logits, model(ids).logits)
 
 
-def test_compiles_to_one_graph(model, ids):
+@pytest.mark.parametrize(
+    ("name", "replace"),
+    [("llada-gqa", (START, END)), ("dream", block_mask())],
+    ids=["llada-range", "dream-mask"],
+)
+def test_compiles_to_one_graph(name, replace, ids):
+    model = build(dataclasses.replace(CONFIGS[name], layers=1))
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     full = model(ids, use_cache=True)
     torch.testing.assert_close(compiled(ids, use_cache=True).logits, full.logits, **CLOSE)
     block = compiled(
-        ids[:, START:END], past_key_values=full.past_key_values, replace_position=(START, END)
+        ids[:, START:END], past_key_values=full.past_key_values, replace_position=replace
     )
     torch.testing.assert_close(block.logits, full.logits[:, START:END], **CLOSE)
 
@@ -302,9 +309,7 @@ def test_cuda_equals_cpu_without_synchronising(model, ids):
     torch.testing.assert_close(full.logits.cpu(), wanted, rtol=1e-3, atol=1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = model(
-            ids[:, START:END], past_key_values=full.past_key_values, replace_position=mask
-        )
+        out = model(ids[:, START:END], past_key_values=full.past_key_values, replace_position=mask)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(out.logits, full.logits[:, START:END], rtol=1e-3, atol=1e-3)

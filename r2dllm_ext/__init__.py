@@ -6,40 +6,43 @@ model with it; `load_model` loads LLaDA and Dream checkpoints, or the bundled le
 `r2dllm_ext.reference` is the readable oracle of every op and needs no extension.
 """
 
-import importlib
-import importlib.util
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
 
+from . import ledger, models, reference
 from ._version import __version__
+from .config import DecodeConfig, Rule
+from .models import load_model
+from .state import DecodeState
 
-# Where each public name lives. Resolved on first use, so that `r2dllm_ext.reference` and
-# `r2dllm_ext.config` import without the compiled extension.
-_HOME = {
-    "DecodeConfig": ".config",
-    "DecodeState": ".state",
-    "DecodeStep": ".ops",
-    "Generation": ".generation",
-    "NoProgressError": ".generation",
-    "Rule": ".config",
-    "Trace": ".trace",
-    "build_info": "._library",
-    "decode_step": ".ops",
-    "generate": ".generation",
-    "load_model": ".models",
-    "positional_ambiguity": ".ops",
-    "select": ".ops",
-    "token_confidence": ".ops",
-    "update_stability_": ".ops",
-    "window_pool": ".ops",
-}
+__all__ = [
+    "DecodeConfig",
+    "DecodeState",
+    "DecodeStep",
+    "Generation",
+    "NoProgressError",
+    "Rule",
+    "StepEvent",
+    "Trace",
+    "__version__",
+    "build_info",
+    "decode_step",
+    "generate",
+    "ledger",
+    "load_model",
+    "models",
+    "positional_ambiguity",
+    "reference",
+    "select",
+    "token_confidence",
+    "update_stability_",
+    "window_pool",
+]
 
-_MODULES = ("ledger", "models", "reference")
-
-if TYPE_CHECKING:
+# A build leaves `_built_with`. With it the extension is loaded, and checked against the installed
+# torch, here and now; without it whoever asks for an op is told how to build.
+if find_spec("._built_with", __name__) is not None:
     from ._library import build_info
-    from .config import DecodeConfig, Rule
-    from .generation import Generation, NoProgressError, generate
-    from .models import load_model
+    from .generation import Generation, NoProgressError, StepEvent, generate
     from .ops import (
         DecodeStep,
         decode_step,
@@ -49,26 +52,10 @@ if TYPE_CHECKING:
         update_stability_,
         window_pool,
     )
-    from .state import DecodeState
     from .trace import Trace
+else:
 
-__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
-
-
-def __getattr__(name: str):
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _HOME:
+    def __getattr__(name: str):
+        if name in __all__:
+            from . import _library  # noqa: F401  (raises the error that names the fix)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
-# A built extension is checked against the installed torch here and now, not at its first use.
-if importlib.util.find_spec("._built_with", __name__) is not None:
-    from . import _library as _library

@@ -18,10 +18,9 @@ void positional_ambiguity(const PositionalAmbiguityParams& params) {
     for (int64_t i = 0; i < length; ++i) {
       if (!begins_run(i, in_run, prediction)) continue;
       const Run run = run_from(i, length, in_run, prediction, confidence);
-      const int64_t cell =
-          chosen_cell(i, run, params.min_run, params.min_confidence, params.mode, confidence, [&] {
-            return uniform(params.seed, params.row[b], params.step, i, Draw::kRun);
-          });
+      const int64_t cell = chosen_cell(
+          i, run, params.min_run, params.min_confidence, params.mode, confidence,
+          [&] { return uniform(params.seed, params.row[b], params.step, i, Draw::kRun); });
       if (cell >= 0) params.chosen[b * length + cell] = true;
     }
   }

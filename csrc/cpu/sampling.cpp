@@ -64,8 +64,8 @@ class Cutoff {
   double max_, scale_;
 };
 
-// The first i whose cumulative mass exceeds `target`, which becomes the remainder within i. Rounding
-// may leave no such i: then the last one of any mass.
+// The first i whose cumulative mass exceeds `target`, which becomes the remainder within i.
+// Rounding may leave no such i: then the last one of any mass.
 template <class Mass>
 int64_t choose(int64_t n, double& target, Mass mass) {
   int64_t last = 0;
@@ -92,8 +92,8 @@ int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& op
 
   uint32_t least = logit_key(-FLT_MAX);
   if (options.top_k > 0) {
-    const uint32_t kth = cutoff.find(least, static_cast<double>(options.top_k),
-                                     [](double) { return 1.0; });
+    const uint32_t kth =
+        cutoff.find(least, static_cast<double>(options.top_k), [](double) { return 1.0; });
     least = std::max(least, kth);
   }
   if (options.top_p < 1.0) {
@@ -118,18 +118,18 @@ int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& op
   double target = uniform * total;
   const int64_t slice = choose(pass.slices(), target, [&](int64_t i) { return mass[i]; });
   return slice * kSliceWidth + pass.with_slice(row, slice, [&](const char* data) {
-           constexpr int64_t kWidth = 64;
-           const int64_t size = pass.slice_size(slice);
-           const int64_t group = choose((size + kWidth - 1) / kWidth, target, [&](int64_t i) {
-             return kernels.tempered_mass(data + i * kWidth * pass.logit_bytes(),
-                                          std::min(kWidth, size - i * kWidth), max, scale, lowest);
+    constexpr int64_t kWidth = 64;
+    const int64_t size = pass.slice_size(slice);
+    const int64_t group = choose((size + kWidth - 1) / kWidth, target, [&](int64_t i) {
+      return kernels.tempered_mass(data + i * kWidth * pass.logit_bytes(),
+                                   std::min(kWidth, size - i * kWidth), max, scale, lowest);
+    });
+    const int64_t first = group * kWidth;
+    return first + choose(std::min(kWidth, size - first), target, [&](int64_t i) {
+             const double logit = kernels.load(data, first + i);
+             return logit >= lowest ? cutoff.term(logit) : 0.0;
            });
-           const int64_t first = group * kWidth;
-           return first + choose(std::min(kWidth, size - first), target, [&](int64_t i) {
-                    const double logit = kernels.load(data, first + i);
-                    return logit >= lowest ? cutoff.term(logit) : 0.0;
-                  });
-         });
+  });
 }
 
 }  // namespace r2dllm::cpu

@@ -8,8 +8,8 @@ void update_stability(const UpdateStabilityParams& params) {
     Streak streak{params.streak_count[i], params.streak_id[i], params.streak_sum[i],
                   params.streak_max[i]};
     params.stable[i] = advance(
-        streak, {params.was_masked[i], params.is_masked[i], params.prediction[i],
-                 params.confidence[i]},
+        streak,
+        {params.was_masked[i], params.is_masked[i], params.prediction[i], params.confidence[i]},
         params.steps, params.min_confidence, params.eval);
     params.streak_count[i] = streak.count;
     params.streak_id[i] = streak.id;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instruction set is asked for here, not on the command line: nothing outside this file may use it.
+// The instruction set is asked for here, not on the command line: nothing outside this file may use
+// it.
 #include "vocab_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -21,9 +22,8 @@ struct Simd {
   static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-  static Floats shift_exponent(Floats p, Floats t) {
-    const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shifted));
+  static Floats power_of_two(Floats t) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
   }
   static Floats keep_if_ge(Floats x, Floats a, Floats b) {
     return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), x);
@@ -64,7 +64,9 @@ struct FloatLoader {
     }
     // NaN if any is: its payload could get lost in the exponent arithmetic.
     template <class Otherwise>
-    float result(Otherwise) const { return _mm256_movemask_ps(nan) ? NAN : Simd::greatest(max); }
+    float result(Otherwise) const {
+      return _mm256_movemask_ps(nan) ? NAN : Simd::greatest(max);
+    }
   };
 };
 

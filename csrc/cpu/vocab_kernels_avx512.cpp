@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instruction set is asked for here, not on the command line: nothing outside this file may use it.
+// The instruction set is asked for here, not on the command line: nothing outside this file may use
+// it.
 #include "vocab_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -24,17 +25,16 @@ struct Simd {
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
-  static Floats shift_exponent(Floats p, Floats t) {
-    const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shifted));
+  static Floats power_of_two(Floats t) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
   }
   static Floats keep_if_ge(Floats x, Floats a, Floats b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), x);
   }
   static double sum(Floats x) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
-    const __m512d high = _mm512_cvtps_pd(
-        _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    const __m512d high =
+        _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
   static float greatest(Floats x) { return _mm512_reduce_max_ps(x); }
@@ -61,7 +61,9 @@ struct FloatLoader {
     }
     // NaN if any is: its payload could get lost in the exponent arithmetic.
     template <class Otherwise>
-    float result(Otherwise) const { return nan ? NAN : Simd::greatest(max); }
+    float result(Otherwise) const {
+      return nan ? NAN : Simd::greatest(max);
+    }
   };
 };
 

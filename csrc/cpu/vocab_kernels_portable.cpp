@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any processor: the compiler's generic vectors for three types, plain double arithmetic for float64.
+// Any processor: the compiler's generic vectors for three types, plain double arithmetic for
+// float64.
 #include <cstring>
 
 #include "vocab_kernels.h"
@@ -34,9 +35,9 @@ struct Simd {
 #endif
   }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
-  static Floats shift_exponent(Floats p, Floats t) {
+  static Floats power_of_two(Floats t) {
     typedef uint32_t Bits __attribute__((vector_size(16)));
-    return (Floats)((Bits)p + ((Bits)t << 23));
+    return (Floats)((Bits)t << 23);
   }
   static Floats keep_if_ge(Floats x, Floats a, Floats b) { return (Floats)((Ints)x & (a >= b)); }
   static double sum(Floats x) {
@@ -152,8 +153,7 @@ double load_double(const void* logits, int64_t i) { return static_cast<const dou
 constexpr VocabKernels kKernels[] = {
     kernels_for<Loader<Float>>("portable"), kernels_for<Loader<BFloat16>>("portable"),
     kernels_for<Loader<Half>>("portable"),
-    VocabKernels{"portable", stats_double, find_double, tempered_mass_double,
-                 load_double}};
+    VocabKernels{"portable", stats_double, find_double, tempered_mass_double, load_double}};
 
 }  // namespace
 
@@ -169,8 +169,8 @@ const VocabKernels* best_kernels() {
       __builtin_cpu_supports("avx512dq")) {
     return avx512_kernels();
   }
-  if (avx2_kernels() != nullptr && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (avx2_kernels() != nullptr && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return avx2_kernels();
   }
 #endif

@@ -23,8 +23,8 @@ void window_pool(const WindowPoolParams& params) {
     }
     for (int64_t i = 0; i < length; ++i) {
       params.marked[b * length + i] =
-          is_masked[i] && in_passing_window(i, length, window,
-                                            [&](int64_t start) { return passes[start]; });
+          is_masked[i] &&
+          in_passing_window(i, length, window, [&](int64_t start) { return passes[start]; });
     }
   }
 }

@@ -15,17 +15,17 @@ struct State {
 };
 
 // The options as the schema lists them; DecodeConfig.op_args() has the same order.
-#define R2D_STEP_OPTIONS                                                                         \
-  int64_t mask_id, int64_t base, double threshold, double factor, double error_budget,           \
-      int64_t steps_per_block, int64_t confidence_cluster_size, double spatial_threshold,        \
-      int64_t confidence_cluster_unmasked, int64_t token_cluster, int64_t token_cluster_size,    \
-      int64_t temporal_steps, double temporal_threshold, int64_t temporal_eval,                  \
-      double temperature, int64_t top_k, double top_p, int64_t seed, bool allow_mask_id,         \
+#define R2D_STEP_OPTIONS                                                                      \
+  int64_t mask_id, int64_t base, double threshold, double factor, double error_budget,        \
+      int64_t steps_per_block, int64_t confidence_cluster_size, double spatial_threshold,     \
+      int64_t confidence_cluster_unmasked, int64_t token_cluster, int64_t token_cluster_size, \
+      int64_t temporal_steps, double temporal_threshold, int64_t temporal_eval,               \
+      double temperature, int64_t top_k, double top_p, int64_t seed, bool allow_mask_id,      \
       bool confidence_in_logits_dtype
-#define R2D_STEP_OPTION_NAMES                                                                    \
-  mask_id, base, threshold, factor, error_budget, steps_per_block, confidence_cluster_size,      \
-      spatial_threshold, confidence_cluster_unmasked, token_cluster, token_cluster_size,         \
-      temporal_steps, temporal_threshold, temporal_eval, temperature, top_k, top_p, seed,        \
+#define R2D_STEP_OPTION_NAMES                                                               \
+  mask_id, base, threshold, factor, error_budget, steps_per_block, confidence_cluster_size, \
+      spatial_threshold, confidence_cluster_unmasked, token_cluster, token_cluster_size,    \
+      temporal_steps, temporal_threshold, temporal_eval, temperature, top_k, top_p, seed,   \
       allow_mask_id, confidence_in_logits_dtype
 constexpr auto kStepOptionsSchema =
     "int mask_id, int base, float threshold, float factor, float error_budget, "
@@ -57,17 +57,17 @@ std::pair<StepOptions, SamplingOptions> check_options(const char* op, const Tens
                     ": temperature takes a finite number >= 0, got ", temperature);
   check_at_least(op, "top_k", top_k, 0);
   check_probability(op, "top_p", top_p);
-  const Rounding rounding = !confidence_in_logits_dtype                 ? Rounding::kNone
+  const Rounding rounding = !confidence_in_logits_dtype             ? Rounding::kNone
                             : logits.scalar_type() == at::kBFloat16 ? Rounding::kBFloat16
                             : logits.scalar_type() == at::kHalf     ? Rounding::kHalf
                                                                     : Rounding::kNone;
-  return {{mask_id, static_cast<BaseRule>(base), static_cast<float>(threshold), factor,
-           error_budget, steps_per_block, confidence_cluster_size,
-           static_cast<float>(spatial_threshold), confidence_cluster_unmasked,
-           static_cast<TokenCluster>(token_cluster), token_cluster_size, temporal_steps,
-           static_cast<float>(temporal_threshold), static_cast<TemporalEval>(temporal_eval),
-           static_cast<uint64_t>(seed), rounding},
-          {temperature, top_k, top_p}};
+  return {
+      {mask_id, static_cast<BaseRule>(base), static_cast<float>(threshold), factor, error_budget,
+       steps_per_block, confidence_cluster_size, static_cast<float>(spatial_threshold),
+       confidence_cluster_unmasked, static_cast<TokenCluster>(token_cluster), token_cluster_size,
+       temporal_steps, static_cast<float>(temporal_threshold),
+       static_cast<TemporalEval>(temporal_eval), static_cast<uint64_t>(seed), rounding},
+      {temperature, top_k, top_p}};
 }
 
 void check_state(const char* op, const Tensor& logits, const State& state) {
@@ -89,7 +89,8 @@ void check_state(const char* op, const Tensor& logits, const State& state) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> step(const char* op, const Tensor& logits,
                                                 const Tensor& tokens, const State& state,
                                                 const std::optional<Tensor>& candidates,
-                                                int64_t logits_shift, bool write, R2D_STEP_OPTIONS) {
+                                                int64_t logits_shift, bool write,
+                                                R2D_STEP_OPTIONS) {
   check_logits(op, logits);
   const auto cells = logits.sizes().slice(0, 2);
   check_device(op, "tokens", tokens, logits, "logits");
@@ -112,23 +113,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(const char* op, const Tensor& lo
   Tensor candidate_cells;
   if (candidates) candidate_cells = candidates->contiguous();
 
-  cpu::decode_step({view_logits(logits, allow_mask_id ? -1 : mask_id, logits_shift),
-                    options,
-                    sampling,
-                    candidates ? candidate_cells.const_data_ptr<bool>() : nullptr,
-                    tokens.const_data_ptr<int64_t>(),
-                    tokens.stride(0),
-                    tokens.stride(1),
-                    write ? tokens.mutable_data_ptr<int64_t>() : nullptr,
-                    state.streak_count.mutable_data_ptr<int32_t>(),
-                    state.streak_id.mutable_data_ptr<int64_t>(),
-                    state.streak_sum.mutable_data_ptr<float>(),
-                    state.streak_max.mutable_data_ptr<float>(),
-                    state.counters.mutable_data_ptr<int64_t>(),
-                    prediction.mutable_data_ptr<int64_t>(),
-                    confidence.mutable_data_ptr<float>(),
-                    rule.mutable_data_ptr<uint8_t>(),
-                    remaining.mutable_data_ptr<int32_t>()});
+  cpu::decode_step(
+      {view_logits(logits, allow_mask_id ? -1 : mask_id, logits_shift), options, sampling,
+       candidates ? candidate_cells.const_data_ptr<bool>() : nullptr,
+       tokens.const_data_ptr<int64_t>(), tokens.stride(0), tokens.stride(1),
+       write ? tokens.mutable_data_ptr<int64_t>() : nullptr,
+       state.streak_count.mutable_data_ptr<int32_t>(), state.streak_id.mutable_data_ptr<int64_t>(),
+       state.streak_sum.mutable_data_ptr<float>(), state.streak_max.mutable_data_ptr<float>(),
+       state.counters.mutable_data_ptr<int64_t>(), prediction.mutable_data_ptr<int64_t>(),
+       confidence.mutable_data_ptr<float>(), rule.mutable_data_ptr<uint8_t>(),
+       remaining.mutable_data_ptr<int32_t>()});
   return {prediction, confidence, rule, remaining};
 }
 
@@ -137,17 +131,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode_step(
     const Tensor& streak_sum, const Tensor& streak_max, const Tensor& counters,
     const std::optional<Tensor>& candidates, int64_t logits_shift, R2D_STEP_OPTIONS) {
   return step("decode_step", logits, tokens,
-              {streak_count, streak_id, streak_sum, streak_max, counters}, candidates, logits_shift, true,
-              R2D_STEP_OPTION_NAMES);
+              {streak_count, streak_id, streak_sum, streak_max, counters}, candidates, logits_shift,
+              true, R2D_STEP_OPTION_NAMES);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select(
-    const Tensor& logits, const Tensor& tokens, const Tensor& streak_count, const Tensor& streak_id,
-    const Tensor& streak_sum, const Tensor& streak_max, const Tensor& counters,
-    const std::optional<Tensor>& candidates, int64_t logits_shift, R2D_STEP_OPTIONS) {
-  return step("select", logits, tokens,
-              {streak_count, streak_id, streak_sum, streak_max, counters}, candidates, logits_shift, false,
-              R2D_STEP_OPTION_NAMES);
+std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& logits, const Tensor& tokens,
+                                                  const Tensor& streak_count,
+                                                  const Tensor& streak_id, const Tensor& streak_sum,
+                                                  const Tensor& streak_max, const Tensor& counters,
+                                                  const std::optional<Tensor>& candidates,
+                                                  int64_t logits_shift, R2D_STEP_OPTIONS) {
+  return step("select", logits, tokens, {streak_count, streak_id, streak_sum, streak_max, counters},
+              candidates, logits_shift, false, R2D_STEP_OPTION_NAMES);
 }
 
 std::string schema(const char* op, const char* tokens) {

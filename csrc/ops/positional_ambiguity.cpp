@@ -29,8 +29,8 @@ Tensor positional_ambiguity(const Tensor& prediction, const Tensor& confidence,
   }
   const Tensor ids = prediction.contiguous(), values = confidence.to(at::kFloat).contiguous(),
                masked = is_masked.contiguous(),
-               rows = row ? row->contiguous()
-                          : at::arange(confidence.size(0), prediction.options());
+               rows =
+                   row ? row->contiguous() : at::arange(confidence.size(0), prediction.options());
   Tensor chosen = at::empty(confidence.sizes(), is_masked.options());
   cpu::positional_ambiguity({confidence.size(0), confidence.size(1), ids.const_data_ptr<int64_t>(),
                              values.const_data_ptr<float>(), masked.const_data_ptr<bool>(),

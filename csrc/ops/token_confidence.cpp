@@ -14,11 +14,9 @@ LogitsView view_logits(const Tensor& logits, int64_t excluded, int64_t shift) {
                          : logits.scalar_type() == at::kBFloat16 ? LogitType::kBFloat16
                          : logits.scalar_type() == at::kHalf     ? LogitType::kHalf
                                                                  : LogitType::kDouble;
-  return {logits.const_data_ptr(), type,
-          logits.size(0),          logits.size(1),
-          logits.size(2),          logits.stride(0),
-          logits.stride(1),        excluded,
-          shift};
+  return {logits.const_data_ptr(), type,           logits.size(0),
+          logits.size(1),          logits.size(2), logits.stride(0),
+          logits.stride(1),        excluded,       shift};
 }
 
 namespace {
@@ -37,12 +35,12 @@ std::tuple<Tensor, Tensor> token_confidence(const Tensor& logits,
   TORCH_CHECK_VALUE(!exclude_id || (*exclude_id >= 0 && *exclude_id < logits.size(2)), op,
                     ": exclude_id takes a token id in [0, V = ", logits.size(2), ") or None, got ",
                     *exclude_id);
-  const Tensor rows = candidates ? candidates->contiguous()
-                                 : at::ones(shape, logits.options().dtype(at::kBool));
+  const Tensor rows =
+      candidates ? candidates->contiguous() : at::ones(shape, logits.options().dtype(at::kBool));
   Tensor prediction = at::empty(shape, logits.options().dtype(at::kLong));
   Tensor confidence = at::empty(shape, logits.options().dtype(at::kFloat));
-  cpu::token_confidence({view_logits(logits, exclude_id.value_or(-1), 0), rows.const_data_ptr<bool>(),
-                         prediction.mutable_data_ptr<int64_t>(),
+  cpu::token_confidence({view_logits(logits, exclude_id.value_or(-1), 0),
+                         rows.const_data_ptr<bool>(), prediction.mutable_data_ptr<int64_t>(),
                          confidence.mutable_data_ptr<float>()});
   return {prediction, confidence};
 }

@@ -35,11 +35,12 @@ Tensor update_stability_(const Tensor& streak_count, const Tensor& streak_id,
                before = was_masked.contiguous(), after = is_masked.contiguous();
   Tensor stable = at::empty(confidence.sizes(), is_masked.options());
   cpu::update_stability({confidence.numel(), streak_count.mutable_data_ptr<int32_t>(),
-                         streak_id.mutable_data_ptr<int64_t>(), streak_sum.mutable_data_ptr<float>(),
-                         streak_max.mutable_data_ptr<float>(), ids.const_data_ptr<int64_t>(),
-                         values.const_data_ptr<float>(), before.const_data_ptr<bool>(),
-                         after.const_data_ptr<bool>(), steps, static_cast<float>(min_confidence),
-                         static_cast<TemporalEval>(eval), stable.mutable_data_ptr<bool>()});
+                         streak_id.mutable_data_ptr<int64_t>(),
+                         streak_sum.mutable_data_ptr<float>(), streak_max.mutable_data_ptr<float>(),
+                         ids.const_data_ptr<int64_t>(), values.const_data_ptr<float>(),
+                         before.const_data_ptr<bool>(), after.const_data_ptr<bool>(), steps,
+                         static_cast<float>(min_confidence), static_cast<TemporalEval>(eval),
+                         stable.mutable_data_ptr<bool>()});
   return stable;
 }
 

@@ -7,11 +7,11 @@
 namespace r2dllm {
 
 struct UpdateStabilityParams {
-  int64_t cells;           // B * L
-  int32_t* streak_count;   // [B, L], in and out
-  int64_t* streak_id;      // [B, L], in and out
-  float* streak_sum;       // [B, L], in and out
-  float* streak_max;       // [B, L], in and out
+  int64_t cells;              // B * L
+  int32_t* streak_count;      // [B, L], in and out
+  int64_t* streak_id;         // [B, L], in and out
+  float* streak_sum;          // [B, L], in and out
+  float* streak_max;          // [B, L], in and out
   const int64_t* prediction;  // [B, L]
   const float* confidence;    // [B, L]
   const bool* was_masked;     // [B, L]

@@ -32,8 +32,7 @@ R2D_HOST_DEVICE int64_t schedule_quota(int64_t masked, int64_t step, int64_t ste
 template <class Confidence>
 R2D_HOST_DEVICE int64_t factor_prefix(int64_t count, double factor, Confidence confidence) {
   int64_t length = 1;
-  while (length < count &&
-         confidence(length) >= 1.0 - factor / static_cast<double>(length + 2)) {
+  while (length < count && confidence(length) >= 1.0 - factor / static_cast<double>(length + 2)) {
     ++length;
   }
   // The release commits the last cell along with all others even if it alone fails.

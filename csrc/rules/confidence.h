@@ -35,8 +35,10 @@ struct VocabStats {
   static R2D_HOST_DEVICE VocabStats empty() { return {-INFINITY, 0.0, 0.0}; }
 };
 
+// The product is rounded on its own (no fma): then a logit beyond 2^53 minus its own exponent is 0.
 R2D_HOST_DEVICE double wide_term(double logit, double exponent) {
-  return exp2(fma(logit, kLog2eWide, -exponent));
+  const double product = logit * kLog2eWide;
+  return exp2(product - exponent);
 }
 
 R2D_HOST_DEVICE double scale_by_exponent(double sum, double exponent_difference) {

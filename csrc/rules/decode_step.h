@@ -46,7 +46,7 @@ struct StepRow {
   int64_t length;
 
   // The pass over V. At cells that are no candidates: -1 and 0; without a prediction: -1 and NaN.
-  const int64_t* top_id;   // argmax
+  const int64_t* top_id;        // argmax
   const float* top_confidence;  // its probability, not rounded
 
   // In: the drawn token (the argmax at temperature 0) and its probability, rounded on request.
@@ -197,12 +197,11 @@ class RowStep {
     ctx_.for_each(row.length, [&](int64_t i) {
       if (!begins_run(i, in_run, top_id)) return;
       const Run run = run_from(i, row.length, in_run, top_id, top_confidence);
-      const int64_t cell =
-          chosen_cell(i, run, options_.min_run, options_.spatial_threshold, options_.token_cluster,
-                      top_confidence, [&] {
-                        return uniform(options_.seed, row.counters[kRowId], row.counters[kStep], i,
-                                       Draw::kRun);
-                      });
+      const int64_t cell = chosen_cell(i, run, options_.min_run, options_.spatial_threshold,
+                                       options_.token_cluster, top_confidence, [&] {
+                                         return uniform(options_.seed, row.counters[kRowId],
+                                                        row.counters[kStep], i, Draw::kRun);
+                                       });
       if (cell >= 0) row.selected[cell] = 1;
     });
     ctx_.for_each(row.length, [&](int64_t i) {

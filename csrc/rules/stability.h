@@ -30,9 +30,10 @@ R2D_HOST_DEVICE Streak observe(const Streak& streak, int64_t prediction, float c
 R2D_HOST_DEVICE bool is_stable(const Streak& streak, float confidence, int64_t steps,
                                float min_confidence, TemporalEval eval) {
   if (streak.count < steps) return false;
-  const float evidence = eval == TemporalEval::kLast  ? confidence
-                         : eval == TemporalEval::kMax ? streak.max
-                                                      : streak.sum / static_cast<float>(streak.count);
+  const float evidence = eval == TemporalEval::kLast ? confidence
+                         : eval == TemporalEval::kMax
+                             ? streak.max
+                             : streak.sum / static_cast<float>(streak.count);
   return evidence >= min_confidence;
 }
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ledger task: follow a value through a chain of operations, in words.
 
 A prompt gives a start value and a few operations. The answer restates, for each operation, the
@@ -12,18 +13,21 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TypeVar
 
 from .tokenizer import END, ORDINALS, Tokenizer
 
+T = TypeVar("T")
 OPERATIONS = 5
 ANSWER_LENGTH = 96
 HIGHEST_VALUE = 19
 HIGHEST_OPERAND = 5
 
+_VERBS, _SIGNS, _PREPOSITIONS = ("add", "take"), ("plus", "minus"), ("to", "from")
 _INTROS = ("start with", "begin at", "we have")
 _OPENERS = ("well", "then", "okay", "now")
 _ADVERBS = ("clearly", "indeed", "thus")
-# k ordinal, f openers, g adverb, v value, n operand, w new value, op and its preposition
+# k ordinal, f openers, g adverb, v value, n operand, w new value
 _SENTENCES = (
     "{k} {f} {verb} {n} {prep} {v} , which {g} gives {w} .",
     "{k} {f} we have {v} and {verb} {n} , so {g} now it is {w} .",
@@ -35,7 +39,7 @@ _FINALS = ("the final value is {w} .", "so we end at {w} .", "answer : {w} .")
 
 @dataclass(frozen=True)
 class Problem:
-    """A start value and signed operands, ``Problem(17, (3, -5))``: add 3, then take 5."""
+    """A start value and signed operands, `Problem(17, (3, -5))`: add 3, then take 5."""
 
     start: int
     operands: tuple[int, ...]
@@ -50,7 +54,7 @@ class Problem:
 
     @property
     def split(self) -> str:
-        """``"test"`` for one problem in 16, by its hash, ``"train"`` for all others.
+        """`"test"` for one problem in 16, by its hash, `"train"` for all others.
 
         The split hangs on the problem alone, so no wording, seed or index can leak one across.
         """
@@ -69,7 +73,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``wrong_step``: the first wrong sentence from 0, ``len(operands)`` being the final one."""
+    """`wrong_step`: the first wrong sentence from 0, `len(operands)` being the final one."""
 
     correct: bool
     wrong_step: int | None = None
@@ -84,16 +88,20 @@ def make_sample(
     operations: int = OPERATIONS,
     answer_length: int = ANSWER_LENGTH,
 ) -> Sample:
-    """The ``index``-th sample of a seed; the same on every machine and Python version.
+    """The `index`-th sample of a seed; the same on every machine and Python version.
 
-    split: ``"train"`` or ``"test"``; their problems never overlap, see :attr:`Problem.split`.
-    operations: 1 to 8. answer_length: token slots the answer has to fit into, end token included.
-    Raises ``ValueError`` for another split or count, or if no answer can fit.
+    Args:
+        split: "train" or "test"; their problems never overlap, see `Problem.split`.
+        operations: 1 to 8, default 5.
+        answer_length: token slots the answer has to fit into with an end token, default 96.
 
-    Example::
+    Raises `ValueError` for another split or count, or if answers would hardly fit.
 
-        sample = make_sample(0, 0, split="test")
-        assert verify(sample.problem, sample.answer).correct
+    >>> sample = make_sample(0, 0, split="test")
+    >>> sample.problem
+    Problem(start=14, operands=(-4, 4, -1, -2, 4))
+    >>> verify(sample.problem, sample.answer).correct
+    True
     """
     if split not in ("train", "test"):
         raise ValueError(f"make_sample: split is {split!r}, takes 'train' or 'test'")
@@ -118,7 +126,7 @@ def make_sample(
 def encode_sample(
     sample: Sample, tokenizer: Tokenizer, answer_length: int = ANSWER_LENGTH
 ) -> tuple[list[int], list[int]]:
-    """Prompt ids, and answer ids filled up to ``answer_length`` with the end token."""
+    """Prompt ids, and answer ids filled up to `answer_length` with the end token."""
     answer = tokenizer.encode(sample.answer)
     if len(answer) > answer_length:
         raise ValueError(f"encode_sample: answer of {len(answer)} tokens in {answer_length} slots")
@@ -127,24 +135,23 @@ def encode_sample(
 
 
 def parse_prompt(prompt: str) -> Problem:
-    """The problem a prompt text states; ``ValueError`` if it is not a ledger prompt."""
-    match = re.fullmatch(rf"(?:{'|'.join(_INTROS)}) (\d(?: \d)*) \. (.*) answer :", prompt)
-    steps = re.findall(r"(\w+) (add|plus|take|minus) (\d) [.,] ?", match[2]) if match else []
-    if not steps or [s[0] for s in steps] != list(ORDINALS[: len(steps)]):
+    """The problem a prompt text states; `ValueError` if it is not a ledger prompt."""
+    match = _PROMPT_PATTERN.fullmatch(" ".join(prompt.split()))
+    steps = re.findall(r"(\w+) (\w+) (\d)", match["steps"]) if match else []
+    if not steps or [step[0] for step in steps] != list(ORDINALS[: len(steps)]):
         raise ValueError(f"parse_prompt: not a ledger prompt: {prompt!r}")
-    operands = tuple(int(n) if op in ("add", "plus") else -int(n) for _, op, n in steps)
-    return Problem(_number(match[1]), operands)
+    adding = (_VERBS[0], _SIGNS[0])
+    operands = tuple(int(n) if op in adding else -int(n) for _, op, n in steps)
+    return Problem(int(match["start"].replace(" ", "")), operands)
 
 
 def verify(problem: Problem | str, answer: str) -> Verdict:
-    """Replay ``problem`` (or a prompt text) against ``answer`` text, every value checked.
+    """Replays `problem` (or a prompt text) against the text `answer`, every value checked.
 
     End tokens may follow the answer, nothing else. The first thing that is wrong is reported.
 
-    Example::
-
-        verify("start with 4 . first add 3 . answer :", "first 4 plus 3 makes 8 . ...")
-        # Verdict(correct=False, wrong_step=0, reason="new value is 8, expected 7")
+    >>> verify("start with 4 . first add 3 . answer :", "first 4 plus 3 makes 8 . answer : 7 .")
+    Verdict(correct=False, wrong_step=0, reason='new value is 8, expected 7')
     """
     if isinstance(problem, str):
         problem = parse_prompt(problem)
@@ -170,7 +177,7 @@ def verify(problem: Problem | str, answer: str) -> Verdict:
     return Verdict(True)
 
 
-def _pick(rng: Random, options: Sequence) -> object:
+def _pick(rng: Random, options: Sequence[T]) -> T:
     # Of all Random methods only random() is documented to give one sequence on every version.
     return options[int(rng.random() * len(options))]
 
@@ -196,10 +203,10 @@ def _number(digits: str) -> int | str:
 
 
 def _write_prompt(rng: Random, problem: Problem) -> str:
-    plus, minus = _pick(rng, (("add", "take"), ("plus", "minus")))
+    words = _pick(rng, (_VERBS, _SIGNS))
     stop = _pick(rng, (".", ","))
     steps = (
-        f"{ordinal} {plus if n > 0 else minus} {abs(n)} {stop}"
+        f"{ordinal} {words[n < 0]} {abs(n)} {stop}"
         for ordinal, n in zip(ORDINALS, problem.operands, strict=False)
     )
     return f"{_pick(rng, _INTROS)} {_digits(problem.start)} . {' '.join(steps)} answer :"
@@ -216,9 +223,9 @@ def _write_answer(rng: Random, problem: Problem) -> str:
             v=_digits(values[step]),
             n=abs(operand),
             w=_digits(values[step + 1]),
-            verb="add" if operand > 0 else "take",
-            prep="to" if operand > 0 else "from",
-            sign="plus" if operand > 0 else "minus",
+            verb=_VERBS[operand < 0],
+            sign=_SIGNS[operand < 0],
+            prep=_PREPOSITIONS[operand < 0],
         )
         sentences.append(sentence)
     sentences.append(_pick(rng, _FINALS).format(w=_digits(values[-1])))
@@ -232,9 +239,9 @@ def _pattern(sentence: str) -> re.Pattern[str]:
         "{v}": rf"(?P<v>{number})",
         "{n}": rf"(?P<n>{number})",
         "{w}": rf"(?P<w>{number})",
-        "{verb}": "(?P<op>add|take)",
-        "{sign}": "(?P<op>plus|minus)",
-        "{prep}": "(?P<prep>to|from)",
+        "{verb}": rf"(?P<verb>{'|'.join(_VERBS)})",
+        "{sign}": rf"(?P<sign>{'|'.join(_SIGNS)})",
+        "{prep}": rf"(?P<prep>{'|'.join(_PREPOSITIONS)})",
         "{f} ": rf"(?:(?:{'|'.join(_OPENERS)}) ){{0,2}}",
         "{g} ": rf"(?:(?:{'|'.join(_ADVERBS)}) )?",
     }
@@ -242,6 +249,10 @@ def _pattern(sentence: str) -> re.Pattern[str]:
     return re.compile("".join(parts.get(piece, re.escape(piece)) for piece in pieces))
 
 
+_PROMPT_PATTERN = re.compile(
+    rf"(?:{'|'.join(_INTROS)}) (?P<start>[1-9] \d|\d) \."
+    rf"(?P<steps>(?: \w+ (?:{'|'.join(_VERBS + _SIGNS)}) [1-9] [.,])+) answer :"
+)
 _STEP_PATTERNS = tuple(map(_pattern, _SENTENCES))
 _FINAL_PATTERN = re.compile("|".join(_pattern(s).pattern.replace("?P<w>", "") for s in _FINALS))
 
@@ -252,24 +263,16 @@ def _check_step(sentence: str, step: int, value: int, operand: int) -> str:
     if match is None:
         return f"not a step sentence: {sentence!r}"
     found = match.groupdict()
-    operation = found["op"] + (" " + found["prep"] if found.get("prep") else "")
-    expected = _OPERATIONS[operation.split()[0]][operand > 0]
     checks = (
         ("ordinal", found["k"], ORDINALS[step]),
-        ("operation", operation, expected if found.get("prep") else expected.split()[0]),
+        ("operation", found.get("verb"), _VERBS[operand < 0]),
+        ("operation", found.get("sign"), _SIGNS[operand < 0]),
+        ("preposition", found.get("prep"), _PREPOSITIONS[operand < 0]),
         ("operand", _number(found["n"]), abs(operand)),
         ("old value", _number(found["v"]), value),
         ("new value", _number(found["w"]), value + operand),
     )
     for name, got, want in checks:
-        if got != want:
+        if got is not None and got != want:
             return f"{name} is {got}, expected {want}"
     return ""
-
-
-_OPERATIONS = {
-    "add": ("take from", "add to"),
-    "take": ("take from", "add to"),
-    "plus": ("minus", "plus"),
-    "minus": ("minus", "plus"),
-}

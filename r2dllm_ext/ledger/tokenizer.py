@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Word-level tokenizer of the ledger task: one id a word, one id a digit."""
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ VOCABULARY = (PAD, END, MASK, ".", ",", ":", *DIGITS, *ORDINALS, *_WORDS.split()
 class Tokenizer:
     """Fixed vocabulary of the bundled model; text is words parted by white space.
 
-    Example::
+    Attributes:
+        vocabulary: the words, a word's place being its id.
+        pad_id, end_id, mask_id: ids of the special tokens.
+        digit_ids: ids of "0" to "9".
 
-        tokenizer = Tokenizer()
-        tokenizer.decode(tokenizer.encode("first add 3 to 1 4 .")) == "first add 3 to 1 4 ."
+    >>> tokenizer = Tokenizer()
+    >>> tokenizer.decode(tokenizer.encode("first add 3 to 1 4 ."))
+    'first add 3 to 1 4 .'
     """
 
     def __init__(self) -> None:
@@ -33,7 +38,7 @@ class Tokenizer:
         return len(self.vocabulary)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words of ``text``; ``ValueError`` names a word outside the vocabulary."""
+        """Ids of the words of `text`; `ValueError` names a word outside the vocabulary."""
         ids = []
         for place, word in enumerate(text.split()):
             if word not in self._ids:
@@ -43,7 +48,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of ``ids`` (a list or a 1-d tensor); ``skip_special`` drops pad, end and mask."""
+        """Text of `ids` (a list or a 1-d tensor); `skip_special` drops pad, end and mask."""
         words = []
         for place, i in enumerate(map(int, ids)):
             if not 0 <= i < len(self.vocabulary):

@@ -1,4 +1,5 @@
-"""Train the bundled ledger model: ``python -m r2dllm_ext.ledger.train --out DIR``.
+# SPDX-License-Identifier: Apache-2.0
+"""Train the bundled ledger model: `python -m r2dllm_ext.ledger.train --out DIR`.
 
 Every batch, mask and initial weight is a function of (seed, step) alone, so a run that was killed
 and resumed ends in the same weights as one that was not.
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.transformer import ModelConfig, Transformer
+from ..models import ModelConfig, Transformer, save_model
 from .task import ANSWER_LENGTH, OPERATIONS, Sample, encode_sample, make_sample, verify
 from .tokenizer import Tokenizer
 
@@ -66,7 +67,7 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def collate(samples: list[Sample], tokenizer: Tokenizer, answer_length: int) -> tuple[Tensor, int]:
-    """Token ids [B, P + answer_length] int64, prompts padded on the left to P, whole blocks; and P."""
+    """Ids [B, P + answer_length] int64, prompts padded on the left to P, whole blocks; and P."""
     encoded = [encode_sample(sample, tokenizer, answer_length) for sample in samples]
     P = -(-max(len(prompt) for prompt, _ in encoded) // BLOCK_LENGTH) * BLOCK_LENGTH
     rows = [[tokenizer.pad_id] * (P - len(p)) + p + a for p, a in encoded]
@@ -76,7 +77,7 @@ def collate(samples: list[Sample], tokenizer: Tokenizer, answer_length: int) -> 
 def mask_answers(
     answers: Tensor, digit_ids: tuple[int, ...], config: TrainConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Which cells of ``answers`` [B, A] are hidden, and which of them are learned, both bool.
+    """Which cells of `answers` [B, A] are hidden, and which of them are learned, both bool.
 
     iid rows hide each cell with one ratio t ~ U(0, 1). The others pick an active block: what lies
     before it is clean, what lies behind it is hidden and not learned. Inside it, either cells are
@@ -110,9 +111,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 @torch.no_grad()
 def decode(model: Transformer, ids: Tensor, prompt_length: int) -> Tensor:
-    """Fill the masks of ``ids`` [B, T] one token a step: the surest cell of the first open block.
+    """Fills the masks of `ids` [B, T] one token a step: the surest cell of the first open block.
 
-    A self-contained oracle for training; ``r2dllm_ext.generate`` is the real thing.
+    A self-contained oracle for training; `r2dllm_ext.generate` is the real thing.
     """
     ids, tokenizer = ids.clone(), Tokenizer()
     attention_mask = ids != tokenizer.pad_id
@@ -131,9 +132,13 @@ def decode(model: Transformer, ids: Tensor, prompt_length: int) -> Tensor:
 
 
 def evaluate(
-    model: Transformer, samples: list[Sample], *, answer_length: int = ANSWER_LENGTH, batch: int = 64
+    model: Transformer,
+    samples: list[Sample],
+    *,
+    answer_length: int = ANSWER_LENGTH,
+    batch: int = 64,
 ) -> tuple[float, list[str]]:
-    """Share of ``samples`` decoded one token a step without any error, and the answer texts."""
+    """Share of `samples` decoded one token a step without any error, and the answer texts."""
     tokenizer = Tokenizer()
     texts = []
     for i in range(0, len(samples), batch):
@@ -146,7 +151,7 @@ def evaluate(
 
 
 class Trainer:
-    """Model, optimizer and step counter of one run; :meth:`run` goes on from any checkpoint."""
+    """Model, optimizer and step counter of one run; `run` goes on from any checkpoint."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.tokenizer, self.step = config, Tokenizer(), 0
@@ -160,7 +165,9 @@ class Trainer:
             ),
             torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
-        self._loss = torch.compile(self._loss_of, dynamic=False) if config.compile else self._loss_of
+        self._loss = (
+            torch.compile(self._loss_of, dynamic=False) if config.compile else self._loss_of
+        )
 
     def _loss_of(self, ids: Tensor, keys: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         answer = (ids.shape[1] - targets.shape[1], ids.shape[1])
@@ -208,7 +215,7 @@ class Trainer:
         return float(loss.detach()), lr
 
     def save(self, path: Path) -> None:
-        """Write the whole state, or nothing: a crash leaves the old checkpoint in place."""
+        """Writes the whole state, or nothing: a crash leaves the old checkpoint in place."""
         state = {
             "config": asdict(self.config),
             "step": self.step,
@@ -244,8 +251,8 @@ def run(
     log_every: int = 50,
     progress: bool = True,
 ) -> None:
-    """Train to ``stop`` (default: the configured steps), logging to ``out/train_log.jsonl``."""
-    config, began = trainer.config, time.perf_counter()
+    """Trains to `stop` (default: the configured steps), logging to `out/train_log.jsonl`."""
+    config = trainer.config
     stop = config.steps if stop is None else min(stop, config.steps)
     out.mkdir(parents=True, exist_ok=True)
     held_out = [
@@ -259,7 +266,14 @@ def run(
         for i in range(eval_samples)
     ]
     losses: list[float] = []
-    with open(out / "train_log.jsonl", "a") as log, _bar(progress, trainer.step, stop) as bar:
+    # A killed run may have logged steps beyond its last checkpoint; they are about to come again.
+    log_path = out / "train_log.jsonl"
+    kept = log_path.read_text().splitlines() if log_path.exists() else []
+    kept = [line for line in kept if json.loads(line)["step"] <= trainer.step]
+    kept = kept if trainer.step else []
+    log_path.write_text("".join(line + "\n" for line in kept))
+    began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0)
+    with open(log_path, "a") as log, _bar(progress, trainer.step, stop) as bar:
         while trainer.step < stop:
             loss, lr = trainer.train_step()
             losses.append(loss)
@@ -282,6 +296,22 @@ def run(
                 trainer.save(out / "checkpoint.pt")
 
 
+def export(trainer: Trainer, folder: Path) -> None:
+    """Writes the model as a LLaDA checkpoint, with its vocabulary and how it was trained."""
+    save_model(trainer.model, folder)
+    tokenizer = trainer.tokenizer
+    description = {
+        "type": "one id a word, words parted by white space, numbers digit by digit",
+        "pad_id": tokenizer.pad_id,
+        "end_id": tokenizer.end_id,
+        "mask_id": tokenizer.mask_id,
+        "vocabulary": tokenizer.vocabulary,
+    }
+    (folder / "vocabulary.json").write_text(json.dumps(description, indent=1) + "\n")
+    training = asdict(trainer.config) | {"step": trainer.step}
+    (folder / "train_config.json").write_text(json.dumps(training, indent=1) + "\n")
+
+
 def _bar(progress: bool, start: int, stop: int):
     try:
         from tqdm import tqdm
@@ -294,19 +324,24 @@ def _bar(progress: bool, start: int, stop: int):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the ledger model on the CPU.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and log")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all that is written")
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
-    parser.add_argument("--stop", type=int, help="stop early at this step, schedule unchanged")
+    parser.add_argument("--stop", type=int, help="end at this step, schedule unchanged")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eval-every", type=int, default=500)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its settings"
+    )
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    checkpoint = args.out / "checkpoint.pt"
+    if args.resume and not checkpoint.is_file():
+        parser.error(f"--resume: there is no {checkpoint}")
     if args.resume:
-        trainer = Trainer.resume(args.out / "checkpoint.pt")
+        trainer = Trainer.resume(checkpoint)
     else:
         trainer = Trainer(
             TrainConfig(
@@ -317,6 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         )
     run(trainer, args.out, stop=args.stop, eval_every=args.eval_every)
+    export(trainer, args.out / "model")
 
 
 if __name__ == "__main__":

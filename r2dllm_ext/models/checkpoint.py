@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Load and save LLaDA and Dream checkpoints: config.json and safetensors, sharded or not."""
 
 from __future__ import annotations
@@ -8,11 +9,10 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .transformer import ModelConfig, Transformer
+from .config import ModelConfig
+from .transformer import Transformer
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "BF16", "F16")  # storage an unquantised checkpoint may use
@@ -57,23 +57,23 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """A LLaDA or Dream checkpoint as our transformer, in eval mode and ready for ``generate``.
+    """A LLaDA or Dream checkpoint as our transformer, in eval mode and ready for `generate`.
 
-    path_or_hub_id: a folder with ``config.json`` and ``model.safetensors`` (or shards and their
-        ``model.safetensors.index.json``), a hub id such as ``"GSAI-ML/LLaDA-8B-Instruct"``
-        (needs ``huggingface_hub``), or ``"ledger"`` for the small model inside this package.
-        A local folder wins over a hub id of the same name, the alias over both.
-    dtype: any floating dtype; ``None`` keeps the one the checkpoint's embedding is stored in.
+    Args:
+        path_or_hub_id: a folder with `config.json` and `model.safetensors` (or shards and their
+            `model.safetensors.index.json`), a hub id such as "GSAI-ML/LLaDA-8B-Instruct" (needs
+            `huggingface_hub`), or "ledger" for the small model inside this package. A local
+            folder wins over a hub id of the same name, the alias over both.
+        device: where the weights go, default "cpu".
+        dtype: any floating dtype; None keeps the one the checkpoint's embedding is stored in.
 
-    Tensors go one by one from the file to ``device`` and ``dtype``, so the peak is the weights and
-    one tensor. Raises ``ValueError`` naming key, file and shapes if the weights do not fit the
-    config, or field and value for a config we do not compute; ``FileNotFoundError`` if there is
-    no checkpoint.
+    Tensors go one by one from the file to `device` and `dtype`, so that the peak is the weights
+    and one tensor. Raises `ValueError` naming key, file and shapes if the weights do not fit the
+    config, or field and value for a config that is not supported; `FileNotFoundError` if there is
+    no checkpoint; `ImportError` without safetensors, or huggingface_hub for a hub id.
 
-    Example::
-
-        model = load_model("ledger")
-        model = load_model("/models/LLaDA-8B-Instruct", device="cuda", dtype=torch.bfloat16)
+    >>> load_model("ledger", dtype=torch.bfloat16).dtype
+    torch.bfloat16
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"load_model: dtype is {dtype!r}, takes a floating torch.dtype or None")
@@ -88,7 +88,7 @@ def load_model(
     # The embedding comes first: where no dtype is asked for, its own decides for all.
     for key, name in names.items():
         # A file is opened anew for each tensor: an open map would keep every page read so far.
-        with safe_open(sources[key], framework="pt") as file:
+        with _safetensors().safe_open(sources[key], framework="pt") as file:
             stored = file.get_tensor(key)
         dtype = dtype or stored.dtype
         _assign(model, name, stored.to(device, dtype, copy=True))
@@ -103,14 +103,22 @@ def save_model(
     *,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
-    """Write ``config.json`` and safetensors in the published layout of the model's family.
+    """Writes `config.json` and safetensors in the published layout of the model's family.
 
-    max_shard_size: bytes; weights above it are split over several files and an index. Shards left
-    in ``folder`` by an earlier save are removed. ``load_model(folder)`` gives the same bits back.
+    Args:
+        folder: created if need be; shards left in it by an earlier save are removed.
+        max_shard_size: bytes; weights above it are split over several files and an index. At most
+            one shard is copied to the CPU at a time.
 
-    Example::
+    `load_model(folder)` gives the same bits back.
 
-        save_model(load_model("ledger"), "copy")
+    >>> import tempfile
+    >>> model = load_model("ledger")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(model, folder)
+    ...     same = load_model(folder)
+    >>> torch.equal(same.lm_head_weight, model.lm_head_weight)
+    True
     """
     if max_shard_size < 1:
         raise ValueError(f"save_model: max_shard_size is {max_shard_size}, takes bytes >= 1")
@@ -130,7 +138,7 @@ def save_model(
     files = [_SINGLE] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     for file, shard in zip(files, shards, strict=True):
         on_cpu = {key: weight.cpu().contiguous() for key, weight in shard.items()}
-        save_file(on_cpu, folder / f"{file}.part", metadata={"format": "pt"})
+        _safetensors().torch.save_file(on_cpu, folder / f"{file}.part", metadata={"format": "pt"})
         os.replace(folder / f"{file}.part", folder / file)
     if n > 1:
         where = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
@@ -146,10 +154,8 @@ def save_model(
 def published_key(family: str, name: str) -> str:
     """Checkpoint key of one of our parameters.
 
-    Example::
-
-        published_key("llada", "blocks.3.down_proj.weight")
-        # "model.transformer.blocks.3.ff_out.weight"
+    >>> published_key("llada", "blocks.3.down_proj.weight")
+    'model.transformer.blocks.3.ff_out.weight'
     """
     module, leaf = name.rsplit(".", 1)
     layer = re.match(r"blocks\.(\d+)\.", module)
@@ -158,9 +164,20 @@ def published_key(family: str, name: str) -> str:
     return f"{_KEYS[family][pattern].format(number)}.{leaf}"
 
 
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "r2dllm_ext.models reads and writes checkpoints with safetensors: "
+            "pip install safetensors"
+        ) from error
+    return safetensors
+
+
 def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_hub_id)
-    path = _ALIASES.get(name, Path(name))
+    path = _ALIASES.get(name, Path(name).expanduser())
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -184,7 +201,7 @@ def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
 def _sources(folder: Path) -> dict[str, Path]:
     """Published key -> the file that holds it."""
     if (folder / _SINGLE).is_file():
-        with safe_open(folder / _SINGLE, framework="pt") as file:
+        with _safetensors().safe_open(folder / _SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / _SINGLE)
     if not (folder / _INDEX).is_file():
         raise FileNotFoundError(f"load_model: neither {_SINGLE} nor {_INDEX} in {str(folder)!r}")
@@ -195,14 +212,14 @@ def _sources(folder: Path) -> dict[str, Path]:
 
 
 def _check(folder: Path, sources: dict[str, Path], expected: dict[str, nn.Parameter]) -> None:
-    """Compare keys and shapes with the config's before a byte of weights is read."""
+    """Compares keys and shapes with the config's before a byte of weights is read."""
     for key in expected.keys() - sources.keys():
         shape = list(expected[key].shape)
         raise ValueError(f"load_model: key {key} {shape} is missing from {str(folder)!r}")
     for path in sorted(set(sources.values())):
         if not path.is_file():
             raise FileNotFoundError(f"load_model: {_INDEX} names {path}, which does not exist")
-        with safe_open(path, framework="pt") as file:
+        with _safetensors().safe_open(path, framework="pt") as file:
             held = set(file.keys())
             for key in (k for k, source in sources.items() if source == path):
                 if key not in held:

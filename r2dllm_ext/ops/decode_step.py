@@ -66,7 +66,8 @@ def decode_step(
     >>> tokens, step.rule, step.remaining
     (tensor([[1, 3]]), tensor([[1, 0]], dtype=torch.uint8), tensor([1], dtype=torch.int32))
     """
-    return _step(torch.ops.r2dllm.decode_step.default, logits, tokens, state, config, candidates, logits_shift)
+    op = torch.ops.r2dllm.decode_step.default
+    return _step(op, logits, tokens, state, config, candidates, logits_shift)
 
 
 def select(
@@ -88,7 +89,8 @@ def select(
     >>> tokens, step.rule
     (tensor([[3, 3]]), tensor([[2, 0]], dtype=torch.uint8))
     """
-    return _step(torch.ops.r2dllm.select.default, logits, tokens, state, config, candidates, logits_shift)
+    op = torch.ops.r2dllm.select.default
+    return _step(op, logits, tokens, state, config, candidates, logits_shift)
 
 
 def _step(op, logits, tokens, state, config, candidates, logits_shift) -> DecodeStep:

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases: which variants are compared, and the check that they agree before a clock starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from baselines import (
+    advance_streaks,
+    authors_runs,
+    authors_step,
+    authors_windows,
+    runs,
+    softmax_max,
+    vectorised_step,
+    windows,
+)
+from harness import Variant
+from shapes import Block, Shape, spiked_block
+
+import r2dllm_ext as r2
+
+
+class Disagreement(RuntimeError):
+    """Two variants give different results."""
+
+
+class Case(NamedTuple):
+    """`variants[0]` is ours; `checked` and `rules` say what the comparison covered."""
+
+    variants: list[Variant]
+    bytes: int | None  # that a step has to read at least; None where that is no measure
+    skipped: dict[str, str]  # column -> reason
+    rules: list[str]  # that committed something
+
+
+# ---- a whole step ----------------------------------------------------------------------------
+
+
+def decode_step_case(block: Block, compiled: bool | str) -> Case:
+    """`compiled`: True, or the reason to leave that column out."""
+    variants, tokens = _step_variants(block)
+    skipped = {}
+    if compiled is True:
+        own = block.sibling()
+        torch.compiler.reset()
+        step, config = torch.compile(vectorised_step, dynamic=False), block.config()
+        try:
+            step(own.logits, own.tokens, own.state, config)
+        except Exception as error:  # any stage of the compiler may be missing or fail
+            skipped["compiled"] = f"torch.compile: {(str(error).splitlines() or [''])[0]}"
+        else:
+            call = _on("compiled", own, lambda b: step(b.logits, b.tokens, b.state, config))
+            variants.insert(3, call)
+            tokens["compiled"] = own
+    else:
+        skipped["compiled"] = compiled
+
+    results = {}
+    for variant in variants:
+        variant.renew()
+        results[variant.name] = variant.call()
+    want = tokens["ours"].tokens
+    for name, own in tokens.items():
+        if not torch.equal(own.tokens, want):
+            cells = (own.tokens != want).nonzero().tolist()
+            raise Disagreement(f"decode_step: tokens of {name} differ from ours at {cells[:4]}")
+    fired = [r2.Rule(code).name for code in results["ours"].rule.unique().tolist() if code]
+    return Case(variants, block.logits.nbytes, skipped, fired)
+
+
+def step_variants(block: Block) -> list[Variant]:
+    """Ours, the authors' way, vectorised, and the softmax alone; each with tokens of its own."""
+    return _step_variants(block)[0]
+
+
+def _step_variants(block: Block) -> tuple[list[Variant], dict[str, Block]]:
+    config = block.config()
+    ways: dict[str, Callable[[Block], Any]] = {
+        "ours": lambda b: r2.decode_step(b.logits, b.tokens, b.state, config),
+        "authors": lambda b: authors_step(b.logits, b.tokens, b.state, config),
+        "vectorised": lambda b: vectorised_step(b.logits, b.tokens, b.state, config),
+    }
+    own = {name: block.sibling() for name in ways}
+    variants = [_on(name, own[name], way) for name, way in ways.items()]
+    return [*variants, Variant("softmax", lambda: softmax_max(block.logits))], own
+
+
+def _on(name: str, block: Block, way: Callable[[Block], Any]) -> Variant:
+    return Variant(name, lambda: way(block), block.renew, graph=name != "authors")
+
+
+# ---- ops alone -------------------------------------------------------------------------------
+
+
+def token_confidence_case(block: Block) -> Case:
+    logits = block.logits
+
+    def authors() -> tuple[torch.Tensor, torch.Tensor]:
+        prediction = logits.argmax(-1)
+        probabilities = torch.softmax(logits.to(torch.float64), -1)
+        return prediction, probabilities.gather(-1, prediction.unsqueeze(-1)).squeeze(-1)
+
+    variants = [
+        Variant("ours", lambda: r2.token_confidence(logits)),
+        Variant("authors", authors),
+        Variant("softmax", lambda: softmax_max(logits)),
+    ]
+    prediction, confidence = variants[0].call()
+    wide, p = authors()
+    if not (torch.equal(prediction, wide) and torch.allclose(confidence, p.float(), rtol=1e-6)):
+        raise Disagreement("token_confidence: ours and float64 softmax differ")
+    return Case(variants, logits.nbytes, {}, [])
+
+
+def rule_case(op: str, shape: Shape, device: str) -> Case:
+    """window_pool, positional_ambiguity or update_stability on a block of B rows, L positions."""
+    block = spiked_block(Shape(shape.B, shape.L, 1024), torch.float32, device)
+    config, own, other = block.config(), block.sibling(), block.sibling()
+    confidence, prediction = softmax_max(block.logits)
+    masked = torch.ones_like(prediction, dtype=torch.bool)
+    least = config.spatial_threshold
+    if op == "window_pool":
+        limits = {"window": 3, "min_confidence": least, "max_unmasked": 1}
+        ours = lambda: r2.window_pool(confidence, masked, **limits)  # noqa: E731
+        authors = lambda: authors_windows(prediction, confidence, own.tokens, config)  # noqa: E731
+        vectorised = lambda: windows(confidence, masked, 3, least, 1)  # noqa: E731
+    elif op == "positional_ambiguity":
+        ours = lambda: r2.positional_ambiguity(  # noqa: E731
+            prediction, confidence, masked, min_confidence=least
+        )
+        authors = lambda: authors_runs(prediction, confidence, own.tokens, config)  # noqa: E731
+        vectorised = lambda: runs(prediction, confidence, masked, least, 2, "confidence")  # noqa: E731
+    else:
+        ours = lambda: r2.update_stability_(  # noqa: E731
+            block.state,
+            prediction,
+            confidence,
+            was_masked=masked,
+            is_masked=masked,
+            steps=config.temporal_steps,
+            min_confidence=config.temporal_threshold,
+        )
+        authors = lambda: advance_streaks(  # noqa: E731
+            prediction, confidence, own.tokens, masked, own.state, config
+        )
+        vectorised = None
+    own.renew()
+    block.renew()
+    want = ours()
+    authors()
+    ways = {"authors": own.tokens != block.mask_id}
+    variants = [
+        Variant("ours", ours, block.renew),
+        Variant("authors", authors, own.renew, graph=False),
+    ]
+    if vectorised is not None:
+        ways["vectorised"] = vectorised()
+        variants.append(Variant("vectorised", vectorised, other.renew))
+    for name, cells in ways.items():
+        if not torch.equal(cells, want):
+            raise Disagreement(f"{op}: cells of {name} differ from ours")
+    return Case(variants, None, {}, [])
+
+
+def overhead_case(block: Block) -> Case:
+    """A call on a block too small to compute anything, beside one small torch op."""
+    ours, config, one = block.sibling(), block.config(), torch.ones(4, device=block.logits.device)
+    variants = [
+        _on("ours", ours, lambda b: r2.decode_step(b.logits, b.tokens, b.state, config)),
+        Variant("torch_add", lambda: one + one),
+    ]
+    check = decode_step_case(block, "not measured")
+    return Case(variants, None, {}, check.rules)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of the decode step: `python bench/run.py`. See README.md beside it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparisons import (
+    Disagreement,
+    decode_step_case,
+    overhead_case,
+    rule_case,
+    token_confidence_case,
+)
+from harness import (
+    Parser,
+    Variant,
+    cache_state,
+    duration,
+    environment,
+    fail,
+    fastest_read,
+    measure,
+    mebibytes,
+    summary,
+    table,
+    use_device,
+    write_json,
+)
+from memory import peak_memory
+from shapes import DTYPES, NAMED, TINY, Shape, parse_shape, spiked_block
+
+COLUMNS = ("ours", "authors", "vectorised", "compiled", "softmax", "read")
+RULES = ("window_pool", "positional_ambiguity", "update_stability")
+OPS = ("decode_step", "token_confidence", *RULES, "overhead")
+FULL = tuple(f"{model}-{B}" for model in ("llada", "dream") for B in (1, 4, 32))
+QUICK = ("llada-1", "llada-4")
+MEMORY_SHAPE = NAMED["llada-8"]
+
+
+def run_case(
+    op: str, shape: Shape, dtype: str, args: argparse.Namespace, *, timed: bool = True
+) -> dict[str, Any]:
+    """One record: checked first, then timed, then its memory measured."""
+    record: dict[str, Any] = {"op": op, "shape": shape._asdict(), "dtype": dtype}
+    record["device"] = args.device
+    before, read = (lambda: None), None
+    if op in RULES:
+        case = rule_case(op, shape, args.device)
+    else:
+        block = spiked_block(shape, DTYPES[dtype], args.device)
+        if op == "overhead":
+            case = overhead_case(block)
+        elif op == "token_confidence":
+            case = token_confidence_case(block)
+        else:
+            case = decode_step_case(block, _compiled(args) if timed else "memory only")
+        if op != "overhead":
+            before = cache_state(args.cache, block.logits)
+    record |= {"checked": True, "rules": case.rules, "bytes": case.bytes, "skipped": case.skipped}
+    if timed:
+        variants = list(case.variants)
+        if case.bytes is not None:
+            record["read_kernel"], read = fastest_read(block.logits)
+            variants.append(Variant("read", read))
+        times = measure(variants, before=before, seconds=args.seconds, device=args.device)
+        columns = {name: summary(samples) for name, samples in times.items()}
+        ours = columns["ours"]["median_us"]
+        record["columns"] = columns
+        record["ratio"] = {
+            name: round(column["median_us"] / ours, 3) for name, column in columns.items()
+        }
+        if case.bytes is not None:
+            record["gb_per_s"] = round(case.bytes / ours * 1e-3, 2)
+            record["fraction_of_read"] = record["ratio"]["read"]
+    del case, read, before
+    if op == "decode_step" and args.memory != "off":
+        block = None  # the probe has logits of its own
+        record["extra_peak_bytes"] = peak_memory(shape, dtype, args.device, args.threads)
+    return record
+
+
+def _compiled(args: argparse.Namespace) -> bool | str:
+    return True if args.compile else "--quick" if args.quick else "--no-compile"
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, Shape, str, bool]]:
+    """(op, shape, dtype, timed) in the order they run."""
+    shapes = [parse_shape(text) for text in args.shape or (QUICK if args.quick else FULL)]
+    dtypes = args.dtype or (["bf16"] if args.quick else ["bf16", "fp32"])
+    found = []
+    for op in args.op:
+        if op == "overhead":
+            found.append((op, TINY, "fp32", True))
+        elif op in RULES:
+            pairs = dict.fromkeys((shape.B, shape.L) for shape in shapes)
+            found += [(op, Shape(B, L, 0), "fp32", True) for B, L in pairs]
+        else:
+            found += [(op, shape, dtype, True) for shape in shapes for dtype in dtypes]
+        if op == "decode_step" and not args.shape and not args.dtype and args.memory != "off":
+            found.append((op, MEMORY_SHAPE, "bf16", not args.quick))
+    return found
+
+
+# ---- bars ------------------------------------------------------------------------------------
+
+
+def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the project promises, held against the records that are there."""
+
+    def find(op: str, shape: Shape, dtype: str) -> dict[str, Any]:
+        key = (op, shape._asdict(), dtype)
+        matches = (r for r in records if (r["op"], r["shape"], r["dtype"]) == key)
+        return next(matches, {})
+
+    first = find("decode_step", NAMED["llada-1"], "bf16").get("ratio", {})
+    fourth = find("decode_step", NAMED["llada-4"], "bf16")
+    peak = find("decode_step", MEMORY_SHAPE, "bf16").get("extra_peak_bytes", {})
+    call = find("overhead", TINY, "fp32").get("columns", {})
+    peak_mib = peak["ours"] / 2**20 if isinstance(peak, dict) and peak else None
+    found = [
+        ("llada-1 bf16: times faster than the authors' way", first.get("authors"), ">=", 60, 150),
+        ("llada-1 bf16: times faster than softmax + max", first.get("softmax"), ">=", 10, 20),
+        ("llada-4 bf16: fraction of a read", fourth.get("fraction_of_read"), ">=", 0.25, 0.5),
+        ("llada-8 bf16: extra peak memory, MiB", peak_mib, "<=", 4, None),
+        ("overhead of a call, us", call.get("ours", {}).get("median_us"), "<", 30, None),
+    ]
+    return [
+        {
+            "bar": name,
+            "value": None if value is None else round(value, 3),
+            "required": f"{relation} {least}",
+            "aim": aim,
+            "passed": None if value is None else _holds(value, relation, least),
+        }
+        for name, value, relation, least, aim in found
+    ]
+
+
+def _holds(value: float, relation: str, least: float) -> bool:
+    return {">=": value >= least, "<=": value <= least, "<": value < least}[relation]
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+HEADER = (
+    "op", "B", "L", "V", "dtype", "ours", "IQR", "GB/s", "of read",
+    *(word for name in COLUMNS[1:-1] for word in (name, "x")), "read", "peak MiB", "authors MiB",
+)  # fmt: skip
+
+
+def line(record: dict[str, Any]) -> list[str]:
+    columns, ratio = record.get("columns", {}), record.get("ratio", {})
+    ours = columns.get("ours")
+    cells = [record["op"], *(str(n or "-") for n in record["shape"].values()), record["dtype"]]
+    cells += (
+        [duration(ours["median_us"]), duration(ours["q3_us"] - ours["q1_us"])] if ours else "--"
+    )
+    for key, digits in (("gb_per_s", 1), ("fraction_of_read", 2)):
+        cells.append(f"{record[key]:.{digits}f}" if key in record else "-")
+    for name in COLUMNS[1:]:
+        there = name in columns
+        cells.append(duration(columns[name]["median_us"]) if there else "-")
+        if name != "read":
+            cells.append(f"{ratio[name]:.3g}" if there else "-")
+    peak = record.get("extra_peak_bytes")
+    peak = peak if isinstance(peak, dict) else {}
+    return cells + [mebibytes(peak.get("ours")), mebibytes(peak.get("authors"))]
+
+
+def report(records: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
+    print(table(HEADER, map(line, records), left=1))
+    for record in records:
+        if record["op"] == "overhead":
+            small = record["columns"]["torch_add"]["median_us"]
+            print(f"overhead: one small torch op (ones(4) + ones(4)) takes {duration(small)} here")
+    for reason in dict.fromkeys(
+        f"{column} skipped: {why}"
+        for r in records
+        for column, why in r["skipped"].items()
+        if "columns" in r
+    ):
+        print(reason)
+    kernels = dict.fromkeys(r["read_kernel"] for r in records if "read_kernel" in r)
+    if kernels:
+        print(f"read: {', '.join(kernels)} over the same bytes")
+    peaks = [r["extra_peak_bytes"] for r in records if "extra_peak_bytes" in r]
+    errors = [abs(peak["error"]) for peak in peaks if isinstance(peak, dict)]
+    if errors:
+        error = mebibytes(max(errors))
+        print(f"peak memory: growth of the resident set; a known 1 MiB is off by {error} MiB")
+    for reason in {peak for peak in peaks if isinstance(peak, str)}:
+        print(f"peak memory not measured: {reason}")
+    verdict = {True: "pass", False: "FAIL", None: "not measured"}
+    known = [bar for bar in held if bar["passed"] is not None]
+    if known:
+        rows = [
+            (b["bar"], f"{b['value']:g}", b["required"], str(b["aim"] or "-"), verdict[b["passed"]])
+            for b in known
+        ]
+        print("\n" + table(("bar", "value", "required", "aim", ""), rows))
+
+
+# ---- command line ----------------------------------------------------------------------------
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="run.py", description="Benchmarks of the decode step.")
+    parser.add_argument("--op", action="append", choices=(*OPS, "all"),
+                        help="repeatable; default decode_step and overhead")  # fmt: skip
+    parser.add_argument("--shape", action="append", metavar="NAME|B,L,V",
+                        help=f"repeatable; names: {', '.join(NAMED)}")  # fmt: skip
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--cache", choices=("warm", "cold"), default="warm",
+                        help="a call finds the logits just read, or swept caches")  # fmt: skip
+    parser.add_argument("--memory", choices=("auto", "on", "off"), default="auto",
+                        help="auto: all decode_step rows; if quick, llada-8 alone")  # fmt: skip
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="the torch.compile column; default: unless quick")  # fmt: skip
+    parser.add_argument("--seconds", type=float, help="per row; default 4, quick 1")
+    parser.add_argument("--quick", action="store_true", help="few rows, under 30 s")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(arguments)
+    args.op = list(OPS) if "all" in (args.op or ()) else args.op or ["decode_step", "overhead"]
+    args.seconds = args.seconds or (1.0 if args.quick else 4.0)
+    args.compile = not args.quick if args.compile is None else args.compile
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.threads is not None:
+        if args.threads < 1:
+            fail(f"--threads takes an integer >= 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()
+    use_device(args.device)
+    try:
+        todo = cases(args)
+    except ValueError as error:
+        fail(str(error))
+    began, records = time.perf_counter(), []
+    with torch.inference_mode():
+        for i, (op, shape, dtype, timed) in enumerate(todo):
+            where = "x".join(map(str, shape)) if op != "overhead" else "tiny"
+            print(f"[{i + 1}/{len(todo)}] {op} {where} {dtype}", flush=True)
+            wanted = args.memory
+            if wanted == "auto" and args.quick and timed:
+                wanted = "off"
+            settings = argparse.Namespace(**{**vars(args), "memory": wanted})
+            try:
+                records.append(run_case(op, shape, dtype, settings, timed=timed))
+            except Disagreement as error:
+                print(f"run.py: {error}")
+                raise SystemExit(1) from None
+    held = bars(records)
+    print()
+    report(records, held)
+    print(f"{time.perf_counter() - began:.0f} s")
+    settings = {key: getattr(args, key) for key in ("threads", "cache", "seconds", "quick")}
+    content = {"schema": 1, **environment(args.device), "settings": settings}
+    write_json(args.json, content | {"records": records, "bars": held})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+// Hand cases for csrc/rules: no torch, no GPU.
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+
+#include "../cpu/row_context.h"
+#include "../rules/decode_step.h"
+#include "check.h"
+
+using namespace r2dllm;
+
+namespace {
+
+constexpr int64_t kMask = 99;
+
+StepOptions no_rules() {
+  StepOptions options{};
+  options.mask_id = kMask;
+  options.threshold = 0.9f;
+  options.factor = 1.0;
+  options.error_budget = 0.1;
+  options.spatial_threshold = 0.8f;
+  options.max_unmasked = 1;
+  options.min_run = 2;
+  options.temporal_threshold = 0.8f;
+  return options;
+}
+
+// One row with its state; `step` runs the rules once.
+struct Block {
+  std::vector<int64_t> ids;
+  std::vector<float> confidence;
+  std::vector<int64_t> tokens, prediction, streak_id, counters{0, 0, 0, -1};
+  std::vector<float> judged, streak_sum, streak_max;
+  std::vector<int32_t> streak_count, order;
+  std::vector<uint8_t> rule, selected;
+  std::vector<uint64_t> keys;
+  int32_t remaining = -1;
+
+  explicit Block(size_t length)
+      : tokens(length, kMask),
+        prediction(length),
+        streak_id(length, -1),
+        judged(length),
+        streak_sum(length),
+        streak_max(length),
+        streak_count(length),
+        order(length),
+        rule(length),
+        selected(length),
+        keys(length) {}
+
+  template <class Context = cpu::RowContext>
+  void step(const StepOptions& options, Context context = {}) {
+    const auto length = static_cast<int64_t>(tokens.size());
+    const std::unique_ptr<bool[]> masked(new bool[tokens.size()]);
+    for (int64_t i = 0; i < length; ++i) {
+      masked[i] = tokens[i] == kMask;
+      prediction[i] = ids[i];
+      judged[i] = confidence[i];
+    }
+    const StepRow row{length,
+                      ids.data(),
+                      confidence.data(),
+                      prediction.data(),
+                      judged.data(),
+                      rule.data(),
+                      &remaining,
+                      tokens.data(),
+                      1,
+                      streak_count.data(),
+                      streak_id.data(),
+                      streak_sum.data(),
+                      streak_max.data(),
+                      counters.data(),
+                      masked.get(),
+                      keys.data(),
+                      selected.data(),
+                      order.data()};
+    RowStep<Context>(context, row, options).run();
+  }
+};
+
+// Cells of a phase run in a shuffled order: no rule may depend on it.
+struct ShuffledContext : cpu::RowContext {
+  std::mt19937 random;
+  explicit ShuffledContext(unsigned seed) : random(seed) {}
+  template <class F>
+  void for_each(int64_t n, F f) {
+    std::vector<int64_t> order(static_cast<size_t>(std::max<int64_t>(n, 0)));
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random);
+    for (int64_t i : order) f(i);
+  }
+};
+
+using Ids = std::vector<int64_t>;
+using Rules = std::vector<uint8_t>;
+
+TEST(threshold_is_inclusive_and_the_best_cell_always_goes) {
+  Block block(3);
+  block.ids = {1, 2, 3};
+  block.confidence = {0.9f, 0.5f, 0.95f};
+  block.step(no_rules());
+  CHECK(block.tokens == Ids{1, kMask, 3});
+  CHECK(block.rule == Rules{1, 0, 1});
+  CHECK(block.remaining == 1);
+  block.confidence = {0.1f, 0.2f, 0.3f};
+  block.step(no_rules());
+  CHECK(block.tokens == Ids{1, 2, 3});
+  CHECK(block.rule == Rules{0, 2, 0});
+  CHECK(block.counters == Ids{0, 2, 2, 3});
+}
+
+TEST(ties_of_the_best_cell_go_to_the_lowest_index) {
+  Block block(3);
+  block.ids = {1, 2, 3};
+  block.confidence = {0.4f, 0.5f, 0.5f};
+  block.step(no_rules());
+  CHECK(block.tokens == Ids{kMask, 2, kMask});
+}
+
+TEST(schedule_shares_the_cells_among_the_steps) {
+  CHECK(schedule_quota(7, 0, 3) == 3);
+  CHECK(schedule_quota(7, 1, 3) == 2);
+  CHECK(schedule_quota(7, 2, 3) == 2);
+  CHECK(schedule_quota(7, 3, 3) == 7);
+  StepOptions options = no_rules();
+  options.base = BaseRule::kSchedule;
+  options.steps_per_block = 2;
+  Block block(3);
+  block.ids = {1, 2, 3};
+  block.confidence = {0.2f, 0.4f, 0.3f};
+  block.step(options);
+  CHECK(block.tokens == Ids{kMask, 2, 3});
+  block.step(options);
+  CHECK(block.remaining == 0);
+}
+
+TEST(factor_commits_the_last_cell_with_all_others) {
+  const double confidence[] = {0.9, 0.7, 0.3};
+  const auto of = [&](int64_t j) { return confidence[j]; };
+  CHECK(factor_prefix(1, 1.0, of) == 1);
+  CHECK(factor_prefix(3, 1.0, of) == 3);  // 0.7 >= 1 - 1/3; 0.3 < 1 - 1/4, but it is the last
+  const double falling[] = {0.9, 0.6, 0.3};
+  CHECK(factor_prefix(3, 1.0, [&](int64_t j) { return falling[j]; }) == 1);
+}
+
+TEST(budget_bounds_the_expected_errors) {
+  const double confidence[] = {0.5, 0.96875, 0.96875, 0.9};
+  const auto of = [&](int64_t j) { return confidence[j]; };
+  CHECK(budget_prefix(4, 0.0, of) == 1);
+  CHECK(budget_prefix(4, 0.5625, of) == 3);  // 0.5 + 2 / 32, inclusive
+  CHECK(budget_prefix(4, 0.56, of) == 2);
+}
+
+TEST(first_takes_the_first_cell_with_a_prediction) {
+  StepOptions options = no_rules();
+  options.base = BaseRule::kFirst;
+  Block block(3);
+  block.ids = {-1, 2, 3};
+  block.confidence = {NAN, 0.0f, 0.9f};
+  block.step(options);
+  CHECK(block.tokens == Ids{kMask, 2, kMask});
+}
+
+TEST(windows_are_judged_on_one_snapshot) {
+  StepOptions options = no_rules();
+  options.window = 2;
+  Block block(4);
+  block.ids = {1, 2, 3, 4};
+  block.confidence = {0.85f, 0.75f, 0.7f, 0.1f};
+  // Cell 0 goes first as the best; [0, 1] is then judged by cell 1 alone, which fails.
+  block.step(options);
+  CHECK(block.rule == Rules{2, 0, 0, 0});
+  Block pair(4);
+  pair.ids = {1, 2, 3, 4};
+  pair.confidence = {0.1f, 0.88f, 0.82f, 0.79f};
+  pair.step(options);  // [2, 3]: mean 0.805
+  CHECK(pair.rule == Rules{0, 2, 3, 3});
+}
+
+TEST(a_window_with_a_cell_that_has_no_prediction_is_skipped) {
+  const float confidence[] = {0.9f, NAN, 0.9f};
+  const auto all = [](int64_t) { return true; };
+  const auto of = [&](int64_t i) { return confidence[i]; };
+  CHECK(!window_passes(0, 3, -1, 0.5f, Rounding::kNone, all, of));
+  CHECK(window_passes(2, 1, -1, 0.5f, Rounding::kNone, all, of));
+}
+
+TEST(a_run_commits_one_cell) {
+  StepOptions options = no_rules();
+  options.threshold = 1.0f;
+  Block block(5);
+  block.ids = {7, 5, 5, 5, 5};
+  block.confidence = {0.9f, 0.81f, 0.82f, 0.82f, 0.2f};
+  for (auto [mode, cell] : {std::pair{TokenCluster::kConfidence, 2}, {TokenCluster::kMid, 3}}) {
+    options.token_cluster = mode;
+    Block copy = block;
+    copy.step(options);
+    CHECK(copy.rule[0] == 2 && copy.rule[cell] == 4);
+    CHECK(copy.remaining == 3);
+  }
+  options.spatial_threshold = 0.82f;  // strict
+  block.step(options);
+  CHECK(block.remaining == 4);
+}
+
+TEST(a_prediction_is_stable_after_its_steps) {
+  StepOptions options = no_rules();
+  options.temporal_steps = 2;
+  Block block(3);
+  block.ids = {1, 2, 3};
+  block.confidence = {0.89f, 0.85f, 0.5f};
+  block.step(options);
+  CHECK(block.rule == Rules{2, 0, 0});
+  CHECK(block.streak_count == std::vector<int32_t>{0, 1, 1});
+  block.ids = {1, 4, 3};
+  block.confidence = {0, 0.5f, 0.6f};
+  block.step(options);
+  CHECK(block.rule == Rules{0, 0, 2});
+  CHECK(block.streak_count == std::vector<int32_t>{0, 1, 0});
+  CHECK(block.streak_id == Ids{-1, 4, -1});
+}
+
+TEST(evidence_of_a_streak) {
+  Streak streak = observe(observe(Streak::none(), 3, 0.5f), 3, 0.75f);
+  CHECK(streak.count == 2 && streak.sum == 1.25f && streak.max == 0.75f);
+  CHECK(is_stable(streak, 0.75f, 2, 0.75f, TemporalEval::kLast));
+  CHECK(is_stable(streak, 0.75f, 2, 0.625f, TemporalEval::kAve));
+  CHECK(!is_stable(streak, 0.75f, 2, 0.63f, TemporalEval::kAve));
+  CHECK(is_stable(streak, 0.1f, 2, 0.75f, TemporalEval::kMax));
+  CHECK(!is_stable(streak, 0.75f, 3, 0.0f, TemporalEval::kMax));
+}
+
+TEST(committing_the_mask_id_leaves_the_cell_masked) {
+  StepOptions options = no_rules();
+  options.token_cluster = TokenCluster::kConfidence;
+  options.temporal_steps = 1;
+  Block block(2);
+  block.ids = {kMask, kMask};
+  block.confidence = {0.95f, 0.95f};
+  block.step(options);
+  CHECK(block.rule == Rules{0, 0});
+  CHECK(block.remaining == 2);
+  CHECK(block.streak_count == std::vector<int32_t>{0, 0});
+}
+
+TEST(a_row_without_predictions_is_left_alone) {
+  StepOptions options = no_rules();
+  options.window = 1;
+  options.token_cluster = TokenCluster::kMid;
+  options.temporal_steps = 1;
+  options.spatial_threshold = options.temporal_threshold = 0.0f;
+  for (BaseRule base : {BaseRule::kThreshold, BaseRule::kSchedule, BaseRule::kFactor,
+                        BaseRule::kFirst, BaseRule::kBudget}) {
+    options.base = base;
+    Block block(2);
+    block.ids = {-1, -1};
+    block.confidence = {NAN, NAN};
+    block.step(options);
+    CHECK(block.remaining == 2);
+    CHECK(block.tokens == Ids{kMask, kMask});
+  }
+}
+
+TEST(no_rule_depends_on_the_order_of_its_cells) {
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+  for (unsigned round = 0; round < 500; ++round) {
+    StepOptions options = no_rules();
+    options.base = static_cast<BaseRule>(round % 5);
+    options.window = round % 4;
+    options.token_cluster = static_cast<TokenCluster>(round / 3 % 4);
+    options.temporal_steps = 1 + round % 3;
+    options.temporal_eval = static_cast<TemporalEval>(round % 3);
+    Block ordered(1 + round % 40);
+    for (size_t i = 0; i < ordered.tokens.size(); ++i) {
+      ordered.ids.push_back(random() % 3);
+      ordered.confidence.push_back(uniform(random));
+    }
+    Block shuffled = ordered;
+    for (int step = 0; step < 4; ++step) {
+      ordered.step(options);
+      shuffled.step(options, ShuffledContext(round));
+      CHECK(ordered.tokens == shuffled.tokens && ordered.rule == shuffled.rule);
+      CHECK(ordered.streak_sum == shuffled.streak_sum);
+    }
+  }
+}
+
+TEST(merging_slices_is_exact_in_the_scale) {
+  const VocabStats a{1.0, 1.0, 1.5}, b{-100.0, -144.0, 1.0}, none = VocabStats::empty();
+  CHECK(merge(a, none).sum == 1.5 && merge(none, a).sum == 1.5);
+  CHECK(merge(a, b).sum == 1.5 + std::ldexp(1.0, -145));
+  CHECK(merge(b, a).max == 1.0);
+  CHECK(!is_valid(merge(a, {0.0, 0.0, NAN})) && !is_valid(none));
+  CHECK(!is_valid({INFINITY, 0.0, 1.0}));
+}
+
+TEST(rounding_to_sixteen_bits) {
+  CHECK(round_to(0.9f, Rounding::kNone) == 0.9f);
+  CHECK(round_to(0.9f, Rounding::kBFloat16) == 0.8984375f);
+  CHECK(round_to(0.9f, Rounding::kHalf) == 0.89990234375f);
+  CHECK(round_to(1.0f, Rounding::kBFloat16) == 1.0f);
+  CHECK(round_to(0.998046875f, Rounding::kBFloat16) == 1.0f);  // tie, to even
+  CHECK(std::isnan(round_to(NAN, Rounding::kHalf)));
+  CHECK(round_to(3e-8f, Rounding::kHalf) == 5.9604644775390625e-8f);
+}
+
+TEST(philox_matches_the_published_vector) {
+  // Random123, philox4x32-10, counter and key of zeros: 6627e8d5 e169c58d ...
+  const double expected = static_cast<double>(0x6627e8d5e169c58dull >> 11) * 0x1.0p-53;
+  CHECK(uniform(0, 0, 0, 0, Draw::kToken) == expected);
+  CHECK(uniform(0, 0, 0, 0, Draw::kRun) != expected);
+}
+
+}  // namespace
+
+int main() { return test::run_all(); }

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile: functions that call the ops are one graph and give the same bits."""
+
+import shutil
+
+import pytest
+import torch
+from cases import assert_same, clone, random_steps, state_tensors
+
+from r2dllm_ext.config import DecodeConfig
+from r2dllm_ext.state import DecodeState
+
+CONFIGS = {
+    "r2": DecodeConfig(0),
+    "sampled": DecodeConfig(0, temperature=0.8, top_k=9, token_cluster="random", seed=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function, backend: str, **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def run(step, config, shape, device, steps: int = 3):
+    """Tensors of several steps of one block, driven by `step`."""
+    state = DecodeState(*shape[:2], device=device)
+    tokens = torch.full(shape[:2], config.mask_id, device=device)
+    made = []
+    for z in random_steps(3, shape, steps, config.mask_id):
+        made += step(z.to(device), tokens, state, config)
+    return [*made, tokens, *state_tensors(state)]
+
+
+@pytest.mark.parametrize("op", ["decode_step", "select"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_step_in_a_graph(r2, device, name, op):
+    """Tensor code and the step in one graph; tokens and state are written through it."""
+
+    def step(logits, tokens, state, config):
+        done = getattr(r2, op)(logits * 0.5 + 0.25, tokens, state, config)
+        return (*done, done.remaining.sum() == 0)
+
+    shape = (2, 8, 33)
+    want = run(step, CONFIGS[name], shape, device)
+    got = run(compiled(step, "aot_eager"), CONFIGS[name], shape, device)
+    assert_same(got, want)
+    assert want[2].any()
+
+
+def test_rules_in_a_graph(r2, device):
+    def rules(logits, state, masked):
+        prediction, confidence = r2.token_confidence(logits, candidates=masked, exclude_id=0)
+        window = r2.window_pool(confidence, masked, window=3, min_confidence=0.5)
+        run = r2.positional_ambiguity(prediction, confidence, masked & ~window, min_confidence=0.3)
+        final = r2.update_stability_(
+            state, prediction, confidence, was_masked=masked, is_masked=masked & ~window & ~run,
+            steps=1, min_confidence=0.2,
+        )  # fmt: skip
+        return prediction, confidence, window, run, final
+
+    logits = random_steps(5, (3, 16, 65), 1, 0)[0].to(device)
+    masked = torch.ones(3, 16, dtype=torch.bool, device=device)
+    state = DecodeState(3, 16, device=device)
+    twin = clone(state)
+    want = rules(logits, state, masked)
+    got = compiled(rules, "aot_eager")(logits, twin, masked)
+    assert_same(got, want)
+    assert_same(state_tensors(twin), state_tensors(state))
+    assert all(cells.any() for cells in want[2:])
+
+
+def test_dynamic_shapes(r2, device):
+    """One graph for any batch and block."""
+    torch._dynamo.utils.counters.clear()
+    step, config = compiled(r2.decode_step, "aot_eager", dynamic=True), CONFIGS["r2"]
+    for shape in ((2, 8, 33), (3, 16, 33), (5, 7, 65)):
+        want = run(r2.decode_step, config, shape, device)
+        assert_same(run(step, config, shape, device), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_errors_in_a_graph(r2, device):
+    """Bad input is refused under the compiler too, with nothing written."""
+    step = compiled(r2.decode_step, "aot_eager")
+    state = DecodeState(2, 3, device=device)
+    tokens = torch.zeros(2, 3, dtype=torch.int32, device=device)
+    with pytest.raises(Exception, match="tokens"):
+        step(torch.randn(2, 3, 5, device=device), tokens, state, CONFIGS["r2"])
+    assert not tokens.any() and not state.counters[:, 1].any()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor(r2, device):
+    def step(logits, tokens, state, config):
+        done = r2.decode_step(logits.float() * 0.5, tokens, state, config)
+        return (*done, (tokens == config.mask_id).sum(1))
+
+    shape = (2, 8, 33)
+    want = run(step, CONFIGS["r2"], shape, device)
+    assert_same(run(compiled(step, "inductor"), CONFIGS["r2"], shape, device), want)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`generate` on scripted models: what is forwarded, when it stops, what it reports."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import r2dllm_ext as r2
+
+MASK, STOP, VOCAB = 9, 8, 10
+
+
+class Scripted:
+    """Predicts `answer[row of the prompt id]` at every position with one confidence for all.
+
+    The first token of a prompt says which answer the row gets, so rows may be dropped or reordered.
+    """
+
+    def __init__(self, answers, prompt_length, logit=20.0):
+        self.answers, self.prompt_length, self.logit = answers, prompt_length, logit
+        self.calls = []
+
+    def logits(self, ids, first_position):
+        logits = torch.zeros(*ids.shape, VOCAB)
+        for b in range(ids.shape[0]):
+            answer = self.answers[int(self.row_ids[b])]
+            for t in range(ids.shape[1]):
+                g = first_position + t - self.prompt_length
+                if 0 <= g < len(answer):
+                    logits[b, t, answer[g]] = self.logit
+        return logits
+
+    def __call__(self, ids, **options):
+        assert "past_key_values" not in options
+        self.row_ids = ids[:, 0].tolist()
+        self.calls.append(SimpleNamespace(ids=ids.clone(), options=options))
+        return SimpleNamespace(logits=self.logits(ids, 0), past_key_values=None)
+
+
+def run(model, prompt, **options):
+    options = {"gen_length": 8, "block_length": 4, "config": r2.DecodeConfig(MASK)} | options
+    return r2.generate(model, prompt, **options)
+
+
+def test_one_confident_pass_per_block():
+    model = Scripted([[1, 2, 3, 4, 5, 6, 7, 1]], 2)
+    result = run(model, torch.tensor([[0, 0]]))
+    assert result.sequences.tolist() == [[0, 0, 1, 2, 3, 4, 5, 6, 7, 1]]
+    assert result.nfe == len(model.calls) == 2 and result.trace is None
+
+
+def test_vanilla_takes_one_forward_per_token():
+    model = Scripted([[1, 2, 3, 4, 5, 6, 7, 1]], 1)
+    assert run(model, torch.tensor([[0]]), config=r2.DecodeConfig.vanilla(MASK)).nfe == 8
+
+
+def test_finished_rows_cost_nothing_and_forwards_stop_with_the_last_row():
+    answers = [[1, 2, STOP, 4, 5, 6, 7, 1], [1, 2, 3, 4, STOP, 5, 5, 5], [1] * 12]
+    model = Scripted(answers, 1)
+    result = run(model, torch.tensor([[0], [1]]), gen_length=12, stop_id=STOP)
+    assert result.sequences.tolist() == [
+        [0, 1, 2, STOP, 4] + [STOP] * 8,
+        [1, 1, 2, 3, 4, STOP, 5, 5, 5] + [STOP] * 4,
+    ]
+    assert [call.ids.shape[0] for call in model.calls] == [2, 1]
+    assert result.nfe == 2
+
+
+def test_a_row_finishes_inside_a_block_once_everything_before_the_stop_is_decided():
+    model = Scripted([[1, STOP, 3, 4], [2] * 4], 1, logit=3.0)  # below the threshold: one by one
+    config = r2.DecodeConfig.vanilla(MASK)
+    result = run(model, torch.tensor([[0], [1]]), gen_length=4, config=config, stop_id=STOP)
+    assert result.sequences[0].tolist() == [0, 1, STOP, STOP, STOP]
+    assert [call.ids.shape[0] for call in model.calls] == [2, 2, 1, 1]
+
+
+def test_the_stop_token_alone_does_not_finish_a_row():
+    model = Scripted([[1, 2, STOP, STOP]], 1, logit=3.0)
+    seen = []
+    result = run(
+        model, torch.tensor([[0]]), gen_length=4, stop_id=STOP, on_step=seen.append,
+        config=r2.DecodeConfig(MASK, base="budget", error_budget=0.0, confidence_cluster_size=0,
+                               token_cluster=None, temporal_steps=0),
+    )  # fmt: skip
+    assert result.sequences.tolist() == [[0, 1, 2, STOP, STOP]]
+    assert result.nfe == 3 == len(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_attention_mask_reaches_the_model_lengthened(dtype):
+    model = Scripted([[1] * 8, [2] * 8], 2)
+    mask = torch.tensor([[0, 1], [1, 1]], dtype=dtype)
+    run(model, torch.tensor([[0, 0], [1, 1]]), attention_mask=mask)
+    for call in model.calls:
+        assert call.options["attention_mask"].tolist() == [[0, 1] + [1] * 8, [1] * 10]
+    model.calls.clear()
+    run(model, torch.tensor([[0, 0]]), attention_mask=torch.ones(1, 2, dtype=dtype))
+    assert all("attention_mask" not in call.options for call in model.calls)
+
+
+def test_logits_outside_the_block_are_not_looked_at():
+    class Poisoned(Scripted):
+        def logits(self, ids, first_position):
+            logits = super().logits(ids, first_position)
+            masked = (ids == MASK).any(0)
+            block = slice(int(masked.int().argmax()), int(masked.int().argmax()) + 4)
+            logits[:, : block.start] = logits[:, block.stop :] = torch.nan
+            return logits
+
+    result = run(Poisoned([[1, 2, 3, 4, 5, 6, 7, 1]], 1), torch.tensor([[0]]))
+    assert result.sequences.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 1]]
+
+
+def test_a_model_can_compute_the_block_alone():
+    class BlockOnly(Scripted):
+        supports_logits_positions = True
+
+        def __call__(self, ids, *, logits_positions):
+            self.row_ids = ids[:, 0].tolist()
+            begin, end = logits_positions
+            return SimpleNamespace(logits=self.logits(ids, 0)[:, begin:end])
+
+    result = run(BlockOnly([[1, 2, 3, 4, 5, 6, 7, 1]], 1), torch.tensor([[0]]))
+    assert result.sequences.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 1]]
+
+
+def test_trace_tells_every_step():
+    # Confidence 0.848: below the threshold, so the best cell goes; stable after three steps.
+    model = Scripted([[1, 2, 3, 4, 5, 6, 7, 1]], 1, logit=3.8)
+    config = r2.DecodeConfig(MASK, confidence_cluster_size=0, token_cluster=None)
+    trace = run(model, torch.tensor([[0]]), config=config, trace=True).trace
+    assert trace.nfe == 6 and trace.block.tolist() == [0, 0, 0, 1, 1, 1]
+    assert trace.full_pass.all()
+    assert trace.prediction[0, 0].tolist() == [1, 2, 3, 4]
+    assert trace.prediction[1, 0].tolist() == [-1, 2, 3, 4]
+    assert trace.masked.sum((1, 2)).tolist() == [4, 3, 2, 4, 3, 2]
+    assert trace.confidence[0, 0, 0].item() == pytest.approx(0.848, abs=1e-3)
+    assert trace.rule[2, 0].tolist() == [0, 0, r2.Rule.FORCED, r2.Rule.TEMPORAL]
+    assert trace.commit_rule[0].tolist() == [2, 2, 2, 5] * 2
+    assert trace.commit_step[0].tolist() == [0, 1, 2, 2, 3, 4, 5, 5]
+    assert trace.rule_counts()[r2.Rule.TEMPORAL] == 2
+    assert trace.sequences.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 1]]
+
+
+def test_no_progress_says_where_and_loses_nothing():
+    class Breaks(Scripted):
+        def logits(self, ids, first_position):
+            logits = super().logits(ids, first_position)
+            if len(self.calls) > 1:
+                logits[1] = torch.nan
+            return logits
+
+    model = Breaks([[1] * 8, [2] * 8], 1)
+    with pytest.raises(r2.NoProgressError, match="step 2, row 1: .*non-finite") as caught:
+        run(model, torch.tensor([[0], [1]]))
+    assert (caught.value.step, caught.value.row) == (2, 1)
+    assert caught.value.sequences[1].tolist() == [1, 2, 2, 2, 2, MASK, MASK, MASK, MASK]
+    assert caught.value.sequences[0, 5:].tolist() == [1] * 4
+
+
+def test_a_model_that_only_predicts_the_mask_ends_in_an_error():
+    model = Scripted([[MASK] * 4], 1)
+    config = r2.DecodeConfig(MASK, allow_mask_id=True)
+    with pytest.raises(r2.NoProgressError, match="nothing was committed"):
+        run(model, torch.tensor([[0]]), gen_length=4, config=config)
+
+
+def test_progress_bar_counts_tokens(capsys):
+    run(Scripted([[1] * 8], 1), torch.tensor([[0]]), progress=True)
+    assert "8/8" in capsys.readouterr().err
+
+
+def test_whatever_on_step_raises_ends_the_decode():
+    def stop(event):
+        assert event.rows == [0] and event.start == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Scripted([[1] * 8], 1), torch.tensor([[0]]), on_step=stop)
+
+
+@pytest.mark.parametrize("prompt", [torch.zeros(0, 3, dtype=torch.int64)])
+def test_no_rows(prompt):
+    result = run(Scripted([], 3), prompt)
+    assert result.sequences.shape == (0, 11) and result.nfe == 0
+
+
+def test_nothing_to_generate():
+    result = run(Scripted([], 1), torch.tensor([[4]]), gen_length=0, trace=True)
+    assert result.sequences.tolist() == [[4]] and result.nfe == 0 == result.trace.nfe
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gen_length": 6}, ValueError, "gen_length takes a multiple of block_length .4., got 6"),
+        ({"gen_length": -4}, ValueError, "gen_length takes an integer >= 0, got -4"),
+        ({"block_length": 0}, ValueError, "block_length takes an integer >= 1, got 0"),
+        ({"block_length": 4.0}, TypeError, "block_length takes an integer >= 1, got 4.0"),
+        ({"cache": "both"}, ValueError, "cache takes one of .*, got 'both'"),
+        ({"logits_shift": 2}, ValueError, "logits_shift takes 0 or 1, got 2"),
+        ({"config": None}, TypeError, "config takes a DecodeConfig, got NoneType"),
+        ({"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask takes the shape of"),
+        ({"config": r2.DecodeConfig(VOCAB)}, ValueError, "config.mask_id takes a token id in"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        run(Scripted([[1] * 8], 1), torch.tensor([[0]]), **change)
+
+
+def test_bad_prompt_and_bad_model():
+    with pytest.raises(TypeError, match="prompt takes dtype torch.int64, got torch.int32"):
+        run(Scripted([[1] * 8], 1), torch.tensor([[0]], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"prompt takes shape \[B, P\], got \[3\]"):
+        run(Scripted([[1] * 8], 1), torch.tensor([0, 0, 0]))
+    short = lambda ids: SimpleNamespace(logits=torch.zeros(1, 3, VOCAB))  # noqa: E731
+    with pytest.raises(ValueError, match=r"has to return logits \[1, 9, V\], got \[1, 3, 10\]"):
+        run(short, torch.tensor([[0]]))

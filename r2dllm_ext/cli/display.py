@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers on a terminal: coloured by rule, or with a line of marks where there are no colours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..config import Rule
+from ..trace_plot import RULE_COLORS
+from .session import Answer, describe
+
+try:
+    from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    raise ImportError("this command needs rich: pip install 'r2dllm_ext[cli]'") from error
+
+_MARKS = {
+    Rule.NONE: " ",
+    Rule.THRESHOLD: ".",
+    Rule.FORCED: "!",
+    Rule.WINDOW: "=",
+    Rule.CLUSTER: "&",
+    Rule.TEMPORAL: "~",
+}
+_MEANINGS = {
+    Rule.THRESHOLD: "confident by itself",
+    Rule.FORCED: "picked by the base rule",
+    Rule.WINDOW: "confident neighbours",
+    Rule.CLUSTER: "best of equal neighbours",
+    Rule.TEMPORAL: "stopped changing",
+}
+
+
+# For terminals of 16 colours, where the nearest of the above would be one and the same.
+_ANSI_COLORS = {
+    Rule.THRESHOLD: "bright_blue",
+    Rule.FORCED: "bright_black",
+    Rule.WINDOW: "green",
+    Rule.CLUSTER: "magenta",
+    Rule.TEMPORAL: "yellow",
+}
+
+
+class Display:
+    """Writes to stdout; colours only where the terminal has them and NO_COLOR is not set."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        colours = None if self._console.no_color else self._console.color_system
+        rich = colours in ("256", "truecolor")
+        self._colours = (RULE_COLORS if rich else _ANSI_COLORS) if colours else {}
+
+    def legend(self) -> None:
+        """What the colours or marks mean."""
+        for rule, meaning in _MEANINGS.items():
+            name = f"{'' if self._colours else _MARKS[rule] + ' '}{rule.name.lower():<10}"
+            self._print(Text.assemble((name, self._colours.get(rule, "")), (meaning, "dim")))
+
+    def answer(self, answer: Answer, *, name: str = "") -> None:
+        """Prompt, answer and what it cost."""
+        self._console.print()
+        self._print(Text(f"> {answer.prompt}", style="dim"))
+        tokens = list(zip(answer.pieces, answer.rules, strict=False))
+        if self._colours:
+            coloured = ((piece, self._colours.get(rule, "")) for piece, rule in tokens)
+            self._print(Text.assemble(*coloured))
+        else:
+            for line in marked_lines(tokens, self._console.width):
+                self._console.out(line, highlight=False)
+        self._print(self._cost(answer, name))
+
+    def table(self, title: str, columns: list[str], rows: Iterable[list[str]]) -> None:
+        """Names in the first column, numbers in the others."""
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*row)
+        self._console.print()
+        self._print(Text(title, style="bold"))
+        self._console.print(table)
+
+    def _cost(self, answer: Answer, name: str) -> Text:
+        parts = [
+            f"{name + ': ' if name else ''}NFE {answer.nfe}",
+            f"{answer.length} tokens",
+            f"{answer.tokens_per_forward:.1f} a forward",
+        ]
+        cost = Text(", ".join(parts), style="dim")
+        if answer.verdict is not None:
+            style = "bold green" if answer.verdict.correct else "bold red"
+            cost.append(", ")
+            cost.append(describe(answer), style=style)
+        return cost
+
+    def _print(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=not self._console.is_terminal)
+
+
+def marked_lines(tokens: Iterable[tuple[str, Rule]], width: int) -> list[str]:
+    """Lines of text, each followed by one that marks, where a token begins, its rule."""
+    rows = [("", "")]
+    for piece, rule in tokens:
+        for place, part in enumerate(piece.split("\n")):
+            text, marks = rows[-1]
+            wraps = not place and text and cell_len(text + part) > width
+            if place or wraps:
+                rows.append(("", ""))
+                text, marks = rows[-1]
+            if wraps:
+                part = part.lstrip(" ")
+            if part.strip():
+                begin = cell_len(text) + len(part) - len(part.lstrip(" "))
+                marks = marks.ljust(begin) + _MARKS[rule]
+            rows[-1] = (text + part, marks)
+    return [line.rstrip() for text, marks in rows for line in ((text, marks) if marks else (text,))]

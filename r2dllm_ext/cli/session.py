@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model ready to answer prompts in text."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from ..config import DecodeConfig, Rule
+from ..generation import generate
+from ..ledger import ANSWER_LENGTH, Tokenizer, Verdict, verify
+from ..trace import Trace
+from . import options, text
+
+_GEN_LENGTH = 256  # what the published evaluations of LLaDA and Dream decode
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one prompt."""
+
+    prompt: str
+    prompt_ids: list[int]
+    token_ids: list[int]  # all G
+    rules: list[Rule]  # why each was committed; NONE = filled up after the end
+    length: int  # tokens up to the stop token, itself included
+    text: str  # up to the stop token
+    pieces: list[str]  # the same, token by token
+    nfe: int  # forwards in which the row had something to decide
+    verdict: Verdict | None  # None: not a ledger prompt
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.length / max(1, self.nfe)
+
+    def rule_counts(self) -> dict[str, int]:
+        return {rule.name.lower(): self.rules.count(rule) for rule in list(Rule)[1:]}
+
+
+def describe(answer: Answer) -> str:
+    """The verdict in words; empty where there is none."""
+    verdict = answer.verdict
+    if verdict is None:
+        return ""
+    if verdict.correct:
+        return "correct"
+    return f"wrong in sentence {verdict.wrong_step + 1}: {verdict.reason}"
+
+
+class Session:
+    """Loads a model and its tokenizer, and decodes.
+
+    Args:
+        args: the options of `add_model_options`, and those of `add_decode_options` as far as given.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        # Before the weights: what can be wrong without them should be said without them.
+        config = options.decode_config(args)
+        device = _device(args.device)
+        self.model = _load(args.model, device, args.dtype)
+        self.is_ledger = text.speaks_ledger(self.model)
+        self.codec = self._codec(args)
+        if not options.gives_mask_id(args):
+            config = config.replace(mask_id=self._mask_id(args.model))
+        self.config = config
+        self.gen_length = args.gen_length or (ANSWER_LENGTH if self.is_ledger else _GEN_LENGTH)
+        self.block_length, self.cache = args.block_length, args.cache
+        is_dream = self.model.config.family == "dream"
+        self.logits_shift = int(is_dream) if args.logits_shift is None else args.logits_shift
+        self.stop_id = getattr(args, "stop_id", self.model.eos_id)
+
+    def decode(
+        self, prompts: list[str], config: DecodeConfig | None = None, *, progress: bool = False
+    ) -> tuple[list[Answer], Trace]:
+        """Decodes the prompts as one batch."""
+        encoded = [self._encode(prompt) for prompt in prompts]
+        ids, attention_mask = self._left_padded(encoded)
+        generation = generate(
+            self.model,
+            ids,
+            gen_length=self.gen_length,
+            block_length=self.block_length,
+            config=config or self.config,
+            cache=self.cache,
+            logits_shift=self.logits_shift,
+            attention_mask=attention_mask,
+            stop_id=self.stop_id,
+            progress=progress,
+            trace=True,
+        )
+        answers = [
+            self._answer(prompt, prompt_ids, generation.trace, row)
+            for row, (prompt, prompt_ids) in enumerate(zip(prompts, encoded, strict=True))
+        ]
+        return answers, generation.trace
+
+    def _answer(self, prompt: str, prompt_ids: list[int], trace: Trace, row: int) -> Answer:
+        ids = trace.sequences[row, trace.prompt_length :].tolist()
+        ended = self.stop_id in ids
+        words = ids.index(self.stop_id) if ended else len(ids)
+        answer = self.codec.decode(ids[:words])
+        return Answer(
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            token_ids=ids,
+            rules=[Rule(value) for value in trace.commit_rule[row].tolist()],
+            length=words + ended,
+            text=answer,
+            pieces=text.pieces(self.codec, ids[:words]),
+            nfe=int(trace.masked[:, row].any(-1).sum()),
+            verdict=self._verdict(prompt, answer),
+        )
+
+    def _verdict(self, prompt: str, answer: str) -> Verdict | None:
+        if not isinstance(self.codec, Tokenizer):
+            return None
+        try:
+            return verify(prompt, answer)
+        except ValueError:  # words of the ledger, but not a problem
+            return None
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids = self.codec.encode(prompt)
+        rows = self.model.config.embedding_size
+        for i in ids:
+            if i >= rows:
+                raise ValueError(f"prompt: token id {i}, the model takes 0..{rows - 1}")
+        return ids
+
+    def _left_padded(self, encoded: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, encoded))
+        pad = [self.model.config.pad_id or 0]
+        ids = [pad * (longest - len(row)) + row for row in encoded]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in encoded]
+        device = self.model.device
+        return (
+            torch.tensor(ids, dtype=torch.int64, device=device),
+            torch.tensor(mask, dtype=torch.bool, device=device),
+        )
+
+    def _codec(self, args: argparse.Namespace) -> text.Codec:
+        if getattr(args, "ids", False):
+            return text.PlainIds()
+        if self.is_ledger:
+            return Tokenizer()
+        return text.Pretrained(args.model, chat=args.chat, trust_remote_code=args.trust_remote_code)
+
+    def _mask_id(self, name: str) -> int:
+        if self.model.mask_id is None:
+            raise ValueError(f"config.json of {name!r} names no mask_token_id: give --mask-id")
+        return self.model.mask_id
+
+
+def _load(name: str, device: torch.device, dtype: str | None):
+    try:
+        from safetensors import SafetensorError
+
+        from ..models import load_model
+    except ImportError as error:
+        raise ImportError(
+            "to load a model needs safetensors: pip install 'r2dllm_ext[models]'"
+        ) from error
+    try:
+        return load_model(name, device=device, dtype=dtype and getattr(torch, dtype))
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name!r} can't be read: {error}") from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch sees no CUDA device")
+    return device

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between text and token ids: the ledger's words, a checkpoint's tokenizer, or plain ids."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..ledger import Tokenizer
+
+
+class Codec(Protocol):
+    """What the commands need of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class PlainIds:
+    """Token ids written as numbers."""
+
+    def encode(self, text: str) -> list[int]:
+        words = text.replace(",", " ").split()
+        for word in words:
+            if not word.isdecimal():
+                raise ValueError(f"--ids: a prompt takes token ids, got {word!r}")
+        return [int(word) for word in words]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+class Pretrained:
+    """The tokenizer that a checkpoint brings, through transformers."""
+
+    def __init__(self, name: str, *, chat: bool, trust_remote_code: bool) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ImportError(
+                f"the tokenizer of {name!r} needs transformers: pip install 'r2dllm_ext[hub]' "
+                "(or pass token ids with --ids)"
+            ) from error
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no tokenizer to be had from {name!r} (pass token ids with --ids): {error}"
+            ) from error
+        self._chat = chat
+
+    def encode(self, text: str) -> list[int]:
+        if not self._chat:
+            return self._tokenizer(text)["input_ids"]
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def speaks_ledger(model: Any) -> bool:
+    """Whether a model has the vocabulary of the ledger task, as the bundled one has."""
+    words, config = Tokenizer(), model.config
+    ids = (config.mask_id, config.eos_id, config.pad_id)
+    return config.vocab_size == len(words) and ids == (words.mask_id, words.end_id, words.pad_id)
+
+
+def pieces(codec: Codec, ids: list[int]) -> list[str]:
+    """The text that each token adds; "" where a character is not complete yet."""
+    found, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = codec.decode(ids[:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+            found.append("")
+        else:
+            found.append(text[len(before) :])
+            before = text
+    return found
+
+
+def read_prompts(arguments: list[str], file: str | None) -> list[str]:
+    """Prompts of the command line, then of a file; "-" stands for the lines of stdin."""
+    prompts = []
+    for argument in arguments:
+        prompts += _lines("-") if argument == "-" else [argument]
+    if file is not None:
+        prompts += _lines(file)
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError("no prompt: give it as an argument, with --file F, or '-' for stdin")
+    return prompts
+
+
+def _lines(file: str) -> list[str]:
+    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    return text.splitlines()

@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`plot_trace`: one decode as a picture, position by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .config import DecodeConfig, Rule
+from .ops import window_pool
+from .reference.positional_ambiguity import runs
+from .trace import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The base rule in cool colours, the three rules of R2-dLLM in warm ones; told apart by every eye.
+RULE_COLORS = {
+    Rule.THRESHOLD: "#3b82c4",
+    Rule.FORCED: "#6d7a8f",
+    Rule.WINDOW: "#00a37a",
+    Rule.CLUSTER: "#cc6fa8",
+    Rule.TEMPORAL: "#e69a00",
+}
+_INK, _MUTED, _PAPER = "#22262e", "#6b7280", "#ffffff"
+_UNREACHED, _UNSURE, _SURE = "#fbfbfb", "#faf6ee", "#cfb98f"
+_AFTERGLOW, _AFTERGLOW_LATER = 0.42, 0.20  # of a commit's colour: in its block, in later blocks
+
+
+def plot_trace(
+    trace: Trace,
+    *,
+    row: int = 0,
+    labels: Sequence[str] | None = None,
+    config: DecodeConfig | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw one row of a trace: x = generated position, y = step, colour = rule of the commit.
+
+    A masked cell is the darker the surer its prediction. Three marks show what was decoded more
+    than once, each in the colour of the rule that removes it: a dot where the prediction already
+    was the final token and stayed so (temporal), a bar under cells in a confident window, a frame
+    around neighbours that predict one token: strong where the best of them is confident enough
+    for the rule, thin otherwise (spatial). Windows and runs are judged as the rules see them:
+    after the commits of the rules before them.
+
+    Args:
+        trace: of `generate(..., trace=True)`.
+        row: of the batch.
+        labels: texts of the G generated positions, for the axis; left out where too narrow.
+        config: whose window and cluster sizes and thresholds judge the redundancies; a rule that is
+            off is judged by its default. Default: `DecodeConfig.r2`.
+        title: first line bold, the others small. Default: forwards and tokens.
+
+    Returns:
+        A `matplotlib.figure.Figure` of its own (pyplot is not touched); save it with `savefig`.
+
+    Raises:
+        ImportError: without matplotlib (`pip install 'r2dllm_ext[plot]'`).
+        ValueError: an empty trace, a row or a number of labels that do not fit it.
+
+    >>> model, config = load_model("ledger"), DecodeConfig.r2(2)
+    >>> out = generate(model, torch.tensor([[33, 14]]), gen_length=32, config=config, trace=True)
+    >>> figure = plot_trace(out.trace, config=config)  # figure.savefig("trace.png", dpi=150)
+    """
+    require_matplotlib()
+    batch, positions = trace.commit_step.shape
+    if not 0 <= row < batch:
+        raise ValueError(f"plot_trace: row takes 0..{batch - 1}, got {row}")
+    if labels is not None and len(labels) != positions:
+        raise ValueError(f"plot_trace: labels takes {positions} texts, got {len(labels)}")
+    history = _history(trace, row)
+    if not history.steps:
+        raise ValueError("plot_trace: the trace has no step of this row")
+    marks = _redundancies(history, config or DecodeConfig.r2(0))
+    return _draw(history, marks, labels, title)
+
+
+def require_matplotlib() -> None:
+    """Raises an ImportError that says what to install."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "a picture of a trace needs matplotlib: pip install 'r2dllm_ext[plot]'"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _History:
+    """The steps in which a row was decoded. Arrays are [S, G], empty outside the active block."""
+
+    block: np.ndarray  # [S], the active one
+    cells: np.ndarray  # [S, L], its positions
+    full_pass: np.ndarray  # [S]
+    prediction: np.ndarray
+    confidence: np.ndarray
+    masked: np.ndarray  # before the step
+    rule: np.ndarray
+    final: np.ndarray  # [G] tokens
+    commit_step: np.ndarray  # [G], counted in these steps; -1 = never
+    commit_rule: np.ndarray  # [G]
+
+    @property
+    def steps(self) -> int:
+        return len(self.block)
+
+    @property
+    def positions(self) -> int:
+        return len(self.final)
+
+    @property
+    def waiting(self) -> np.ndarray:
+        """[S, G], cells that are masked still after the step."""
+        return self.masked & (self.rule == Rule.NONE)
+
+    def masked_after(self, *rules: Rule) -> np.ndarray:
+        """[S, G], cells that are masked once these rules have committed."""
+        return self.masked & ~np.isin(self.rule, rules)
+
+    def in_block(self, values: np.ndarray) -> torch.Tensor:
+        """[S, L] of [S, G]."""
+        return torch.from_numpy(np.take_along_axis(values, self.cells, axis=1))
+
+
+@dataclass(frozen=True)
+class _Redundancies:
+    stalled: np.ndarray  # [S, G]
+    window: np.ndarray  # [S, G]
+    runs: list[tuple[int, range, bool]]  # step, positions, confident enough for the rule
+
+
+def _history(trace: Trace, row: int) -> _History:
+    positions, length = trace.commit_step.shape[1], trace.block_length
+    own = trace.masked[:, row].any(-1)
+    block = trace.block[own].numpy()
+    cells = block[:, None] * length + np.arange(length)
+
+    def spread(values: torch.Tensor, empty) -> np.ndarray:
+        values = values[own, row].numpy()
+        wide = np.full((len(block), positions), empty, dtype=values.dtype)
+        np.put_along_axis(wide, cells, values, axis=1)
+        return wide
+
+    committed = trace.commit_step[row]
+    renumbered = torch.where(committed < 0, -1, (own.cumsum(0) - 1)[committed.clamp(min=0)])
+    return _History(
+        block=block,
+        cells=cells,
+        full_pass=trace.full_pass[own].numpy(),
+        prediction=spread(trace.prediction, -1),
+        confidence=np.nan_to_num(spread(trace.confidence, 0)),
+        masked=spread(trace.masked, False),
+        rule=spread(trace.rule, int(Rule.NONE)),
+        final=trace.sequences[row, trace.prompt_length :].numpy(),
+        commit_step=renumbered.numpy(),
+        commit_rule=trace.commit_rule[row].numpy(),
+    )
+
+
+def _redundancies(history: _History, config: DecodeConfig) -> _Redundancies:
+    base = (Rule.THRESHOLD, Rule.FORCED)
+    pooled = window_pool(
+        history.in_block(history.confidence),
+        history.in_block(history.masked_after(*base)),
+        window=config.confidence_cluster_size or DecodeConfig.r2(0).confidence_cluster_size,
+        min_confidence=config.spatial_threshold,
+        max_unmasked=config.confidence_cluster_unmasked,
+    )
+    window = np.zeros_like(history.masked)
+    np.put_along_axis(window, history.cells, pooled.numpy(), axis=1)
+    after_window = history.masked_after(*base, Rule.WINDOW)
+    found = []
+    for step in range(history.steps):
+        prediction = history.prediction[step]
+        belongs = after_window[step] & (prediction >= 0)
+        for run in runs(prediction.tolist(), belongs.tolist()):
+            if len(run) >= max(2, config.token_cluster_size):
+                best = history.confidence[step, run.start : run.stop].max()
+                found.append((step, run, bool(best > config.spatial_threshold)))
+    return _Redundancies(_stalled(history), window, found)
+
+
+def _stalled(history: _History) -> np.ndarray:
+    """Cells that wait although their prediction is the final token, from here to the commit."""
+    right = history.waiting & (history.prediction == history.final) & (history.commit_step >= 0)
+    steps = np.arange(history.steps)[:, None]
+    later_right = np.ones(history.positions, dtype=bool)
+    for step in range(history.steps - 1, -1, -1):
+        later_right &= right[step] | (steps[step] >= history.commit_step)
+        right[step] &= later_right
+    return right
+
+
+def _draw(
+    history: _History, marks: _Redundancies, labels: Sequence[str] | None, title: str | None
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    if title is None:
+        decoded = int((history.commit_step >= 0).sum())
+        title = f"{history.steps} forwards for {decoded} tokens"
+    longest = max(map(len, labels), default=0) if labels else 0
+    layout = _Layout(history.positions, history.steps, min(longest, _LABEL_LENGTH), title)
+    figure = Figure(figsize=(layout.width, layout.height), facecolor=_PAPER)
+    axes = figure.add_axes(layout.box(_LEFT, layout.bottom, layout.grid_width, layout.grid_height))
+    _draw_cells(axes, history)
+    _draw_grid(axes, history, layout)
+    _draw_marks(axes, marks, layout)
+    _draw_axes(axes, history, layout, labels)
+    left = _LEFT + layout.grid_width + _GAP
+    side = figure.add_axes(layout.box(left, layout.bottom, _SIDE, layout.grid_height))
+    _draw_counts(side, history)
+    _draw_head(figure, history, marks, layout, title)
+    return figure
+
+
+# Inches.
+_LEFT, _GAP, _SIDE, _RIGHT = 0.75, 0.15, 1.6, 0.3
+_LINE, _LABEL_LENGTH = 0.24, 14
+
+
+class _Layout:
+    """Sizes in inches; cells shrink before the picture grows beyond a page."""
+
+    def __init__(self, positions: int, steps: int, label_length: int, title: str) -> None:
+        self.grid_width = min(max(0.26 * positions, 8.0), 13.5)
+        self.grid_height = min(max(0.19 * steps, 1.8), 11.0)
+        self.cell = (self.grid_width / positions, self.grid_height / steps)
+        self.font = min(9.0, 72 * self.cell[0] * 0.86)
+        self.labelled = label_length > 0 and self.font >= 5.5
+        label_height = label_length * self.font * 0.62 / 72 if self.labelled else 0.15
+        self.bottom = 0.55 + label_height
+        self.head = 1.4 + _LINE * title.count("\n")
+        self.width = _LEFT + self.grid_width + _GAP + _SIDE + _RIGHT
+        self.height = self.bottom + self.grid_height + self.head
+
+    @property
+    def small_cell(self) -> float:
+        """The shorter side of a cell, in points."""
+        return 72 * min(self.cell)
+
+    def box(self, left: float, bottom: float, width: float, height: float) -> list[float]:
+        return [left / self.width, bottom / self.height, width / self.width, height / self.height]
+
+
+def _rgb(color: str) -> np.ndarray:
+    from matplotlib.colors import to_rgb
+
+    return np.array(to_rgb(color))
+
+
+def _mix(color: str, other: str, share: float) -> np.ndarray:
+    return share * _rgb(color) + (1 - share) * _rgb(other)
+
+
+def _draw_cells(axes: Axes, history: _History) -> None:
+    image = np.broadcast_to(_rgb(_UNREACHED), (history.steps, history.positions, 3)).copy()
+    sure = history.confidence[..., None]
+    masked = sure * _rgb(_SURE) + (1 - sure) * _rgb(_UNSURE)
+    image[history.masked] = masked[history.masked]
+    for position, (step, rule) in enumerate(
+        zip(history.commit_step.tolist(), history.commit_rule.tolist(), strict=True)
+    ):
+        if step < 0:
+            continue
+        color = RULE_COLORS[Rule(rule)]
+        in_block = history.block[step:] == history.block[step]
+        image[step:, position] = np.where(
+            in_block[:, None],
+            _mix(color, _PAPER, _AFTERGLOW),
+            _mix(color, _PAPER, _AFTERGLOW_LATER),
+        )
+        image[step, position] = _rgb(color)
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+
+
+def _draw_grid(axes: Axes, history: _History, layout: _Layout) -> None:
+    edges = [-0.5, history.positions - 0.5, history.steps - 0.5, -0.5]
+    if layout.small_cell > 4:
+        line = {"color": _PAPER, "linewidth": min(1.0, layout.small_cell / 12), "zorder": 2}
+        axes.vlines(np.arange(history.positions + 1) - 0.5, edges[3], edges[2], **line)
+        axes.hlines(np.arange(history.steps + 1) - 0.5, edges[0], edges[1], **line)
+    length = history.cells.shape[1]
+    for start in range(0, history.positions, length):
+        axes.text(
+            start + length / 2 - 0.5, -0.5, f"block {start // length}", ha="center", va="bottom",
+            fontsize=9, color=_MUTED, transform=_offset(axes, 0, 4),
+        )  # fmt: skip
+        if start:
+            axes.axvline(start - 0.5, color=_INK, linewidth=1.1, zorder=3)
+    axes.set_xlim(edges[0], edges[1])
+    axes.set_ylim(edges[2], edges[3])
+
+
+def _offset(axes: Axes, right: float, up: float):
+    """Data coordinates moved by some points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return axes.transData + ScaledTranslation(right / 72, up / 72, axes.figure.dpi_scale_trans)
+
+
+def _draw_marks(axes: Axes, marks: _Redundancies, layout: _Layout) -> None:
+    from matplotlib.collections import LineCollection, PatchCollection
+    from matplotlib.patches import Rectangle
+
+    small, thickness = layout.small_cell, max(0.8, 72 * layout.cell[1] * 0.16)
+    bars = [
+        [(run.start - 0.5, step + 0.36), (run.stop - 0.5, step + 0.36)]
+        for step in range(len(marks.window))
+        for run in runs([0] * marks.window.shape[1], marks.window[step].tolist())
+    ]
+    axes.add_collection(
+        LineCollection(
+            bars, colors=[_mark(Rule.WINDOW)], linewidths=thickness, capstyle="butt", zorder=4
+        )
+    )
+    for strong in (False, True):
+        frames = [
+            Rectangle((run.start - 0.42, step - 0.42), len(run) - 0.16, 0.84)
+            for step, run, confident in marks.runs
+            if confident == strong
+        ]
+        width, color = _frame(strong)
+        axes.add_collection(
+            PatchCollection(
+                frames, facecolor="none", edgecolor=color, linewidth=min(width, small / 6), zorder=5
+            )
+        )
+    steps, positions = np.nonzero(marks.stalled)
+    axes.scatter(
+        positions, steps, s=(small * 0.36) ** 2, color=_mark(Rule.TEMPORAL), linewidths=0, zorder=6
+    )
+
+
+def _frame(confident: bool) -> tuple[float, tuple[float, ...]]:
+    """Line width and colour of the frame around a run."""
+    return (1.6, (*_mark(Rule.CLUSTER), 1.0)) if confident else (0.7, (*_mark(Rule.CLUSTER), 0.5))
+
+
+def _mark(rule: Rule) -> tuple[float, ...]:
+    """The rule's colour, dark enough for small marks and text."""
+    return tuple(_mix(RULE_COLORS[rule], "#000000", 0.78))
+
+
+def _draw_axes(
+    axes: Axes, history: _History, layout: _Layout, labels: Sequence[str] | None
+) -> None:
+    full = np.nonzero(history.full_pass)[0]
+    cached = len(full) < history.steps
+    note = " (\N{BLACK LEFT-POINTING SMALL TRIANGLE} reads everything)" if cached else ""
+    axes.set_ylabel(f"step{note}", fontsize=10, color=_INK)
+    axes.yaxis.set_major_locator(_integers("auto"))
+    axes.set_xlabel("position in the answer", fontsize=10, color=_INK)
+    axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
+    axes.tick_params(axis="y", pad=9 if cached else 4)
+    if layout.labelled:
+        axes.set_xticks(range(history.positions))
+        texts = axes.set_xticklabels([_shown(text) for text in labels])
+        for label, rule in zip(texts, history.commit_rule.tolist(), strict=True):
+            label.set(rotation=90, fontsize=layout.font, parse_math=False)
+            label.set_color(_mark(Rule(rule)) if rule else "#c4c8d0")
+    else:
+        axes.set_xticks(range(0, history.positions, history.cells.shape[1]))
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if cached:
+        axes.plot(
+            [-0.5] * len(full), full, marker="<", linestyle="", markersize=4.5, color=_INK,
+            clip_on=False, transform=_offset(axes, -5, 0),
+        )  # fmt: skip
+
+
+def _shown(text: str) -> str:
+    text = text.strip(" ").replace("\n", "\\n").replace("\t", "\\t")
+    cut = text[: _LABEL_LENGTH - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return text if len(text) <= _LABEL_LENGTH else cut
+
+
+def _draw_counts(axes: Axes, history: _History) -> None:
+    """Commits of each step, stacked by rule."""
+    left = np.zeros(history.steps)
+    for rule, color in RULE_COLORS.items():
+        committed = (history.rule == rule).sum(1)
+        axes.barh(range(history.steps), committed, left=left, height=0.82, color=color)
+        left += committed
+    axes.set_ylim(history.steps - 0.5, -0.5)
+    axes.set_xlim(0, max(left.max(), 1) * 1.12)
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(_integers(4))
+    axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
+    axes.grid(axis="x", color="#e4e6ea", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("tokens a step", fontsize=10, color=_INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _integers(bins: int | str):
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=bins, integer=True)
+
+
+def _draw_head(
+    figure: Figure, history: _History, marks: _Redundancies, layout: _Layout, title: str
+) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    def down(inches: float) -> float:
+        return 1 - inches / layout.height
+
+    left = _LEFT / layout.width
+    first, *others = title.split("\n")
+    text = {"ha": "left", "va": "top", "parse_math": False}
+    figure.text(left, down(0.2), first, fontsize=14, weight="bold", color=_INK, **text)
+    for line, words in enumerate(others):
+        figure.text(left, down(0.52 + line * _LINE), words, fontsize=9.5, color=_MUTED, **text)
+
+    top = 0.58 + _LINE * len(others)
+    counts = {rule: int((history.commit_rule == rule).sum()) for rule in RULE_COLORS}
+    commits = [
+        Patch(facecolor=color, label=f"{rule.name.lower()} {counts[rule]}")
+        for rule, color in RULE_COLORS.items()
+    ]
+    window, temporal = _mark(Rule.WINDOW), _mark(Rule.TEMPORAL)
+    confident = sum(strong for _, _, strong in marks.runs)
+    redundancies = [
+        Line2D([], [], marker="o", linestyle="", markersize=4.5, color=temporal,
+               label=f"final already, not committed ({int(marks.stalled.sum())} cells)"),
+        Line2D([], [], linewidth=3, color=window,
+               label=f"in a confident window ({int(marks.window.sum())} cells)"),
+        _frame_handle(True, f"run of one prediction, confident ({confident})"),
+        _frame_handle(False, f"run, not confident ({len(marks.runs) - confident})"),
+    ]  # fmt: skip
+    for line, (name, handles) in enumerate((("committed", commits), ("redundant", redundancies))):
+        y = down(top + line * 0.27)
+        figure.text(left, y, name, fontsize=9.5, weight="bold", color=_INK, ha="left", va="top")
+        figure.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(left + 0.95 / layout.width, y),
+            ncols=len(handles), frameon=False, fontsize=9.5, labelcolor=_INK, borderpad=0,
+            borderaxespad=0, handlelength=1.1, handleheight=0.9, handletextpad=0.5,
+            columnspacing=1.5,
+        )  # fmt: skip
+    _draw_ramp(figure, layout, down(top + 0.14))
+
+
+def _frame_handle(confident: bool, label: str):
+    from matplotlib.patches import Patch
+
+    width, color = _frame(confident)
+    return Patch(facecolor="none", edgecolor=color, linewidth=width, label=label)
+
+
+def _draw_ramp(figure: Figure, layout: _Layout, y: float) -> None:
+    """What the greys of masked cells mean, at the right edge."""
+    width, height = 0.9, 0.13
+    right = layout.width - _RIGHT
+    axes = figure.add_axes(layout.box(right - width, y * layout.height - height / 2, width, height))
+    share = np.linspace(0, 1, 64)[None, :, None]
+    axes.imshow(share * _rgb(_SURE) + (1 - share) * _rgb(_UNSURE), aspect="auto")
+    axes.set_xticks([0, 63], ["0", "1"])
+    axes.set_yticks([])
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=_MUTED, pad=2)
+    axes.set_title("masked: confidence", fontsize=9, color=_INK, pad=3)
+    for spine in axes.spines.values():
+        spine.set(color="#d4d7dd", linewidth=0.6)
