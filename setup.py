@@ -8,6 +8,7 @@ found and says what it chose and why; 0 never does; 1 fails where it can't.
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,9 +22,26 @@ def fail(problem: str, fix: str) -> None:
     sys.exit(f"\nr2dllm_ext: {problem}\n  {fix}\n")
 
 
+def find_toolkit() -> str | None:
+    """The folder of the CUDA toolkit, also where nvcc on the PATH is a wrapper script."""
+    if os.environ.get("CUDA_HOME") or not shutil.which("nvcc"):
+        return os.environ.get("CUDA_HOME")
+    plan = subprocess.run(
+        ["nvcc", "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull],
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    return str(Path(found.group(1)).resolve()) if found else None
+
+
+TOOLKIT = find_toolkit()
+if TOOLKIT:
+    os.environ["CUDA_HOME"] = TOOLKIT  # torch reads it when its build helpers are imported
+
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     fail(
         "torch is not there at build time.",
@@ -38,11 +56,9 @@ def cuda_choice() -> tuple[bool, str]:
         fail(f"R2DLLM_CUDA takes auto, 0 or 1, got {switch!r}.", "Unset it, or set one of these.")
     if switch == "0":
         return False, "R2DLLM_CUDA=0"
-    if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
-        reason = "this release has no CUDA back end yet"
-    elif torch.version.cuda is None:
+    if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is a CPU build"
-    elif not (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
+    elif TOOLKIT is None:
         reason = "no CUDA toolkit: neither CUDA_HOME nor nvcc"
     else:
         return True, f"torch {torch.__version__} and a CUDA toolkit are there"
@@ -59,8 +75,7 @@ class Build(BuildExtension):
                 f"no C++ compiler: {compiler!r} is not on the PATH.",
                 "Install g++ 9 or newer (Debian: apt-get install g++), or set CXX.",
             )
-        use_cuda, reason = cuda_choice()
-        print(f"r2dllm_ext: {'CUDA and CPU' if use_cuda else 'CPU only'} ({reason})", flush=True)
+        print(f"r2dllm_ext: {'CUDA and CPU' if USE_CUDA else 'CPU only'} ({REASON})", flush=True)
         super().run()
         self.record_torch()
 
@@ -75,20 +90,39 @@ class Build(BuildExtension):
         return [*super().get_outputs(), str(Path(self.build_lib) / PACKAGE / "_built_with.py")]
 
 
-def extension() -> CppExtension:
+def cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST; by default the cards that are here, else every common one."""
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        listed = ";".join(f"{major}.{minor}" for major, minor in sorted(here))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = listed or "8.0;8.9;9.0;10.0;12.0+PTX"
+    return os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def extension():
     version = re.search(r'"(.+)"', (ROOT / PACKAGE / "_version.py").read_text()).group(1)
     sources = [p for p in (ROOT / "csrc").rglob("*.cpp") if "tests" not in p.parts]
-    return CppExtension(
+    macros = [
+        ("R2DLLM_VERSION", f'"{version}"'),
+        ("R2DLLM_TORCH_VERSION", f'"{torch.__version__}"'),
+    ]
+    # No contraction: CPU and CUDA have to agree bit for bit after the pass over V.
+    flags = {"cxx": ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]}
+    if USE_CUDA:
+        sources += (ROOT / "csrc" / "cuda").glob("*.cu")
+        macros += [
+            ("R2DLLM_WITH_CUDA", None),
+            ("R2DLLM_CUDA_ARCHITECTURES", f'"{cuda_architectures()}"'),
+        ]
+        flags["nvcc"] = ["-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
+    return (CUDAExtension if USE_CUDA else CppExtension)(
         f"{PACKAGE}._C",
         sorted(str(p.relative_to(ROOT)) for p in sources),
-        define_macros=[
-            ("R2DLLM_VERSION", f'"{version}"'),
-            ("R2DLLM_TORCH_VERSION", f'"{torch.__version__}"'),
-        ],
-        # No contraction: CPU and CUDA have to agree bit for bit after the pass over V.
-        extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"],
+        define_macros=macros,
+        extra_compile_args=flags,
         extra_link_args=["-fopenmp"],
     )
 
 
+USE_CUDA, REASON = cuda_choice()
 setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

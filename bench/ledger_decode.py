@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections import Counter
@@ -276,6 +277,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    for package in ("tqdm", *["matplotlib"] * (args.plot is not None)):
+        if importlib.util.find_spec(package) is None:
+            fail(f"needs {package}: pip install {package}")
     try:
         model = open_model(args.model)
     except (FileNotFoundError, ImportError, ValueError) as error:

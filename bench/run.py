@@ -42,13 +42,17 @@ QUICK = ("llada-1", "llada-4")
 MEMORY_SHAPE = NAMED["llada-8"]
 
 
-def run_case(
-    op: str, shape: Shape, dtype: str, args: argparse.Namespace, *, timed: bool = True
-) -> dict[str, Any]:
+def run_case(op: str, shape: Shape, dtype: str, args: Any, *, timed: bool = True) -> dict[str, Any]:
     """One record: checked first, then timed, then its memory measured."""
-    record: dict[str, Any] = {"op": op, "shape": shape._asdict(), "dtype": dtype}
-    record["device"] = args.device
-    before, read = (lambda: None), None
+    record = {"op": op, "shape": shape._asdict(), "dtype": dtype, "device": args.device}
+    record |= check_and_time(op, shape, dtype, args, timed)
+    if op == "decode_step" and args.memory != "off":  # the probe has logits of its own
+        record["extra_peak_bytes"] = peak_memory(shape, dtype, args.device, args.threads)
+    return record
+
+
+def check_and_time(op: str, shape: Shape, dtype: str, args: Any, timed: bool) -> dict[str, Any]:
+    before = lambda: None  # noqa: E731
     if op in RULES:
         case = rule_case(op, shape, args.device)
     else:
@@ -59,29 +63,27 @@ def run_case(
             case = token_confidence_case(block)
         else:
             case = decode_step_case(block, _compiled(args) if timed else "memory only")
-        if op != "overhead":
-            before = cache_state(args.cache, block.logits)
-    record |= {"checked": True, "rules": case.rules, "bytes": case.bytes, "skipped": case.skipped}
-    if timed:
-        variants = list(case.variants)
-        if case.bytes is not None:
-            record["read_kernel"], read = fastest_read(block.logits)
-            variants.append(Variant("read", read))
-        times = measure(variants, before=before, seconds=args.seconds, device=args.device)
-        columns = {name: summary(samples) for name, samples in times.items()}
-        ours = columns["ours"]["median_us"]
-        record["columns"] = columns
-        record["ratio"] = {
-            name: round(column["median_us"] / ours, 3) for name, column in columns.items()
-        }
-        if case.bytes is not None:
-            record["gb_per_s"] = round(case.bytes / ours * 1e-3, 2)
-            record["fraction_of_read"] = record["ratio"]["read"]
-    del case, read, before
-    if op == "decode_step" and args.memory != "off":
-        block = None  # the probe has logits of its own
-        record["extra_peak_bytes"] = peak_memory(shape, dtype, args.device, args.threads)
+    record = {"checked": True, "rules": case.rules, "bytes": case.bytes, "skipped": case.skipped}
+    if not timed:
+        return record
+    variants = list(case.variants)
+    if case.bytes is not None:
+        before = cache_state(args.cache, block.logits)
+        record["read_kernel"], read = fastest_read(block.logits)
+        variants.append(Variant("read", read))
+    times = measure(variants, before=before, seconds=args.seconds, device=args.device)
+    columns = {name: summary(samples) for name, samples in times.items()}
+    ours = columns["ours"]["median_us"]
+    ratio = {name: _digits(column["median_us"] / ours) for name, column in columns.items()}
+    record |= {"columns": columns, "ratio": ratio}
+    if case.bytes is not None:
+        record["gb_per_s"] = _digits(case.bytes / ours * 1e-3)
+        record["fraction_of_read"] = ratio["read"]
     return record
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _compiled(args: argparse.Namespace) -> bool | str:
@@ -228,7 +230,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
     args.op = list(OPS) if "all" in (args.op or ()) else args.op or ["decode_step", "overhead"]
-    args.seconds = args.seconds or (1.0 if args.quick else 4.0)
+    if args.seconds is None:
+        args.seconds = 1.0 if args.quick else 4.0
     args.compile = not args.quick if args.compile is None else args.compile
     return args
 
@@ -239,6 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
         if args.threads < 1:
             fail(f"--threads takes an integer >= 1, got {args.threads}")
         torch.set_num_threads(args.threads)
+    if not 0 < args.seconds < 3600:
+        fail(f"--seconds takes a number in (0, 3600), got {args.seconds:g}")
     args.threads = torch.get_num_threads()
     use_device(args.device)
     try:

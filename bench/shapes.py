@@ -111,8 +111,9 @@ def spiked_block(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: in
     p[1::2] = p[1::2].where(p[1::2] < 0.9, _SECOND)
     p[1::2, 0] = _BEST
     for b in range(B):  # one row at a time: no copy of the logits
-        others = logits[b].float().scatter_(-1, target[b, :, None], -torch.inf).logsumexp(-1)
-        logits[b].scatter_(-1, target[b, :, None], (others + p[b].logit())[:, None].to(dtype))
+        rows, place = logits[b], target[b, :, None]
+        others = rows.scatter_(-1, place, -torch.inf).float().logsumexp(-1, keepdim=True)
+        rows.scatter_(-1, place, (others + p[b, :, None].logit()).to(dtype))
 
     ripe = ((cell == _TEMPORAL) & (row >= 0)).int()
     streaks = (ripe * 2, torch.where(ripe > 0, target, -1))

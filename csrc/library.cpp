@@ -19,8 +19,13 @@ py::dict build_info() {
   py::dict info;
   info["version"] = R2DLLM_VERSION;
   info["torch"] = R2DLLM_TORCH_VERSION;
+#ifdef R2DLLM_WITH_CUDA
+  info["cuda"] = true;
+  info["cuda_architectures"] = py::str(R2DLLM_CUDA_ARCHITECTURES).attr("split")(";");
+#else
   info["cuda"] = false;
   info["cuda_architectures"] = py::list();
+#endif
   info["cpu_compiled"] = compiled;
   info["cpu_in_use"] = r2dllm::cpu::instruction_set();
   return info;

@@ -20,7 +20,7 @@ from r2dllm_ext import DecodeConfig, Rule, generate, load_model
 from r2dllm_ext.cli import main, options
 from r2dllm_ext.cli.display import Display, marked_lines
 from r2dllm_ext.cli.text import pieces
-from r2dllm_ext.ledger import MODEL_PATH, Tokenizer
+from r2dllm_ext.ledger import MODEL_PATH, Tokenizer, make_sample
 from r2dllm_ext.models import ModelConfig, Transformer, save_model
 from r2dllm_ext.trace_plot import RULE_COLORS, plot_trace
 
@@ -61,6 +61,13 @@ def foreign(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("foreign")
     save_model(tiny("dream", vocab_size=40, qkv_bias=True, mask_id=39, eos_id=None), folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch):
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 @pytest.fixture
@@ -181,15 +188,16 @@ def test_plain_output_marks_the_rules(run, ledger):
 ])  # fmt: skip
 def test_colours(run, monkeypatch, capsys, environment, code):
     answer = SimpleNamespace(
-        prompt="p", pieces=["one", " two"], rules=[Rule.THRESHOLD, Rule.NONE], nfe=1, length=2,
-        tokens_per_forward=2.0, verdict=None,
-    )  # fmt: skip
-    for name, value in {
-        "FORCE_COLOR": "1",
-        "TERM": "xterm",
-        "COLORTERM": "",
-        **environment,
-    }.items():
+        prompt=SimpleNamespace(text="p"),
+        pieces=["one", " two"],
+        rules=[Rule.THRESHOLD, Rule.NONE],
+        nfe=1,
+        length=2,
+        tokens_per_forward=2.0,
+        verdict=None,
+    )
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm", "COLORTERM": "", **environment}
+    for name, value in terminal.items():
         monkeypatch.setenv(name, value)
     Display().answer(answer)
     assert f"\x1b[{code}mone\x1b[0m two\n" in capsys.readouterr().out
@@ -348,18 +356,15 @@ def test_demo(run, ledger):
 
 
 def test_demo_shows_other_prompts_for_another_seed(run, ledger):
-    arguments = ["demo", "--model", ledger, "--prompts", 1, "--decoders", "fast_dllm"]
-    first, again, other = (
-        [line for line in run(*arguments, "--seed", seed).out.splitlines() if line[:1] == ">"]
-        for seed in (0, 0, 1)
-    )
-    assert first == again != other
+    arguments = ["demo", "--model", ledger, "--prompts", 1, "--decoders", "fast_dllm", "--seed", 1]
+    result = run(*arguments)
+    assert f"> {make_sample(1, 0, split='test').prompt}\n" in result.out
 
 
 @pytest.mark.skipif(not (MODEL_PATH / "model.safetensors").exists(), reason="no bundled weights")
 def test_bundled_model_answers(run):
-    result = run("demo", "--prompts", 2, "--decoders", "r2")
-    assert result.status == 0 and "r2: NFE " in result.out and ", correct" in result.out
+    result = run("demo", "--decoders", "fast_dllm")
+    assert result.status == 0 and ", correct\n" in result.out
 
 
 # trace
@@ -373,7 +378,8 @@ def picture(path) -> np.ndarray:
 
 def test_trace_draws_a_picture(run, ledger, tmp_path):
     out = tmp_path / "trace.png"
-    result = run("trace", "--model", ledger, "--out", out, "--dpi", 60, "--threshold", 0.3)
+    options = ["--dpi", 60, "--threshold", 0.3, "--gen-length", 32]
+    result = run("trace", "--model", ledger, "--out", out, *options)
     assert (result.status, result.err) == (0, "")
     assert result.out.startswith(f"{out}: r2: NFE ") and "wrong in sentence" in result.out
     pixels = picture(out)
@@ -387,8 +393,8 @@ def test_trace_draws_a_picture(run, ledger, tmp_path):
 
 def test_trace_of_ids_as_svg(run, foreign, tmp_path):
     out = tmp_path / "trace.svg"
-    result = run("trace", "1 2 3", "--ids", "--model", foreign, "--gen-length", 64, "--out", out,
-                 "--cache", "dual")  # fmt: skip
+    lengths = ["--gen-length", 8, "--block-length", 4, "--cache", "dual"]
+    result = run("trace", "1 2 3", "--ids", "--model", foreign, "--out", out, *lengths)
     assert result.status == 0 and out.read_text().lstrip().startswith("<?xml")
 
 
@@ -433,7 +439,7 @@ def test_redundancies_are_found():
     # Position 2 says 3, 2, 3: only what it says from its last change on counts as stalled.
     assert np.argwhere(marks.stalled).tolist() == [[0, 1], [0, 3], [1, 3], [2, 3]]
     # A window of 2 may hold one committed cell; (0.85, 0.84) is confident, (0.86, 0.5) is not.
-    assert np.argwhere(marks.window).tolist() == [[0, 1], [0, 2], [1, 2], [3, 3]][:3]
+    assert np.argwhere(marks.window).tolist() == [[0, 1], [0, 2], [1, 2]]
     # (3, 3) in step 0 with 0.84 > 0.8; in step 2 the best of (3, 3) is committed by the base rule.
     assert marks.runs == [(0, range(2, 4), True)]
 
@@ -443,19 +449,19 @@ def random_trace(batch: int = 2, **options):
     prompt = torch.tensor([words.encode("to the")] * batch)
     prompt[-1] = torch.tensor(words.encode("well then"))
     config = DecodeConfig.r2(words.mask_id, threshold=0.6)
-    return generate(model, prompt, gen_length=64, config=config, trace=True, **options).trace
+    return generate(model, prompt, gen_length=32, block_length=16, config=config, trace=True,
+                    **options).trace  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"stop_id": 1}])
-def test_plot_of_each_row(options):
-    trace = random_trace(**options)
+def test_plot_of_each_row():
+    trace = random_trace(cache="dual", stop_id=1)
     for row in range(2):
-        figure = plot_trace(trace, row=row, labels=["$x^2$ & <long word>\n"] * 64, title="a\nb $c")
+        figure = plot_trace(trace, row=row, labels=["$x^2$ & <long word>\n"] * 32, title="a\nb $c")
         figure.canvas.draw()
         main_axes, side = figure.axes[:2]
         forwards = int(trace.masked[:, row].any(-1).sum())
         assert main_axes.get_ylim() == (forwards - 0.5, -0.5) == side.get_ylim()
-        assert main_axes.get_xlim() == (-0.5, 63.5)
+        assert main_axes.get_xlim() == (-0.5, 31.5)
         committed = sum(bar.get_width() for bars in side.containers for bar in bars)
         assert committed == (trace.commit_step[row] >= 0).sum()
         assert [text.get_text() for text in figure.texts[:2]] == ["a", "b $c"]
@@ -464,7 +470,7 @@ def test_plot_of_each_row(options):
 def test_plot_without_labels_leaves_pyplot_alone():
     before = set(sys.modules)
     figure = plot_trace(random_trace(1))
-    assert "forwards for 64 tokens" in figure.texts[0].get_text()
+    assert "forwards for 32 tokens" in figure.texts[0].get_text()
     assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
@@ -472,7 +478,7 @@ def test_plot_refuses_what_does_not_fit():
     trace = random_trace()
     with pytest.raises(ValueError, match=r"row takes 0\.\.1, got 2"):
         plot_trace(trace, row=2)
-    with pytest.raises(ValueError, match="labels takes 64 texts, got 1"):
+    with pytest.raises(ValueError, match="labels takes 32 texts, got 1"):
         plot_trace(trace, labels=["a"])
     empty = generate(
         tiny(), torch.tensor([[4]]), gen_length=0, config=DecodeConfig(2), trace=True
@@ -588,28 +594,15 @@ def test_interrupted(run, monkeypatch):
 # as a process
 
 
-def shell(command: str) -> subprocess.CompletedProcess:
-    python = f"'{sys.executable}' -m r2dllm_ext"
-    return subprocess.run(
-        ["bash", "-c", command.replace("r2dllm", python, 1)],
+def test_as_a_module_whose_reader_leaves(ledger):
+    prompts = "for i in {1..150}; do echo 5; done"
+    module = f"'{sys.executable}' -m r2dllm_ext"
+    options = f"--model '{ledger}' --json --ids --gen-length 1 --block-length 1"
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {prompts} | {module} generate - {options} | head -1"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-
-
-def test_as_a_module(ledger):
-    result = shell(f"echo first | r2dllm generate - --model '{ledger}' --json")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert json.loads(result.stdout)["prompt"] == "first"
-
-
-def test_a_reader_that_leaves(ledger):
-    many = "for i in {1..400}; do echo first; done"
-    options = "--ids --gen-length 1 --block-length 1"
-    result = shell(
-        f"set -o pipefail; {many.replace('first', '5')} | "
-        f"r2dllm generate - --model '{ledger}' --json {options} | head -1"
-    )
-    assert result.returncode == 1 and result.stderr == ""
-    assert json.loads(result.stdout)["token_ids"]
+    assert (result.returncode, result.stderr) == (1, "")
+    assert json.loads(result.stdout)["prompt"] == "5"

@@ -50,6 +50,16 @@ def test_token_confidence_of_candidates_only(implementation):
     assert confidence.tolist() == [[0.5, 0.0, 0.25]]
 
 
+def test_token_confidence_of_invalid_rows(implementation):
+    """Maximum NaN or +inf, or all -inf: -1 and NaN; a single -inf is nothing special."""
+    ops, device = implementation
+    logits = sure_logits([(3, 0.5)] * 4).to(device)
+    logits[0, 0, 9], logits[0, 1, 9], logits[0, 2], logits[0, 3, 9] = NAN, INF, -INF, -INF
+    prediction, confidence = ops.token_confidence(logits)
+    assert prediction.tolist() == [[-1, -1, -1, 3]]
+    assert confidence.isnan().tolist() == [[True, True, True, False]]
+
+
 def test_token_confidence_without_a_column(implementation):
     ops, device = implementation
     logits = sure_logits([(3, 0.5), (7, 1.0), (2, 0.5)]).to(device)
@@ -132,6 +142,7 @@ STREAK_RUNS = [
     (1, 0.5, "last", [(5, 0.5)], 1),  # inclusive
     (2, 0.5, "ave", [(5, 0.25), (5, 0.75)], 2),
     (2, 0.5, "ave", [(5, 0.25), (5, 0.5), (5, 0.75)], 3),
+    (2, 0.5, "ave", [(5, 0.25), (5, 0.5), (5, 0.5)], None),
     (2, 0.8, "max", [(5, 0.9), (5, 0.1)], 2),
     (2, 0.8, "max", [(5, 0.9), (6, 0.1), (6, 0.1)], None),
 ]
@@ -363,15 +374,33 @@ def test_rounded_confidence(implementation, dtype, mode, want, confidence):
     assert step.confidence[0, 0].item() == pytest.approx(confidence, abs=5e-6)
 
 
-@pytest.mark.parametrize("mode, want", [("float32", "t..."), ("logits", "twww")])
-def test_rounded_window_mean(implementation, mode, want):
-    """0.79855, 0.79855, 0.80353: mean 0.80021; in bfloat16 0.79948, rounded up to 0.80078."""
+@pytest.mark.parametrize("mode, want", [("float32", ".f"), ("logits", "f.")])
+def test_rounding_makes_ties(implementation, mode, want):
+    """0.98091 and 0.98205 are both 0.98047 in bfloat16: the lowest index wins."""
     ops, device = implementation
-    logits = two_level_logits([9.0, 5.4375, 5.4375, 5.46875], torch.bfloat16).to(device)
-    config = DecodeConfig(59, confidence_dtype=mode, spatial_threshold=0.8005, **OFF)
-    config = config.replace(confidence_cluster_size=3, confidence_cluster_unmasked=None)
-    tokens = torch.full((1, 4), 59, device=device)
-    step = ops.decode_step(logits, tokens, DecodeState(1, 4, device=device), config)
+    logits = two_level_logits([8.0, 8.0625], torch.bfloat16).to(device)
+    config = DecodeConfig(59, confidence_dtype=mode, threshold=1.0, **OFF)
+    tokens = torch.full((1, 2), 59, device=device)
+    step = ops.decode_step(logits, tokens, DecodeState(1, 2, device=device), config)
+    assert rules_of(step) == want
+
+
+@pytest.mark.parametrize(
+    "mode, weak, least, want",
+    [  # 0.79855 times `weak`, and 0.80353; in bfloat16 0.79688 and 0.80469, a place is 0.0039
+        ("float32", 2, 0.8005, "t..."),  # mean 0.80021
+        ("logits", 2, 0.8005, "twww"),  # 0.79948, rounded up to 0.80078
+        ("float32", 3, 0.8, "t...."),  # mean 0.79980
+        ("logits", 3, 0.8, "t...."),  # 0.79883, rounded to even: 0.79688
+    ],
+)
+def test_rounded_window_mean(implementation, mode, weak, least, want):
+    ops, device = implementation
+    logits = two_level_logits([9.0, *[5.4375] * weak, 5.46875], torch.bfloat16).to(device)
+    config = DecodeConfig(59, confidence_dtype=mode, spatial_threshold=least, **OFF)
+    config = config.replace(confidence_cluster_size=weak + 1, confidence_cluster_unmasked=None)
+    tokens = torch.full((1, weak + 2), 59, device=device)
+    step = ops.decode_step(logits, tokens, DecodeState(1, weak + 2, device=device), config)
     assert rules_of(step) == want
 
 

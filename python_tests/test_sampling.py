@@ -181,22 +181,23 @@ def test_steps_go_on_across_blocks(r2, device):
     assert (first != second).float().mean() > 0.9
 
 
-def test_who_sees_the_draw(r2, device):
+def test_who_sees_the_draw(implementation):
     """Base and window rule commit the draw and its own probability; run and streak the argmax."""
+    ops, device = implementation
     config = DecodeConfig(0, temperature=3.0, threshold=1.0, seed=3, spatial_threshold=0.3)
     config = config.replace(confidence_cluster_size=2, confidence_cluster_unmasked=None)
     config = config.replace(token_cluster="mid", temporal_steps=1, temporal_threshold=0.4)
     g = torch.Generator().manual_seed(43)
     logits = torch.randn(64, 12, 29, generator=g)
     logits[:, :6, 7], logits[:, 6:, 9] = 4.0, 3.6
-    top, p = (t.cpu() for t in r2.token_confidence(logits.to(device), exclude_id=0))
-    drawn, q = (t[0] for t in draw(r2, logits, config, device=device))
+    top, p = (t.cpu() for t in ops.token_confidence(logits.to(device), exclude_id=0))
+    drawn, q = (t[0] for t in draw(ops, logits, config, device=device))
     tokens = torch.zeros(64, 12, dtype=torch.int64, device=device)
-    step = r2.decode_step(logits.to(device), tokens, DecodeState(64, 12, device=device), config)
+    step = ops.decode_step(logits.to(device), tokens, DecodeState(64, 12, device=device), config)
     rule, prediction, confidence = step.rule.cpu(), step.prediction.cpu(), step.confidence.cpu()
     by_top = (rule == Rule.CLUSTER) | (rule == Rule.TEMPORAL)
     assert torch.equal(prediction, torch.where(by_top, top, drawn))
-    assert torch.equal(confidence, torch.where(by_top, p, q))
+    assert torch.equal(confidence, torch.where(by_top, p.float(), q))
     for code in (Rule.FORCED, Rule.WINDOW, Rule.CLUSTER, Rule.TEMPORAL):
         cells = rule == code
         assert (drawn[cells] != top[cells]).any(), code

@@ -387,7 +387,8 @@ def _draw_counts(axes: Axes, history: _History) -> None:
     left = np.zeros(history.steps)
     for rule, color in RULE_COLORS.items():
         committed = (history.rule == rule).sum(1)
-        axes.barh(range(history.steps), committed, left=left, height=0.82, color=color)
+        steps = committed.nonzero()[0]
+        axes.barh(steps, committed[steps], left=left[steps], height=0.82, color=color)
         left += committed
     axes.set_ylim(history.steps - 0.5, -0.5)
     axes.set_xlim(0, max(left.max(), 1) * 1.12)

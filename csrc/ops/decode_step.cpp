@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "backend.h"
 #include "checks.h"
 #include "token_confidence.h"
 
@@ -104,6 +105,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(const char* op, const Tensor& lo
     check_shape(op, "candidates", *candidates, cells, "[B, L]");
   }
   check_choice(op, "logits_shift", logits_shift, 2);
+  check_length(op, tokens);
+  TORCH_CHECK_VALUE(temperature == 0.0 || logits.is_cpu(), op,
+                    ": config.temperature takes 0 on CUDA (drawing tokens runs on the CPU only), "
+                    "got ",
+                    temperature);
   const auto [options, sampling] = check_options(op, logits, R2D_STEP_OPTION_NAMES);
 
   Tensor prediction = at::empty(cells, logits.options().dtype(at::kLong));
@@ -113,16 +119,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(const char* op, const Tensor& lo
   Tensor candidate_cells;
   if (candidates) candidate_cells = candidates->contiguous();
 
-  cpu::decode_step(
-      {view_logits(logits, allow_mask_id ? -1 : mask_id, logits_shift), options, sampling,
-       candidates ? candidate_cells.const_data_ptr<bool>() : nullptr,
-       tokens.const_data_ptr<int64_t>(), tokens.stride(0), tokens.stride(1),
-       write ? tokens.mutable_data_ptr<int64_t>() : nullptr,
-       state.streak_count.mutable_data_ptr<int32_t>(), state.streak_id.mutable_data_ptr<int64_t>(),
-       state.streak_sum.mutable_data_ptr<float>(), state.streak_max.mutable_data_ptr<float>(),
-       state.counters.mutable_data_ptr<int64_t>(), prediction.mutable_data_ptr<int64_t>(),
-       confidence.mutable_data_ptr<float>(), rule.mutable_data_ptr<uint8_t>(),
-       remaining.mutable_data_ptr<int32_t>()});
+  const LogitsView view = view_logits(logits, allow_mask_id ? -1 : mask_id, logits_shift);
+  const Tensor workspace = vocab_pass_workspace(logits, view);
+  const DecodeStepParams params{view,
+                                options,
+                                sampling,
+                                candidates ? candidate_cells.const_data_ptr<bool>() : nullptr,
+                                tokens.const_data_ptr<int64_t>(),
+                                tokens.stride(0),
+                                tokens.stride(1),
+                                write ? tokens.mutable_data_ptr<int64_t>() : nullptr,
+                                state.streak_count.mutable_data_ptr<int32_t>(),
+                                state.streak_id.mutable_data_ptr<int64_t>(),
+                                state.streak_sum.mutable_data_ptr<float>(),
+                                state.streak_max.mutable_data_ptr<float>(),
+                                state.counters.mutable_data_ptr<int64_t>(),
+                                prediction.mutable_data_ptr<int64_t>(),
+                                confidence.mutable_data_ptr<float>(),
+                                rule.mutable_data_ptr<uint8_t>(),
+                                remaining.mutable_data_ptr<int32_t>(),
+                                workspace.defined() ? workspace.mutable_data_ptr() : nullptr};
+  R2D_CALL_BACKEND(logits, decode_step, params);
   return {prediction, confidence, rule, remaining};
 }
 
@@ -158,10 +175,8 @@ TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
   m.def(schema("select", "Tensor").c_str(), {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(r2dllm, CPU, m) {
-  m.impl("decode_step", &decode_step);
-  m.impl("select", &select);
-}
+R2D_REGISTER("decode_step", &decode_step)
+R2D_REGISTER("select", &select)
 
 }  // namespace
 }  // namespace r2dllm

@@ -31,9 +31,14 @@ struct DecodeStepParams {
   float* confidence;    // [B, L]
   uint8_t* rule;        // [B, L]
   int32_t* remaining;   // [B]
+
+  void* workspace;  // CUDA: of vocab_pass_bytes
 };
 
 namespace cpu {
+void decode_step(const DecodeStepParams& params);
+}
+namespace cuda {
 void decode_step(const DecodeStepParams& params);
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A build without the CUDA back end says so, and how to get it, when it meets a CUDA tensor.
+#ifndef R2DLLM_WITH_CUDA
 #include <ATen/core/boxing/KernelFunction.h>
 #include <ATen/core/stack.h>
 #include <torch/library.h>
@@ -22,3 +23,5 @@ TORCH_LIBRARY_IMPL(r2dllm, CUDA, m) {
 
 }  // namespace
 }  // namespace r2dllm
+
+#endif

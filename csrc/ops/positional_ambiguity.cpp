@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "backend.h"
 #include "checks.h"
 
 namespace r2dllm {
@@ -18,6 +19,7 @@ Tensor positional_ambiguity(const Tensor& prediction, const Tensor& confidence,
   check_confidence(op, confidence);
   check_like(op, "prediction", prediction, confidence, "confidence", at::kLong);
   check_like(op, "is_masked", is_masked, confidence, "confidence", at::kBool);
+  check_length(op, confidence);
   check_probability(op, "min_confidence", min_confidence);
   check_at_least(op, "min_run", min_run, 1);
   TORCH_CHECK_VALUE(mode >= 1 && mode <= 3, op,
@@ -32,12 +34,19 @@ Tensor positional_ambiguity(const Tensor& prediction, const Tensor& confidence,
                rows =
                    row ? row->contiguous() : at::arange(confidence.size(0), prediction.options());
   Tensor chosen = at::empty(confidence.sizes(), is_masked.options());
-  cpu::positional_ambiguity({confidence.size(0), confidence.size(1), ids.const_data_ptr<int64_t>(),
-                             values.const_data_ptr<float>(), masked.const_data_ptr<bool>(),
-                             static_cast<float>(min_confidence), min_run,
-                             static_cast<TokenCluster>(mode), static_cast<uint64_t>(seed),
-                             rows.const_data_ptr<int64_t>(), step,
-                             chosen.mutable_data_ptr<bool>()});
+  const PositionalAmbiguityParams params{confidence.size(0),
+                                         confidence.size(1),
+                                         ids.const_data_ptr<int64_t>(),
+                                         values.const_data_ptr<float>(),
+                                         masked.const_data_ptr<bool>(),
+                                         static_cast<float>(min_confidence),
+                                         min_run,
+                                         static_cast<TokenCluster>(mode),
+                                         static_cast<uint64_t>(seed),
+                                         rows.const_data_ptr<int64_t>(),
+                                         step,
+                                         chosen.mutable_data_ptr<bool>()};
+  R2D_CALL_BACKEND(confidence, positional_ambiguity, params);
   return chosen;
 }
 
@@ -49,7 +58,7 @@ TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(r2dllm, CPU, m) { m.impl("positional_ambiguity", &positional_ambiguity); }
+R2D_REGISTER("positional_ambiguity", &positional_ambiguity)
 
 }  // namespace
 }  // namespace r2dllm

@@ -23,5 +23,8 @@ struct PositionalAmbiguityParams {
 namespace cpu {
 void positional_ambiguity(const PositionalAmbiguityParams& params);
 }
+namespace cuda {
+void positional_ambiguity(const PositionalAmbiguityParams& params);
+}
 
 }  // namespace r2dllm

@@ -5,6 +5,7 @@
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
 
+#include "backend.h"
 #include "checks.h"
 
 namespace r2dllm {
@@ -17,6 +18,15 @@ LogitsView view_logits(const Tensor& logits, int64_t excluded, int64_t shift) {
   return {logits.const_data_ptr(), type,           logits.size(0),
           logits.size(1),          logits.size(2), logits.stride(0),
           logits.stride(1),        excluded,       shift};
+}
+
+Tensor vocab_pass_workspace(const Tensor& logits, [[maybe_unused]] const LogitsView& view) {
+#ifdef R2DLLM_WITH_CUDA
+  if (logits.is_cuda()) {
+    return at::empty({cuda::vocab_pass_bytes(view)}, logits.options().dtype(at::kByte));
+  }
+#endif
+  return {};
 }
 
 namespace {
@@ -39,9 +49,13 @@ std::tuple<Tensor, Tensor> token_confidence(const Tensor& logits,
       candidates ? candidates->contiguous() : at::ones(shape, logits.options().dtype(at::kBool));
   Tensor prediction = at::empty(shape, logits.options().dtype(at::kLong));
   Tensor confidence = at::empty(shape, logits.options().dtype(at::kFloat));
-  cpu::token_confidence({view_logits(logits, exclude_id.value_or(-1), 0),
-                         rows.const_data_ptr<bool>(), prediction.mutable_data_ptr<int64_t>(),
-                         confidence.mutable_data_ptr<float>()});
+  const LogitsView view = view_logits(logits, exclude_id.value_or(-1), 0);
+  const Tensor workspace = vocab_pass_workspace(logits, view);
+  const TokenConfidenceParams params{view, rows.const_data_ptr<bool>(),
+                                     prediction.mutable_data_ptr<int64_t>(),
+                                     confidence.mutable_data_ptr<float>(),
+                                     workspace.defined() ? workspace.mutable_data_ptr() : nullptr};
+  R2D_CALL_BACKEND(logits, token_confidence, params);
   return {prediction, confidence};
 }
 
@@ -52,7 +66,7 @@ TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(r2dllm, CPU, m) { m.impl("token_confidence", &token_confidence); }
+R2D_REGISTER("token_confidence", &token_confidence)
 
 }  // namespace
 }  // namespace r2dllm

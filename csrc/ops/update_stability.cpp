@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "backend.h"
 #include "checks.h"
 
 namespace r2dllm {
@@ -34,13 +35,20 @@ Tensor update_stability_(const Tensor& streak_count, const Tensor& streak_id,
   const Tensor ids = prediction.contiguous(), values = confidence.to(at::kFloat).contiguous(),
                before = was_masked.contiguous(), after = is_masked.contiguous();
   Tensor stable = at::empty(confidence.sizes(), is_masked.options());
-  cpu::update_stability({confidence.numel(), streak_count.mutable_data_ptr<int32_t>(),
-                         streak_id.mutable_data_ptr<int64_t>(),
-                         streak_sum.mutable_data_ptr<float>(), streak_max.mutable_data_ptr<float>(),
-                         ids.const_data_ptr<int64_t>(), values.const_data_ptr<float>(),
-                         before.const_data_ptr<bool>(), after.const_data_ptr<bool>(), steps,
-                         static_cast<float>(min_confidence), static_cast<TemporalEval>(eval),
-                         stable.mutable_data_ptr<bool>()});
+  const UpdateStabilityParams params{confidence.numel(),
+                                     streak_count.mutable_data_ptr<int32_t>(),
+                                     streak_id.mutable_data_ptr<int64_t>(),
+                                     streak_sum.mutable_data_ptr<float>(),
+                                     streak_max.mutable_data_ptr<float>(),
+                                     ids.const_data_ptr<int64_t>(),
+                                     values.const_data_ptr<float>(),
+                                     before.const_data_ptr<bool>(),
+                                     after.const_data_ptr<bool>(),
+                                     steps,
+                                     static_cast<float>(min_confidence),
+                                     static_cast<TemporalEval>(eval),
+                                     stable.mutable_data_ptr<bool>()};
+  R2D_CALL_BACKEND(confidence, update_stability, params);
   return stable;
 }
 
@@ -52,7 +60,7 @@ TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(r2dllm, CPU, m) { m.impl("update_stability_", &update_stability_); }
+R2D_REGISTER("update_stability_", &update_stability_)
 
 }  // namespace
 }  // namespace r2dllm

@@ -25,5 +25,8 @@ struct UpdateStabilityParams {
 namespace cpu {
 void update_stability(const UpdateStabilityParams& params);
 }
+namespace cuda {
+void update_stability(const UpdateStabilityParams& params);
+}
 
 }  // namespace r2dllm

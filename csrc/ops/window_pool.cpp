@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "backend.h"
 #include "checks.h"
 
 namespace r2dllm {
@@ -14,15 +15,22 @@ Tensor window_pool(const Tensor& confidence, const Tensor& is_masked, int64_t wi
   constexpr auto op = "window_pool";
   check_confidence(op, confidence);
   check_like(op, "is_masked", is_masked, confidence, "confidence", at::kBool);
+  check_length(op, confidence);
   check_at_least(op, "window", window, 1);
   check_probability(op, "min_confidence", min_confidence);
   if (max_unmasked) check_at_least(op, "max_unmasked", *max_unmasked, 0);
 
   const Tensor values = confidence.to(at::kFloat).contiguous(), masked = is_masked.contiguous();
   Tensor marked = at::empty(confidence.sizes(), is_masked.options());
-  cpu::window_pool({confidence.size(0), confidence.size(1), values.const_data_ptr<float>(),
-                    masked.const_data_ptr<bool>(), window, static_cast<float>(min_confidence),
-                    max_unmasked.value_or(-1), marked.mutable_data_ptr<bool>()});
+  const WindowPoolParams params{confidence.size(0),
+                                confidence.size(1),
+                                values.const_data_ptr<float>(),
+                                masked.const_data_ptr<bool>(),
+                                window,
+                                static_cast<float>(min_confidence),
+                                max_unmasked.value_or(-1),
+                                marked.mutable_data_ptr<bool>()};
+  R2D_CALL_BACKEND(confidence, window_pool, params);
   return marked;
 }
 
@@ -33,7 +41,7 @@ TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(r2dllm, CPU, m) { m.impl("window_pool", &window_pool); }
+R2D_REGISTER("window_pool", &window_pool)
 
 }  // namespace
 }  // namespace r2dllm

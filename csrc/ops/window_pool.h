@@ -19,5 +19,8 @@ struct WindowPoolParams {
 namespace cpu {
 void window_pool(const WindowPoolParams& params);
 }
+namespace cuda {
+void window_pool(const WindowPoolParams& params);
+}
 
 }  // namespace r2dllm

@@ -9,7 +9,7 @@ import time
 from ..config import DecodeConfig
 from ..ledger import make_sample
 from . import options
-from .session import Answer, Session
+from .session import Answer, Prompt, Session
 
 
 def add_parser(commands) -> None:
@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
     session = Session(args)
     if not session.is_ledger:
         raise ValueError(f"demo takes a model of the ledger task, {args.model!r} is none")
-    prompts = [make_sample(args.sample_seed, i, split="test").prompt for i in range(args.prompts)]
+    samples = [make_sample(args.sample_seed, i, split="test") for i in range(args.prompts)]
+    prompts = session.read([sample.prompt for sample in samples])
     decoders = list(dict.fromkeys(args.decoders))
     shown = "r2" if "r2" in decoders else decoders[-1]
     session.decode(prompts[:1])  # warm-up, or the first decoder would pay for it
-    display.legend()
     rows = []
     for name in decoders:
         began = time.perf_counter()
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     display.table(f"{len(prompts)} prompts, means per prompt", columns, rows)
 
 
-def _decode_each(session: Session, prompts: list[str], preset: str) -> list[Answer]:
+def _decode_each(session: Session, prompts: list[Prompt], preset: str) -> list[Answer]:
     # One by one: a batch would need as many forwards as its slowest row.
     config = getattr(DecodeConfig, preset)(session.config.mask_id)
     return [session.decode([prompt], config)[0][0] for prompt in prompts]

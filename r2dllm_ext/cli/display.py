@@ -33,8 +33,6 @@ _MEANINGS = {
     Rule.CLUSTER: "best of equal neighbours",
     Rule.TEMPORAL: "stopped changing",
 }
-
-
 # For terminals of 16 colours, where the nearest of the above would be one and the same.
 _ANSI_COLORS = {
     Rule.THRESHOLD: "bright_blue",
@@ -53,17 +51,15 @@ class Display:
         colours = None if self._console.no_color else self._console.color_system
         rich = colours in ("256", "truecolor")
         self._colours = (RULE_COLORS if rich else _ANSI_COLORS) if colours else {}
-
-    def legend(self) -> None:
-        """What the colours or marks mean."""
-        for rule, meaning in _MEANINGS.items():
-            name = f"{'' if self._colours else _MARKS[rule] + ' '}{rule.name.lower():<10}"
-            self._print(Text.assemble((name, self._colours.get(rule, "")), (meaning, "dim")))
+        self._fresh = True
 
     def answer(self, answer: Answer, *, name: str = "") -> None:
-        """Prompt, answer and what it cost."""
+        """Prompt, answer and what it cost; in front of the first, what the colours mean."""
+        if self._fresh:
+            self._legend()
+            self._fresh = False
         self._console.print()
-        self._print(Text(f"> {answer.prompt}", style="dim"))
+        self._print(Text(f"> {answer.prompt.text}", style="dim"))
         tokens = list(zip(answer.pieces, answer.rules, strict=False))
         if self._colours:
             coloured = ((piece, self._colours.get(rule, "")) for piece, rule in tokens)
@@ -83,6 +79,12 @@ class Display:
         self._console.print()
         self._print(Text(title, style="bold"))
         self._console.print(table)
+
+    def _legend(self) -> None:
+        """What the colours or marks mean."""
+        for rule, meaning in _MEANINGS.items():
+            name = f"{'' if self._colours else _MARKS[rule] + ' '}{rule.name.lower():<10}"
+            self._print(Text.assemble((name, self._colours.get(rule, "")), (meaning, "dim")))
 
     def _cost(self, answer: Answer, name: str) -> Text:
         parts = [

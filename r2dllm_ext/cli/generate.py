@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 from . import options
@@ -47,26 +48,21 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    prompts = read_prompts(args.prompts, args.file)
-    display = None if args.json else _display()
+    texts = read_prompts(args.prompts, args.file)
+    show = _print_json if args.json else _display()
     session = Session(args)
-    if display:
-        display.legend()
+    prompts = session.read(texts)
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start : start + args.batch_size]
-        answers, _ = session.decode(batch, progress=args.progress)
-        for answer in answers:
-            if display:
-                display.answer(answer)
-            else:
-                print(json.dumps(as_json(answer, session)), flush=True)
+        for answer in session.decode(batch, progress=args.progress)[0]:
+            show(answer, session)
 
 
 def as_json(answer: Answer, session: Session) -> dict[str, Any]:
     """What `--json` prints about a prompt."""
     return {
-        "prompt": answer.prompt,
-        "prompt_ids": answer.prompt_ids,
+        "prompt": answer.prompt.text,
+        "prompt_ids": answer.prompt.ids,
         "text": answer.text,
         "token_ids": answer.token_ids,
         "length": answer.length,
@@ -78,7 +74,12 @@ def as_json(answer: Answer, session: Session) -> dict[str, Any]:
     }
 
 
-def _display():
+def _print_json(answer: Answer, session: Session) -> None:
+    print(json.dumps(as_json(answer, session)), flush=True)
+
+
+def _display() -> Callable[[Answer, Session], None]:
     from .display import Display  # only here: --json does without rich
 
-    return Display()
+    display = Display()
+    return lambda answer, session: display.answer(answer)

@@ -107,14 +107,10 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
 
 
 def decode_config(args: argparse.Namespace) -> DecodeConfig:
-    """What the options ask for; mask id 0 if none was given (see `gives_mask_id`)."""
+    """What the options ask for; mask id 0 if none was given."""
     fields = {name: vars(args)[name] for name in _field_names() if name in args}
     preset = getattr(DecodeConfig, args.preset)
     return preset(fields.pop("mask_id", 0), **fields)
-
-
-def gives_mask_id(args: argparse.Namespace) -> bool:
-    return "mask_id" in args
 
 
 def _field_names() -> list[str]:

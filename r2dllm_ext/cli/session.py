@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -17,12 +19,16 @@ from . import options, text
 _GEN_LENGTH = 256  # what the published evaluations of LLaDA and Dream decode
 
 
+class Prompt(NamedTuple):
+    text: str
+    ids: list[int]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What became of one prompt."""
 
-    prompt: str
-    prompt_ids: list[int]
+    prompt: Prompt
     token_ids: list[int]  # all G
     rules: list[Rule]  # why each was committed; NONE = filled up after the end
     length: int  # tokens up to the stop token, itself included
@@ -59,25 +65,37 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         # Before the weights: what can be wrong without them should be said without them.
         config = options.decode_config(args)
-        device = _device(args.device)
-        self.model = _load(args.model, device, args.dtype)
+        self._args = args
+        self.model = _load(args.model, _device(args.device), args.dtype)
         self.is_ledger = text.speaks_ledger(self.model)
-        self.codec = self._codec(args)
-        if not options.gives_mask_id(args):
-            config = config.replace(mask_id=self._mask_id(args.model))
-        self.config = config
+        self.config = config.replace(mask_id=self._mask_id())
         self.gen_length = args.gen_length or (ANSWER_LENGTH if self.is_ledger else _GEN_LENGTH)
         self.block_length, self.cache = args.block_length, args.cache
         is_dream = self.model.config.family == "dream"
         self.logits_shift = int(is_dream) if args.logits_shift is None else args.logits_shift
         self.stop_id = getattr(args, "stop_id", self.model.eos_id)
 
+    @cached_property
+    def codec(self) -> text.Codec:
+        args = self._args
+        if getattr(args, "ids", False):
+            return text.PlainIds()
+        if self.is_ledger:
+            return Tokenizer()
+        return text.Pretrained(args.model, chat=args.chat, trust_remote_code=args.trust_remote_code)
+
+    def read(self, texts: list[str]) -> list[Prompt]:
+        """Tokenizes prompts; ValueError for what the model does not know."""
+        prompts = [Prompt(words, self.codec.encode(words)) for words in texts]
+        for i in {i for prompt in prompts for i in prompt.ids}:
+            self._check_id(i, "prompt")
+        return prompts
+
     def decode(
-        self, prompts: list[str], config: DecodeConfig | None = None, *, progress: bool = False
+        self, prompts: list[Prompt], config: DecodeConfig | None = None, *, progress: bool = False
     ) -> tuple[list[Answer], Trace]:
         """Decodes the prompts as one batch."""
-        encoded = [self._encode(prompt) for prompt in prompts]
-        ids, attention_mask = self._left_padded(encoded)
+        ids, attention_mask = self._left_padded([prompt.ids for prompt in prompts])
         generation = generate(
             self.model,
             ids,
@@ -91,27 +109,23 @@ class Session:
             progress=progress,
             trace=True,
         )
-        answers = [
-            self._answer(prompt, prompt_ids, generation.trace, row)
-            for row, (prompt, prompt_ids) in enumerate(zip(prompts, encoded, strict=True))
-        ]
+        answers = [self._answer(p, generation.trace, row) for row, p in enumerate(prompts)]
         return answers, generation.trace
 
-    def _answer(self, prompt: str, prompt_ids: list[int], trace: Trace, row: int) -> Answer:
+    def _answer(self, prompt: Prompt, trace: Trace, row: int) -> Answer:
         ids = trace.sequences[row, trace.prompt_length :].tolist()
         ended = self.stop_id in ids
         words = ids.index(self.stop_id) if ended else len(ids)
         answer = self.codec.decode(ids[:words])
         return Answer(
             prompt=prompt,
-            prompt_ids=prompt_ids,
             token_ids=ids,
             rules=[Rule(value) for value in trace.commit_rule[row].tolist()],
             length=words + ended,
             text=answer,
             pieces=text.pieces(self.codec, ids[:words]),
             nfe=int(trace.masked[:, row].any(-1).sum()),
-            verdict=self._verdict(prompt, answer),
+            verdict=self._verdict(prompt.text, answer),
         )
 
     def _verdict(self, prompt: str, answer: str) -> Verdict | None:
@@ -121,14 +135,6 @@ class Session:
             return verify(prompt, answer)
         except ValueError:  # words of the ledger, but not a problem
             return None
-
-    def _encode(self, prompt: str) -> list[int]:
-        ids = self.codec.encode(prompt)
-        rows = self.model.config.embedding_size
-        for i in ids:
-            if i >= rows:
-                raise ValueError(f"prompt: token id {i}, the model takes 0..{rows - 1}")
-        return ids
 
     def _left_padded(self, encoded: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, encoded))
@@ -141,17 +147,19 @@ class Session:
             torch.tensor(mask, dtype=torch.bool, device=device),
         )
 
-    def _codec(self, args: argparse.Namespace) -> text.Codec:
-        if getattr(args, "ids", False):
-            return text.PlainIds()
-        if self.is_ledger:
-            return Tokenizer()
-        return text.Pretrained(args.model, chat=args.chat, trust_remote_code=args.trust_remote_code)
+    def _mask_id(self) -> int:
+        mask_id = getattr(self._args, "mask_id", self.model.mask_id)
+        if mask_id is None:
+            raise ValueError(
+                f"config.json of {self._args.model!r} names no mask_token_id: give --mask-id"
+            )
+        self._check_id(mask_id, "mask_id")
+        return mask_id
 
-    def _mask_id(self, name: str) -> int:
-        if self.model.mask_id is None:
-            raise ValueError(f"config.json of {name!r} names no mask_token_id: give --mask-id")
-        return self.model.mask_id
+    def _check_id(self, i: int, name: str) -> None:
+        rows = self.model.config.embedding_size
+        if i >= rows:
+            raise ValueError(f"{name}: token id {i}, the model takes 0..{rows - 1}")
 
 
 def _load(name: str, device: torch.device, dtype: str | None):

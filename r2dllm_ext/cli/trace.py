@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+import warnings
 from pathlib import Path
 
 from ..ledger import make_sample
@@ -51,12 +52,14 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt is None and not (session.is_ledger and not args.ids):
         raise ValueError("trace needs a PROMPT: only ledger models have prompts of their own")
     prompt = args.prompt or make_sample(0, args.sample, split="test").prompt
-    (answer,), trace = session.decode([prompt])
+    (answer,), trace = session.decode(session.read([prompt]))
     facts = _facts(answer, args.preset)
     labels = [session.codec.decode([i]) for i in answer.token_ids]
     title = "\n".join(textwrap.shorten(line, 120, placeholder=" ...") for line in (facts, prompt))
     figure = plot_trace(trace, labels=labels, config=session.config, title=title)
-    figure.savefig(args.out, dpi=args.dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+        figure.savefig(args.out, dpi=args.dpi)
     print(f"{args.out}: {facts}")
 
 

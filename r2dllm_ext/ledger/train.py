@@ -2,7 +2,15 @@
 """Train the bundled ledger model: `python -m r2dllm_ext.ledger.train --out DIR`.
 
 Every batch, mask and initial weight is a function of (seed, step) alone, so a run that was killed
-and resumed ends in the same weights as one that was not.
+and resumed ends in the same weights as one that was not. `--init` begins a run with the weights of
+another one's checkpoint. The bundled weights come from three runs in a row (A, B, C; all settings in
+`model/train_config.json`, the logs beside it):
+
+    --out A
+    --out B --init A/checkpoint.pt --seed 1 --steps 2200 --learning-rate 8e-4 STAGE
+    --out C --init B/checkpoint.pt --seed 2 --steps 1200 --learning-rate 4e-4 STAGE
+
+with STAGE = --iid-share 0.15 --frontier-share 0.6 --frontier-digits 3.
 """
 
 from __future__ import annotations
@@ -12,7 +20,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +47,8 @@ class TrainConfig:
     digit_weight: float = 4.0
     iid_share: float = 0.25  # rows masked over the whole answer rather than in one block
     frontier_share: float = 0.4  # rows masked like a half-decoded block, see mask_answers
+    frontier_digits: int = 0  # digits behind the front that are learned; 0: all of them
+    init: str = ""  # "": random weights; else settings and step of the run they come from, as JSON
     width: int = 160
     layers: int = 4
     heads: int = 5
@@ -82,7 +92,8 @@ def mask_answers(
     iid rows hide each cell with one ratio t ~ U(0, 1). The others pick an active block: what lies
     before it is clean, what lies behind it is hidden and not learned. Inside it, either cells are
     hidden with ratio t, or, in frontier rows, words are mostly visible and the digits hidden from
-    some point on: what decoding meets after the easy words are committed.
+    some point on: what decoding meets after the easy words are committed. Of these digits only
+    the first `frontier_digits` are learned (0: all).
     """
     B, A = answers.shape
     uniform = torch.rand(B, 4, generator=generator)
@@ -98,7 +109,12 @@ def mask_answers(
     behind_front = digit & (cell >= start + uniform[:, 3:4] * BLOCK_LENGTH)
     hidden = torch.where(frontier, behind_front | (~digit & (noise < ratio**2)), noise < ratio)
     learned = hidden & (iid | active)
-    return learned | (~iid & (cell >= start + BLOCK_LENGTH)), learned
+    hidden = learned | (~iid & (cell >= start + BLOCK_LENGTH))
+    if config.frontier_digits:
+        # What follows hangs on digits that are hidden as well: mostly noise, so not learned.
+        too_far = behind_front & (behind_front.cumsum(1) > config.frontier_digits)
+        learned = learned & ~(frontier & too_far)
+    return hidden, learned
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -239,6 +255,15 @@ class Trainer:
         trainer.step = state["step"]
         return trainer
 
+    @classmethod
+    def begin_from(cls, path: Path, config: TrainConfig) -> Trainer:
+        """A new run whose weights, and nothing else, are those of another run's checkpoint."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["config"] | {"step": state["step"]}
+        trainer = cls(replace(config, init=json.dumps(before)))
+        trainer.model.load_state_dict(state["model"])
+        return trainer
+
 
 def run(
     trainer: Trainer,
@@ -309,6 +334,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     }
     (folder / "vocabulary.json").write_text(json.dumps(description, indent=1) + "\n")
     training = asdict(trainer.config) | {"step": trainer.step}
+    training["init"] = json.loads(training["init"] or "null")
     (folder / "train_config.json").write_text(json.dumps(training, indent=1) + "\n")
 
 
@@ -329,12 +355,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stop", type=int, help="end at this step, schedule unchanged")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
+    parser.add_argument("--iid-share", type=float, default=TrainConfig.iid_share)
+    parser.add_argument("--frontier-share", type=float, default=TrainConfig.frontier_share)
+    parser.add_argument("--frontier-digits", type=int, default=TrainConfig.frontier_digits)
+    parser.add_argument(
+        "--init", type=Path, metavar="CHECKPOINT", help="begin with the weights of another run"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eval-every", type=int, default=500)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its settings"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     checkpoint = args.out / "checkpoint.pt"
@@ -343,14 +373,16 @@ def main(arguments: list[str] | None = None) -> None:
     if args.resume:
         trainer = Trainer.resume(checkpoint)
     else:
-        trainer = Trainer(
-            TrainConfig(
-                seed=args.seed,
-                steps=args.steps,
-                learning_rate=args.learning_rate,
-                compile=not args.no_compile,
-            )
+        config = TrainConfig(
+            seed=args.seed,
+            steps=args.steps,
+            learning_rate=args.learning_rate,
+            compile=not args.no_compile,
+            iid_share=args.iid_share,
+            frontier_share=args.frontier_share,
+            frontier_digits=args.frontier_digits,
         )
+        trainer = Trainer(config) if args.init is None else Trainer.begin_from(args.init, config)
     run(trainer, args.out, stop=args.stop, eval_every=args.eval_every)
     export(trainer, args.out / "model")
 

@@ -105,9 +105,7 @@ def _step(op, logits, tokens, state, config, candidates, logits_shift) -> Decode
         name = "tokens" if isinstance(logits, torch.Tensor) else "logits"
         got = type(tokens if name == "tokens" else logits).__name__
         raise TypeError(f"{_name(op)}: {name} takes a torch.Tensor, got {got}")
-    return DecodeStep(
-        *op(logits, tokens, *streaks, counters, candidates, logits_shift, *arguments)
-    )
+    return DecodeStep(*op(logits, tokens, *streaks, counters, candidates, logits_shift, *arguments))
 
 
 def _name(op) -> str:

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks: their baselines decide as the oracle does, their numbers are what they say."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import OFF, STREAKS, spiked_logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r2dllm_ext import generate, reference
+from r2dllm_ext.config import TEMPORAL_EVALS, DecodeConfig, Rule
+from r2dllm_ext.models import ModelConfig, Transformer
+from r2dllm_ext.state import DecodeState
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch):
+    """Its modules can be imported by their plain names, as its scripts do."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCH / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+# ---- the baselines ---------------------------------------------------------------------------
+
+
+def drifting_steps(seed: int, shape: tuple[int, int, int], steps: int, mask_id: int):
+    """Logits of a decode: neighbours often agree, predictions stay or change, some are the mask."""
+    rows, length, vocab = shape
+    g = torch.Generator().manual_seed(seed)
+
+    def chance(p: float) -> torch.Tensor:
+        return torch.rand(rows, length, generator=g) < p
+
+    target = torch.randint(vocab, (rows, length), generator=g)
+    for i in range(1, length):
+        target[:, i] = torch.where(chance(0.5)[:, i], target[:, i - 1], target[:, i])
+    for _ in range(steps):
+        target = torch.where(chance(0.1), torch.randint(vocab, target.shape, generator=g), target)
+        target = torch.where(chance(0.05), mask_id, target)
+        p = 0.55 + 0.44 * torch.rand(rows, length, generator=g)
+        yield spiked_logits(g, target, p, vocab)
+
+
+rule_options = st.fixed_dictionaries(
+    {
+        "threshold": st.sampled_from((0.5, 0.8, 0.9, 1.0)),
+        "factor": st.sampled_from((0.1, 0.5, 1.0)),
+        "confidence_cluster_size": st.sampled_from((0, 1, 2, 3, 5, 40)),
+        "spatial_threshold": st.sampled_from((0.6, 0.8, 0.9)),
+        "confidence_cluster_unmasked": st.sampled_from((None, 0, 1, 2)),
+        "token_cluster": st.sampled_from((None, "confidence", "mid")),
+        "token_cluster_size": st.integers(1, 3),
+        "temporal_steps": st.integers(0, 3),
+        "temporal_threshold": st.sampled_from((0.6, 0.8)),
+        "temporal_eval": st.sampled_from(TEMPORAL_EVALS),
+    }
+)
+seeds = st.integers(0, 2**31)
+bases = st.sampled_from(("threshold", "schedule", "factor"))
+
+
+def check_against_oracle(step, seed: int, base: str, options: dict, schedule: int) -> None:
+    shape = (2, 12, 17)
+    config = DecodeConfig(3, base=base, steps_per_block=schedule, allow_mask_id=True, **options)
+    tokens = torch.full(shape[:2], config.mask_id)
+    tokens[1, ::4] = 5
+    state = DecodeState(*shape[:2])
+    want_tokens, want = tokens.clone(), DecodeState(*shape[:2])
+    open_cells = (tokens == config.mask_id).sum(1).tolist()
+    for i, logits in enumerate(drifting_steps(seed, shape, 6, config.mask_id)):
+        left = (tokens == config.mask_id).sum(1).tolist()
+        quota = [
+            min(masked, m // schedule + (i < m % schedule)) if i < schedule else masked
+            for m, masked in zip(open_cells, left, strict=True)
+        ]
+        step(logits, tokens, state, config, quota)
+        reference.decode_step(logits, want_tokens, want, config)
+        assert torch.equal(tokens, want_tokens), f"step {i}"
+        if config.temporal_steps:
+            for name in STREAKS:
+                got, expected = getattr(state, name), getattr(want, name)
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60)
+@given(seed=seeds, base=bases, options=rule_options, schedule=st.integers(1, 6))
+def test_authors_way_equals_the_oracle(seed, base, options, schedule):
+    from baselines import authors_step
+
+    check_against_oracle(authors_step, seed, base, options, schedule)
+
+
+@settings(max_examples=60)
+@given(seed=seeds, options=rule_options)
+def test_vectorised_equals_the_oracle(seed, options):
+    from baselines import vectorised_step
+
+    def step(logits, tokens, state, config, quota):
+        vectorised_step(logits, tokens, state, config)
+
+    check_against_oracle(step, seed, "threshold", options, 1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("shape", [(1, 32, 512), (3, 32, 2000), (2, 5, 16), (1, 1, 16)])
+def test_all_ways_agree_on_the_measured_block(r2, shape, dtype):
+    """Ours, the authors' way and the vectorised one; on a full block every rule fires."""
+    from comparisons import decode_step_case
+    from shapes import DTYPES, Shape, spiked_block
+
+    case = decode_step_case(spiked_block(Shape(*shape), DTYPES[dtype]), "not wanted")
+    assert case.skipped == {"compiled": "not wanted"}
+    if shape[1] == 32:
+        rules = {"THRESHOLD", "WINDOW", "CLUSTER", "TEMPORAL"}
+        assert set(case.rules) == rules | ({"FORCED"} if shape[0] > 1 else set())
+
+
+def test_a_wrong_baseline_is_noticed(r2, monkeypatch):
+    import comparisons
+    from shapes import Shape, spiked_block
+
+    monkeypatch.setattr(comparisons, "authors_step", lambda *_: None)
+    with pytest.raises(comparisons.Disagreement, match="tokens of authors differ"):
+        comparisons.decode_step_case(spiked_block(Shape(1, 32, 64), torch.float32), "")
+
+
+@pytest.mark.parametrize("op", ["window_pool", "positional_ambiguity", "update_stability"])
+def test_rules_alone_agree(r2, op):
+    from comparisons import rule_case
+    from shapes import Shape
+
+    names = [variant.name for variant in rule_case(op, Shape(3, 32, 0), "cpu").variants]
+    assert names == ["ours", "authors", "vectorised"][: 3 - (op == "update_stability")]
+
+
+# ---- the harness -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",
+    [
+        # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+    ],
+)
+def test_wilson_interval(successes, n, low, high):
+    from harness import wilson
+
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_edges():
+    from harness import wilson
+
+    assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson(500_000, 1_000_000)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.25e-6), rel=1e-3)
+    with pytest.raises(ValueError, match="got 3"):
+        wilson(3, 2)
+
+
+def test_measure_is_fair():
+    """Every call is renewed and preceded by `before`, and no variant is starved."""
+    from harness import Variant, measure
+
+    log = []
+    variants = [
+        Variant(name, lambda name=name: log.append(name), lambda: log.append("renew"))
+        for name in ("a", "b")
+    ]
+    samples = measure(variants, before=lambda: log.append("before"), seconds=0.01)
+    assert len(samples["a"]) >= 7 <= len(samples["b"])
+    assert log[::3] == ["renew"] * (len(log) // 3)
+    assert log[1::3] == ["before"] * (len(log) // 3)
+    assert {*log[2::3]} == {"a", "b"}
+
+
+def test_reads_cover_every_byte():
+    """The words that the read-only pass goes over are the whole buffer, whatever its size."""
+    from harness import as_words
+
+    for columns in (1, 2, 3, 8):
+        for dtype in (torch.bfloat16, torch.float32):
+            logits = torch.zeros(1, 3, columns, dtype=dtype)
+            assert as_words(logits).nbytes == logits.nbytes
+
+
+def test_summary_is_exact():
+    from harness import summary
+
+    assert summary([1.0, 2.0, 3.0, 4.0, 5.0]) == {
+        "median_us": 3.0,
+        "q1_us": 2.0,
+        "q3_us": 4.0,
+        "min_us": 1.0,
+        "max_us": 5.0,
+        "n": 5,
+    }
+
+
+def test_bars():
+    from run import bars
+    from shapes import NAMED, TINY
+
+    def record(op, shape, dtype, **rest):
+        return {"op": op, "shape": shape._asdict(), "dtype": dtype, **rest}
+
+    records = [
+        record("decode_step", NAMED["llada-1"], "bf16", ratio={"authors": 60.0, "softmax": 9.0}),
+        record("decode_step", NAMED["llada-8"], "bf16", extra_peak_bytes={"ours": 2**20}),
+        record("overhead", TINY, "fp32", columns={"ours": {"median_us": 30.0}}),
+    ]
+    held = bars(records)
+    assert [bar["passed"] for bar in held] == [True, False, None, True, False]
+    assert held[3]["value"] == 1.0
+
+
+def test_memory_of_a_known_size(r2):
+    """The authors' float64 softmax: two [B, L, V] tensors of 8 bytes; ours: none of size V."""
+    from memory import peak_memory
+    from shapes import Shape
+
+    B, L, V = shape = Shape(2, 32, 4096)
+    peaks = peak_memory(shape, "bf16", "cpu", 1)
+    if isinstance(peaks, str):
+        pytest.skip(peaks)
+    assert peaks["authors"] == pytest.approx(2 * B * L * V * 8, rel=0.1)
+    assert peaks["ours"] < B * L * V
+
+
+def test_quick_run(r2, tmp_path):
+    out = tmp_path / "bench.json"
+    done = run(
+        "run.py", "--quick", "--shape", "2,32,512", "--op", "decode_step", "--op", "overhead",
+        "--op", "token_confidence", "--op", "window_pool", "--seconds", "0.05", "--memory", "off",
+        "--threads", "1", "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "overhead of a call" in done.stdout
+    content = json.loads(out.read_text())
+    assert {"schema", "machine", "versions", "commit", "command", "settings", "bars"} <= set(
+        content
+    )
+    assert str(tmp_path) not in out.read_text()
+    assert content["machine"]["threads"] == 1
+    ops = ["decode_step", "overhead", "token_confidence", "window_pool"]
+    assert [record["op"] for record in content["records"]] == ops
+    assert all(record["checked"] for record in content["records"])
+    step = content["records"][0]
+    assert step["bytes"] == 2 * 32 * 512 * 2
+    assert set(step["columns"]) == {"ours", "authors", "vectorised", "softmax", "read"}
+    assert step["skipped"] == {"compiled": "--quick"}
+    assert step["fraction_of_read"] > 0 and step["gb_per_s"] > 0
+    for name, column in step["columns"].items():
+        order = [column[key] for key in ("min_us", "q1_us", "median_us", "q3_us", "max_us")]
+        assert order == sorted(order) and column["n"] >= 1
+        ours = step["columns"]["ours"]["median_us"]
+        assert step["ratio"][name] == pytest.approx(column["median_us"] / ours, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("run", ("--shape", "1,2"), "--shape takes B,L,V"),
+        ("run", ("--shape", "1,2,3"), "V >= 16"),
+        ("run", ("--op", "nothing"), "--op"),
+        ("run", ("--threads", "0"), "--threads takes"),
+        ("run", ("--seconds", "-1"), "--seconds takes"),
+        ("ledger_decode", ("--model", "no/such/folder/here"), "no folder"),
+        ("ledger_decode", ("--prompts", "1"), "--prompts takes"),
+        ("ledger_decode", ("--prompts", "8", "--curve-prompts", "9"), "--curve-prompts takes"),
+    ],
+)
+def test_errors_are_one_line(r2, monkeypatch, capsys, script, arguments, message):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(SystemExit) as raised:
+        importlib.import_module(script).main(list(arguments))
+    assert raised.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"{script}.py: ") and message in stderr and stderr.count("\n") == 1
+
+
+def test_cuda_is_refused_without_cuda(r2):
+    """As a process of its own: nothing but that one line may reach the user."""
+    if r2.build_info()["cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = run("run.py", "--device", "cuda")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and "--device cuda" in done.stderr
+
+
+# ---- decoding the ledger ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> Transformer:
+    """Untrained; in float64, so that the shape of a batch can't tip a decision."""
+    shape = ModelConfig("llada", 64, width=32, layers=2, heads=2, mlp_width=32, mask_id=2)
+    return Transformer(shape).init_weights(3, std=0.4).double().eval()
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("stop_id", [None, 1])
+@pytest.mark.parametrize("preset", ["vanilla", "fast_dllm", "r2", "budget"])
+def test_nfe_of_a_prompt_does_not_depend_on_its_batch(r2, tiny_model, preset, cache, stop_id):
+    from ledger_decode import decode
+
+    g = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 64, (5, 6), generator=g)
+    real = torch.rand(5, 6, generator=g).sort(1).values > 0.4
+    config = getattr(DecodeConfig, preset)(2)
+    if preset != "vanilla":
+        config = config.replace(threshold=0.3, spatial_threshold=0.2, temporal_threshold=0.2)
+        config = config.replace(error_budget=1.5)
+    options = {"gen_length": 64, "cache": cache, "stop_id": stop_id}
+    answers = decode(tiny_model, prompts, real, config, batch=3, **options)
+    nfe = []
+    for i in range(len(prompts)):
+        row = slice(i, i + 1)
+        alone = generate(
+            tiny_model, prompts[row], config=config, attention_mask=real[row], **options
+        )
+        nfe.append(alone.nfe)
+        assert torch.equal(answers.tokens[row], alone.sequences[:, 6:])
+    assert answers.nfe.tolist() == nfe
+    if preset == "vanilla" and stop_id is None:
+        assert nfe == [64] * 5
+    if preset == "r2":
+        assert len(set(nfe)) > 1  # else nothing was tested
+
+
+def test_verdict_of_right_and_wrong_answers(r2):
+    from ledger_decode import Answers, judge
+
+    from r2dllm_ext.ledger import Tokenizer, encode_sample, make_sample
+
+    tokenizer = Tokenizer()
+    samples = [make_sample(5, i, split="test") for i in range(4)]
+    tokens = torch.tensor([encode_sample(s, tokenizer)[1] for s in samples])
+    tokens[0, 3] = tokenizer.pad_id
+    rule = torch.full(tokens.shape, int(Rule.THRESHOLD), dtype=torch.uint8)
+    rule[:, 0] = Rule.WINDOW
+    result = judge(Answers(tokens, torch.tensor([10, 20, 30, 36]), rule), samples, tokenizer)
+    assert (result["correct"], result["prompts"], result["accuracy"]) == (3, 4, 0.75)
+    assert result["nfe"]["mean"] == 24 and result["nfe"]["max"] == 36
+    assert result["tokens_per_forward"] == 4.0
+    assert result["commit_share"]["WINDOW"] == pytest.approx(1 / 96, abs=1e-4)
+    assert result["words_per_forward"] < 4.0
+
+
+def test_presets_lie_on_their_curves():
+    from ledger_decode import METHODS, settings
+
+    for method in METHODS.values():
+        value = getattr(method.preset(2), method.parameter)
+        assert method.own == (32 if value is None else value)
+        assert method.own not in method.others
+    assert [name for name, _, preset in settings(True) if preset] == list(METHODS)
+    assert all(preset for *_, preset in settings(False))
+    assert OFF.items() <= vars(DecodeConfig.vanilla(2)).items()
