@@ -3,7 +3,7 @@
 
 Every batch, mask and initial weight is a function of (seed, step) alone, so a run that was killed
 and resumed ends in the same weights as one that was not. `--init` begins a run with the weights of
-another one's checkpoint. The bundled weights come from three runs in a row (A, B, C; all settings in
+another one's checkpoint. The bundled weights come from three runs (A, B, C; all settings in
 `model/train_config.json`, the logs beside it):
 
     --out A
