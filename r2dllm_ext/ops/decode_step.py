@@ -7,7 +7,7 @@ import torch
 
 from ..config import DecodeConfig
 from ..state import DecodeState
-from ._checks import same_device
+from ._checks import is_tensor, same_device
 
 
 class DecodeStep(NamedTuple):
@@ -102,9 +102,9 @@ def _step(op, logits, tokens, state, config, candidates, logits_shift) -> Decode
         _reject(op, state, config)
         raise
     if not (isinstance(logits, torch.Tensor) and isinstance(tokens, torch.Tensor)):
-        name = "tokens" if isinstance(logits, torch.Tensor) else "logits"
-        got = type(tokens if name == "tokens" else logits).__name__
-        raise TypeError(f"{_name(op)}: {name} takes a torch.Tensor, got {got}")
+        is_tensor(_name(op), logits=logits, tokens=tokens)
+    if candidates is not None and not isinstance(candidates, torch.Tensor):
+        is_tensor(_name(op), candidates=candidates)
     return DecodeStep(*op(logits, tokens, *streaks, counters, candidates, logits_shift, *arguments))
 
 
@@ -119,17 +119,20 @@ def _reject(op, state, config) -> None:
         raise TypeError(f"{_name(op)}: state takes a DecodeState, got {type(state).__name__}")
 
 
-def _fake(logits, tokens, streak_count, streak_id, streak_sum, streak_max, counters, candidates,
-          *options):  # fmt: skip
-    same_device("decode_step", logits, tokens=tokens, state=streak_count, candidates=candidates)
-    cells, rows = logits.shape[:2], logits.shape[:1]
-    return (
-        logits.new_empty(cells, dtype=torch.int64),
-        logits.new_empty(cells, dtype=torch.float32),
-        logits.new_empty(cells, dtype=torch.uint8),
-        logits.new_empty(rows, dtype=torch.int32),
-    )
+def _fake_of(op: str):
+    def fake(logits, tokens, streak_count, streak_id, streak_sum, streak_max, counters, candidates,
+             *options):  # fmt: skip
+        same_device(op, logits, tokens=tokens, state=streak_count, candidates=candidates)
+        cells, rows = logits.shape[:2], logits.shape[:1]
+        return (
+            logits.new_empty(cells, dtype=torch.int64),
+            logits.new_empty(cells, dtype=torch.float32),
+            logits.new_empty(cells, dtype=torch.uint8),
+            logits.new_empty(rows, dtype=torch.int32),
+        )
+
+    return fake
 
 
-torch.library.register_fake("r2dllm::decode_step", _fake)
-torch.library.register_fake("r2dllm::select", _fake)
+torch.library.register_fake("r2dllm::decode_step", _fake_of("decode_step"))
+torch.library.register_fake("r2dllm::select", _fake_of("select"))
