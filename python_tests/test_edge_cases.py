@@ -281,7 +281,7 @@ HUGE = [
     (torch.float32, 1e30),
     (torch.float32, 3e38),
     (torch.float64, 1e300),
-    (torch.float64, 1.7e308),
+    (torch.float64, 1e308),
     (torch.float32, 1e6),
     (torch.float32, 7.3e5),
 ]

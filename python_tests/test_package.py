@@ -28,7 +28,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def setup_py(prologue: str = "", **environment: str) -> subprocess.CompletedProcess:
-    code = f"{prologue}\nimport sys, runpy; sys.argv = ['setup.py', 'build_ext', '--dry-run']\n"
+    code = f"{prologue}\nimport sys, runpy; sys.argv = ['setup.py', 'build_ext']\n"
     return run(code + "runpy.run_path('setup.py', run_name='__main__')", **environment)
 
 

@@ -8,7 +8,7 @@
 namespace r2dllm::cpu {
 namespace {
 
-// The least logit that top-k and top-p keep, by radix selection: three histograms over parts of
+// The least logit that top-k and top-p keep, by radix selection: histograms over parts of
 // the sort key, in place of sorting V logits. Ties at the border are kept.
 class Cutoff {
  public:
@@ -17,16 +17,18 @@ class Cutoff {
 
   // Keep logits from the greatest down until `enough` of them (or of their mass) are kept.
   template <class Weight>
-  uint32_t find(uint32_t least, double enough, Weight weight) const {
-    uint32_t prefix = 0;
+  uint64_t find(uint64_t least, double enough, Weight weight) const {
+    uint64_t prefix = 0;
     double above = 0.0;
-    for (int part = 0; part < 3; ++part) {
+    // The last 20 bits of the key of a float are zero.
+    const int parts = pass_.logit_bytes() == 8 ? 6 : 4;
+    for (int part = 0; part < parts; ++part) {
       const int shift = kShifts[part], bits = kBits[part];
       std::array<double, 2048> histogram{};
       for_each_logit([&](double logit) {
-        const uint32_t key = logit_key(static_cast<float>(logit));
+        const uint64_t key = logit_key(logit);
         if (key < least || (part > 0 && (key >> kShifts[part - 1]) != prefix)) return;
-        histogram[(key >> shift) & ((1u << bits) - 1)] += weight(logit);
+        histogram[(key >> shift) & ((uint64_t{1} << bits) - 1)] += weight(logit);
       });
       uint32_t chosen = 0;
       double above_chosen = above;
@@ -40,7 +42,7 @@ class Cutoff {
       above = above_chosen;
       prefix = (prefix << bits) | chosen;
     }
-    return prefix;
+    return prefix << kShifts[parts - 1];
   }
 
   template <class F>
@@ -56,8 +58,8 @@ class Cutoff {
   double term(double logit) const { return exp2((logit - max_) * scale_); }
 
  private:
-  static constexpr int kBits[] = {11, 11, 10};
-  static constexpr int kShifts[] = {21, 10, 0};
+  static constexpr int kBits[] = {11, 11, 11, 11, 10, 10};
+  static constexpr int kShifts[] = {53, 42, 31, 20, 10, 0};
 
   const VocabPass& pass_;
   int64_t row_;
@@ -90,16 +92,16 @@ int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& op
   const VocabKernels& kernels = pass.kernels();
   const Cutoff cutoff(pass, row, scale);
 
-  uint32_t least = logit_key(-FLT_MAX);
+  uint64_t least = logit_key(pass.logit_bytes() == 8 ? -DBL_MAX : -FLT_MAX);
   if (options.top_k > 0) {
-    const uint32_t kth =
+    const uint64_t kth =
         cutoff.find(least, static_cast<double>(options.top_k), [](double) { return 1.0; });
     least = std::max(least, kth);
   }
   if (options.top_p < 1.0) {
     double mass = 0.0;
     cutoff.for_each_logit([&](double logit) {
-      if (logit_key(static_cast<float>(logit)) >= least) mass += cutoff.term(logit);
+      if (logit_key(logit) >= least) mass += cutoff.term(logit);
     });
     least = std::max(least, cutoff.find(least, options.top_p * mass,
                                         [&](double logit) { return cutoff.term(logit); }));

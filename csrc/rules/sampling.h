@@ -13,17 +13,17 @@ struct SamplingOptions {
   double top_p;        // 1: all
 };
 
-// Bits that order like the float: a larger logit has a larger key. -0 and +0 share one.
-R2D_HOST_DEVICE uint32_t logit_key(float logit) {
-  const float positive_zero = logit + 0.0f;
-  uint32_t bits;
+// Bits that order like the logit: a larger logit has a larger key. -0 and +0 share one.
+R2D_HOST_DEVICE uint64_t logit_key(double logit) {
+  const double positive_zero = logit + 0.0;
+  uint64_t bits;
   memcpy(&bits, &positive_zero, sizeof bits);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
 }
 
-R2D_HOST_DEVICE float logit_of_key(uint32_t key) {
-  const uint32_t bits = key & 0x80000000u ? key & 0x7FFFFFFFu : ~key;
-  float logit;
+R2D_HOST_DEVICE double logit_of_key(uint64_t key) {
+  const uint64_t bits = key >> 63 ? key & ~(uint64_t{1} << 63) : ~key;
+  double logit;
   memcpy(&logit, &bits, sizeof logit);
   return logit;
 }
