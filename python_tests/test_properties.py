@@ -70,7 +70,7 @@ def test_token_confidence(r2, device):
         assert torch.equal(got[0].cpu(), want[0])
         assert torch.equal(got[1].cpu().isnan(), want[1].isnan())
         distance = ulps(got[1].cpu().nan_to_num(0.0), want[1].nan_to_num(0.0))
-        # One more than on realistic logits: between two near-tied tokens the exponential's own error
+        # One more than on realistic logits: between near-tied tokens the exponential's own error
         # of 1.4 ulp is averaged over nothing. Seen: 2.34.
         assert distance.numel() == 0 or distance.max() <= MAX_ULPS + 1
 
