@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._checks import is_tensor
+from ._checks import is_tensor, same_device
 from .sft_loss import gate_index, normalizer_tensor
 
 _CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}  # of logits; enough rows for an efficient product
@@ -139,7 +139,7 @@ def _check(hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, ignor
         if t.device != hidden.device:
             refuse(ValueError, name, f"the device of hidden ({hidden.device})", t.device)
         if tuple(t.shape) != shapes[name] or vocab < 1:
-            shape = "[V, H = %d]" % hidden.shape[1] if t is head else f"[V = {vocab}]"
+            shape = f"[V, H = {hidden.shape[1]}]" if t is head else f"[V = {vocab}]"
             refuse(ValueError, name, f"shape {shape}", list(t.shape))
         if t.dtype != hidden.dtype and dtype == hidden.dtype:
             refuse(TypeError, name, f"the dtype of hidden ({hidden.dtype})", t.dtype)
@@ -348,6 +348,10 @@ def _linear_sft_loss_backward(
 @_linear_sft_loss.register_fake
 def _(hidden, head, targets, weight, bias, normalizer, rows, max_rows, chunk_rows, dtype,
       entropy_weight, entropy_temperature, entropy_gate, ignore_index, needs):  # fmt: skip
+    same_device(
+        "linear_sft_loss", hidden, lm_head_weight=head, targets=targets, weight=weight, bias=bias,
+        normalizer=normalizer, rows=rows,
+    )  # fmt: skip
     row = hidden.new_empty(targets.shape, dtype=_wide(dtype))
     computed = needs if _with_the_loss(needs, entropy_weight, entropy_gate) else [False] * 3
     return row.new_empty(()), row, torch.empty_like(row), *_empty(hidden, head, dtype, computed)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fine-tuning loss, from logits or from hidden states, differentiated by autograd."""
 
-import torch
 from torch import Tensor
 
 from .row_stats import row_stats
