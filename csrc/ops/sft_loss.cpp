@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sft_loss(
   check_temperature(op, "entropy_temperature", entropy_temperature);
   if (inplace_backward) {
     check_writable(op, "logits", logits);
-    const Tensor base = logits.is_view() ? logits._base() : logits;
+    const at::TensorBase& base = logits.is_view() ? logits._base() : logits;
     TORCH_CHECK_VALUE(!(base.requires_grad() && base.is_leaf()), op,
                       ": inplace_backward overwrites the logits and takes the output of a model, "
                       "got a leaf that requires grad; pass inplace_backward=False");

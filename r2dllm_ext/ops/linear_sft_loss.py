@@ -73,8 +73,8 @@ def linear_sft_loss(
 
     >>> hidden, head = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3)
     >>> loss = linear_sft_loss(hidden, head, torch.tensor([1, -100])); loss.backward()
-    >>> loss, hidden.grad.shape
-    (tensor(1.3863, grad_fn=<...>), torch.Size([2, 3]))
+    >>> loss.detach(), hidden.grad.shape
+    (tensor(1.3863), torch.Size([2, 3]))
     """
     op = "linear_sft_loss"
     is_tensor(op, hidden=hidden, lm_head_weight=lm_head_weight, targets=targets)

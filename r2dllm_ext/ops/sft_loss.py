@@ -65,8 +65,8 @@ def sft_loss(
 
     >>> logits = torch.zeros(2, 4, requires_grad=True)
     >>> loss = sft_loss(logits, torch.tensor([1, -100])); loss.backward()
-    >>> loss, logits.grad[0]
-    (tensor(1.3863, grad_fn=<...>), tensor([ 0.2500, -0.7500,  0.2500,  0.2500]))
+    >>> loss.detach(), logits.grad[0]
+    (tensor(1.3863), tensor([ 0.2500, -0.7500,  0.2500,  0.2500]))
     """
     is_tensor("sft_loss", logits=logits, targets=targets)
     return torch.ops.r2dllm.sft_loss(
