@@ -4,9 +4,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, same_bits
+from cases import DTYPES, NARROW, same_bits
 from test_errors import check_message
-from test_sft_loss import OPTIONS, TINY, eager, error
+from test_sft_loss import OPTIONS, eager, error
 
 from r2dllm_ext import reference
 
@@ -59,12 +59,14 @@ def test_loss_and_gradients(r2, device, shape, name):
             )  # fmt: skip
             assert [t.dtype for t in got[1:]] == [dtype] * (len(got) - 1)
             for ours, theirs, exact in zip(got, plain, want, strict=True):
-                scale = exact.abs().max().item()
-                # An argmax that rounding has moved is another gate, for eager torch just as well.
-                if name == "correct" and dtype in (torch.bfloat16, torch.float16):
-                    assert error(ours, exact) <= 0.1 * scale + 0.05
-                else:
-                    assert error(ours, exact) <= 2 * error(theirs, exact) + 4 * TINY[dtype] * scale
+                # The logits of all of them are rounded, by as much as eps, before any loss. In
+                # float64 the oracle is no better than the others.
+                places = 64 if dtype == torch.float64 else 2
+                scale = max(exact.abs().max().item(), 0.01)
+                tiny = places * torch.finfo(dtype).eps * scale
+                # An argmax that rounding moves is another gate, for eager torch just as well.
+                moved = name == "correct" and dtype in NARROW
+                assert error(ours, exact) <= 2 * error(theirs, exact) + (0.2 if moved else tiny)
 
 
 @pytest.mark.parametrize("name", ["plain", "correct", "all"])
@@ -175,13 +177,19 @@ def test_gradcheck(r2):
         assert torch.autograd.gradcheck(loss, leaves)
 
 
-def test_second_and_double_backward_raise(r2, device):
+def test_second_backward(r2, device):
+    """The first one uses the gradients up; they are computed again."""
+    hidden, head, _, targets, _ = inputs(5, 3, 7, torch.float32, device)
+    leaves = [t.requires_grad_() for t in (hidden, head)]
+    loss = r2.linear_sft_loss(*leaves, targets)
+    first = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    second = torch.autograd.grad(2 * loss, leaves)
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_double_backward_raises(r2, device):
     hidden, head, _, targets, _ = inputs(5, 3, 7, torch.float32, device)
     leaf = hidden.requires_grad_()
-    loss = r2.linear_sft_loss(leaf, head, targets)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="linear_sft_loss: a second backward"):
-        loss.backward()
     for options in (OPTIONS["plain"], OPTIONS["correct"]):
         with pytest.raises(RuntimeError, match="linear_sft_loss: .* double backward"):
             loss = r2.linear_sft_loss(leaf, head, targets, **options)
@@ -271,9 +279,7 @@ WRONG = {
     "weight grad": ({"weight": lambda t: t.requires_grad_()}, ValueError, "weight detach"),
     "normalizer": ({"normalizer": -1}, ValueError, "normalizer -1"),
     "gate": ({"entropy_gate": "none"}, ValueError, "entropy_gate none"),
-    "temperature": (
-        {"entropy_temperature": 0.0, "entropy_weight": 1.0}, ValueError, "temperature 0",
-    ),
+    "temperature": ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature 0"),
     "entropy weight": ({"entropy_weight": float("nan")}, ValueError, "entropy_weight nan"),
     "chunk_rows": ({"chunk_rows": 0}, ValueError, "chunk_rows >= 1 0"),
     "max_rows": ({"max_rows": -1}, ValueError, "max_rows >= 0 -1"),

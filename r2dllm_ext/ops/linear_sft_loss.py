@@ -40,9 +40,9 @@ def linear_sft_loss(
 
     Rows without a target are left out before the first product. Of the others, `chunk_rows` at a
     time have logits, in one buffer that their gradient overwrites. The gradients of hidden states
-    and head are computed along with the loss, so that each row costs three products; with
-    entropy_gate "correct" and entropy_weight != 0 they can't be, and the backward computes the
-    logits once more.
+    and head are computed along with the loss, so that each row costs three products. With
+    entropy_gate "correct" and entropy_weight != 0 they can't be: the backward then computes the
+    logits once more, as every second backward does.
 
     Args:
         hidden: [N, H] or [B, L, H] float32, bfloat16 or float16 (float64 on the CPU).
@@ -65,7 +65,7 @@ def linear_sft_loss(
         TypeError, ValueError: name the argument, what it got and what it takes. A target outside
             [0, V), or more rows with a target than max_rows: on the CPU; on CUDA they make the loss
             NaN.
-        RuntimeError: on a double backward, or a second backward.
+        RuntimeError: on a double backward.
 
     Under autocast the products run in its dtype. The head's gradient is added up in float32
     (float64 for float64) over all chunks and rounded once. A module sharded by FSDP has to be
@@ -122,7 +122,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 # ---- rows and chunks -------------------------------------------------------------------------
 
 
-def _check(hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, ignore_index) -> None:
+def _check(
+    hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, temperature, ignore_index
+) -> None:
     op, vocab = "linear_sft_loss", head.shape[0]
 
     def refuse(error: type[Exception], name: str, takes: str, got: object) -> None:
@@ -145,6 +147,8 @@ def _check(hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, ignor
             refuse(TypeError, name, f"the dtype of hidden ({hidden.dtype})", t.dtype)
     if targets.dtype != torch.int64:
         refuse(TypeError, "targets", "dtype torch.int64", targets.dtype)
+    if not 1e-6 <= temperature <= 1e6:
+        refuse(ValueError, "entropy_temperature", "a number in [1e-6, 1e6]", temperature)
     for name, count, least in (("chunk_rows", chunk_rows, 1), ("max_rows", max_rows, 0)):
         if count is not None and count < least:
             refuse(ValueError, name, f"an integer >= {least}", count)
@@ -277,7 +281,10 @@ def _linear_sft_loss(
     ignore_index: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, ignore_index)
+    _check(
+        hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, entropy_temperature,
+        ignore_index,
+    )  # fmt: skip
     head_read, bias_read = head.to(dtype), None if bias is None else bias.to(dtype)
     index = _computed_rows(targets, rows, max_rows, ignore_index)
     counted = torch.full_like(targets, ignore_index).index_copy_(0, index, targets[index])
@@ -374,29 +381,20 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(d_nll, d_entropy, *gradients)
     ctx.dtypes = hidden.dtype, head.dtype, None if bias is None else bias.dtype
     _, _, _, weight, _, gate, _ = ctx.options
-    ctx.with_the_loss = _with_the_loss(ctx.needs, weight, gate)
-    if ctx.with_the_loss:
-        ctx.save_for_backward(*gradients)
-    else:
-        ctx.save_for_backward(hidden, head, targets, bias, d_nll, d_entropy, rows)
+    ctx.gradients = gradients if _with_the_loss(ctx.needs, weight, gate) else None
+    ctx.save_for_backward(hidden, head, targets, bias, d_nll, d_entropy, rows)
 
 
 def _backward(ctx, d_loss, *_):
     if torch.is_grad_enabled():
         raise RuntimeError("linear_sft_loss: takes no create_graph=True: no double backward")
-    try:
-        saved = ctx.saved_tensors
-    except RuntimeError as error:
-        if not ctx.with_the_loss:
-            raise
-        raise RuntimeError(
-            "linear_sft_loss: a second backward: the first one has used its gradients up"
-        ) from error
-    if ctx.with_the_loss:
-        # In place: they may be as large as the head.
-        gradients = [gradient.mul_(d_loss) for gradient in saved]
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is not None:
+        # They may be as large as the head, and are used up; a second backward computes them again.
+        # While a graph is traced their memory is not ours to reuse.
+        gradients = [g.mul_(d_loss) if type(g) is Tensor else g * d_loss for g in gradients]
     else:
-        *tensors, d_nll, d_entropy, rows = saved
+        *tensors, d_nll, d_entropy, rows = ctx.saved_tensors
         max_rows, chunk_rows, dtype, _, temperature, _, ignore_index = ctx.options
         gradients = torch.ops.r2dllm.linear_sft_loss_backward(
             *tensors, d_nll * d_loss, d_entropy * d_loss, rows, max_rows, chunk_rows, dtype,
