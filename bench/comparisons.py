@@ -34,6 +34,7 @@ class Case(NamedTuple):
     bytes: int | None  # that a step has to read at least; None where that is no measure
     skipped: dict[str, str]  # column -> reason
     rules: list[str]  # that committed something
+    errors: dict[str, dict[str, float]] = {}  # of the losses, by variant
 
 
 # ---- a whole step ----------------------------------------------------------------------------

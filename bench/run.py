@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of the decode step: `python bench/run.py`. See README.md beside it."""
+"""Benchmarks of the ops: `python bench/run.py`. See README.md beside it."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comparisons import (
@@ -31,23 +32,65 @@ from harness import (
     use_device,
     write_json,
 )
+from loss import CASES, LOSSES, SHARES, WIDTH, returned_bytes
 from memory import peak_memory
 from shapes import DTYPES, NAMED, TINY, Shape, parse_shape, spiked_block
 
 COLUMNS = ("ours", "authors", "vectorised", "compiled", "softmax", "read")
 RULES = ("window_pool", "positional_ambiguity", "update_stability")
-OPS = ("decode_step", "token_confidence", *RULES, "overhead")
+OPS = ("decode_step", "token_confidence", *RULES, "overhead", *LOSSES)
 FULL = tuple(f"{model}-{B}" for model in ("llada", "dream") for B in (1, 4, 32))
 QUICK = ("llada-1", "llada-4")
 MEMORY_SHAPE = NAMED["llada-8"]
+LOSS_SHAPES = (NAMED["llada-8"], NAMED["dream-8"])  # 256 rows
+LINEAR_SHAPE = Shape(64, 32, 126464)  # 2048 rows
 
 
-def run_case(op: str, shape: Shape, dtype: str, args: Any, *, timed: bool = True) -> dict[str, Any]:
+class Row(NamedTuple):
+    """One line of the table."""
+
+    op: str
+    shape: Shape
+    dtype: str
+    timed: bool = True
+    share: int | None = None  # percent of the rows that carry loss
+
+
+def run_case(row: Row, args: Any) -> dict[str, Any]:
     """One record: checked first, then timed, then its memory measured."""
+    if row.op in LOSSES:
+        return run_loss(row, args)
+    op, shape, dtype, timed, _ = row
     record = {"op": op, "shape": shape._asdict(), "dtype": dtype, "device": args.device}
     record |= check_and_time(op, shape, dtype, args, timed)
     if op == "decode_step" and args.memory != "off":  # the probe has logits of its own
         record["extra_peak_bytes"] = peak_memory(shape, dtype, args.device, args.threads)
+    return record
+
+
+@torch.inference_mode(False)
+def run_loss(row: Row, args: Any) -> dict[str, Any]:
+    """One record of forward and backward."""
+    op, shape, dtype, _, share = row
+    record = {"op": op, "shape": shape._asdict(), "dtype": dtype, "device": args.device}
+    case = CASES[op](shape, DTYPES[dtype], share, args.device, _compiled(args))
+    record |= {"checked": True, "share": share, "skipped": case.skipped, "errors": case.errors}
+    if op == "linear_sft_loss":
+        record["width"] = WIDTH
+    times = measure(case.variants, before=lambda: None, seconds=args.seconds, device=args.device)
+    columns = {name: summary(samples) for name, samples in times.items()}
+    ours = columns["ours"]["median_us"]
+    record["columns"] = columns
+    record["ratio"] = {name: _digits(c["median_us"] / ours) for name, c in columns.items()}
+    if case.bytes is not None:
+        record |= {"bytes": case.bytes, "gb_per_s": _digits(case.bytes / ours * 1e-3)}
+    if args.memory != "off":
+        del case
+        peaks = peak_memory(shape, dtype, args.device, args.threads, op, share)
+        if isinstance(peaks, dict):
+            returned = returned_bytes(op, shape, DTYPES[dtype])
+            peaks = {k: v - returned * (k != "error") for k, v in peaks.items()}
+        record["extra_peak_bytes"] = peaks
     return record
 
 
@@ -90,21 +133,31 @@ def _compiled(args: argparse.Namespace) -> bool | str:
     return True if args.compile else "--quick" if args.quick else "--no-compile"
 
 
-def cases(args: argparse.Namespace) -> list[tuple[str, Shape, str, bool]]:
-    """(op, shape, dtype, timed) in the order they run."""
+def cases(args: argparse.Namespace) -> list[Row]:
+    """In the order they run."""
     shapes = [parse_shape(text) for text in args.shape or (QUICK if args.quick else FULL)]
     dtypes = args.dtype or (["bf16"] if args.quick else ["bf16", "fp32"])
     found = []
     for op in args.op:
-        if op == "overhead":
-            found.append((op, TINY, "fp32", True))
+        if op in LOSSES:
+            own = (LINEAR_SHAPE,) if op == "linear_sft_loss" else LOSS_SHAPES
+            own = shapes if args.shape else own[:1] if args.quick else own
+            shares = args.share or ([50] if args.quick else SHARES)
+            found += [
+                Row(op, shape, dtype, share=share)
+                for shape in own
+                for dtype in dtypes
+                for share in shares
+            ]
+        elif op == "overhead":
+            found.append(Row(op, TINY, "fp32"))
         elif op in RULES:
             pairs = dict.fromkeys((shape.B, shape.L) for shape in shapes)
-            found += [(op, Shape(B, L, 0), "fp32", True) for B, L in pairs]
+            found += [Row(op, Shape(B, L, 0), "fp32") for B, L in pairs]
         else:
-            found += [(op, shape, dtype, True) for shape in shapes for dtype in dtypes]
+            found += [Row(op, shape, dtype) for shape in shapes for dtype in dtypes]
         if op == "decode_step" and not args.shape and not args.dtype and args.memory != "off":
-            found.append((op, MEMORY_SHAPE, "bf16", not args.quick))
+            found.append(Row(op, MEMORY_SHAPE, "bf16", not args.quick))
     return found
 
 
@@ -117,7 +170,7 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def find(op: str, shape: Shape, dtype: str) -> dict[str, Any]:
         key = (op, shape._asdict(), dtype)
         matches = (r for r in records if (r["op"], r["shape"], r["dtype"]) == key)
-        return next(matches, {})
+        return next((r for r in matches if r.get("share", 50) == 50), {})
 
     first = find("decode_step", NAMED["llada-1"], "bf16").get("ratio", {})
     fourth = find("decode_step", NAMED["llada-4"], "bf16")
@@ -131,6 +184,23 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("llada-8 bf16: extra peak memory, MiB", peak_mib, "<=", 4, None),
         ("overhead of a call, us", call.get("ours", {}).get("median_us"), "<", 30, None),
     ]
+    for dtype in ("bf16", "fp32"):
+        record = find("sft_loss", LOSS_SHAPES[0], dtype)
+        name = f"sft_loss 256 x 126464 {dtype}, half ignored: "
+        ratio, peak = record.get("ratio", {}), _peaks(record)
+        found += [
+            (name + "times faster than eager", ratio.get("eager"), ">=", 6, 12),
+            (name + "extra peak memory, MiB", _over(peak.get("ours"), 2**20), "<=", 1, None),
+        ]
+        record = find("linear_sft_loss", LINEAR_SHAPE, dtype)
+        name = f"linear_sft_loss 2048 x 126464 {dtype}, half ignored: "
+        ratio, peak = record.get("ratio", {}), _peaks(record)
+        found += [
+            (name + f"times faster than {other}", ratio.get(other), ">=", 1, 1.6)
+            for other in ("eager", "torch chunked")
+        ]
+        of_eager = _over(peak.get("ours"), peak.get("eager"))
+        found.append((name + "extra peak memory, of eager's", of_eager, "<=", 0.1, None))
     return [
         {
             "bar": name,
@@ -141,6 +211,15 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for name, value, relation, least, aim in found
     ]
+
+
+def _peaks(record: dict[str, Any]) -> dict[str, int]:
+    peaks = record.get("extra_peak_bytes")
+    return peaks if isinstance(peaks, dict) else {}
+
+
+def _over(value: float | None, unit: float | None) -> float | None:
+    return None if value is None or unit is None else value / unit
 
 
 def _holds(value: float, relation: str, least: float) -> bool:
@@ -174,8 +253,31 @@ def line(record: dict[str, Any]) -> list[str]:
     return cells + [mebibytes(peak.get("ours")), mebibytes(peak.get("authors"))]
 
 
+LOSS_HEADER = (
+    "op", "rows", "V", "dtype", "with loss", "variant", "time", "IQR", "x", "error of loss",
+    "of gradient", "peak MiB",
+)  # fmt: skip
+
+
+def loss_lines(record: dict[str, Any]) -> Iterator[list[str]]:
+    """One line per variant."""
+    shape, peaks = record["shape"], _peaks(record)
+    where = [record["op"], str(shape["B"] * shape["L"]), str(shape["V"]), record["dtype"]]
+    for name, column in record["columns"].items():
+        errors = record["errors"][name]
+        yield [
+            *where, f"{record['share']} %", name, duration(column["median_us"]),
+            duration(column["q3_us"] - column["q1_us"]), f"{record['ratio'][name]:.3g}",
+            f"{errors['loss']:.1e}", f"{errors['gradient']:.1e}", mebibytes(peaks.get(name)),
+        ]  # fmt: skip
+
+
 def report(records: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
-    print(table(HEADER, map(line, records), left=1))
+    steps = [record for record in records if record["op"] not in LOSSES]
+    if steps:
+        print(table(HEADER, map(line, steps), left=1))
+    if len(steps) < len(records):
+        print(table(LOSS_HEADER, (x for r in records if r not in steps for x in loss_lines(r)), 5))
     for record in records:
         if record["op"] == "overhead":
             small = record["columns"]["torch_add"]["median_us"]
@@ -211,12 +313,14 @@ def report(records: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="run.py", description="Benchmarks of the decode step.")
+    parser = Parser(prog="run.py", description="Benchmarks of the ops.")
     parser.add_argument("--op", action="append", choices=(*OPS, "all"),
                         help="repeatable; default decode_step and overhead")  # fmt: skip
     parser.add_argument("--shape", action="append", metavar="NAME|B,L,V",
                         help=f"repeatable; names: {', '.join(NAMED)}")  # fmt: skip
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable")
+    parser.add_argument("--share", action="append", type=int, choices=SHARES,
+                        help="percent of the rows that carry loss; repeatable")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm",
@@ -252,15 +356,16 @@ def main(arguments: list[str] | None = None) -> None:
         fail(str(error))
     began, records = time.perf_counter(), []
     with torch.inference_mode():
-        for i, (op, shape, dtype, timed) in enumerate(todo):
-            where = "x".join(map(str, shape)) if op != "overhead" else "tiny"
-            print(f"[{i + 1}/{len(todo)}] {op} {where} {dtype}", flush=True)
+        for i, row in enumerate(todo):
+            where = "x".join(map(str, row.shape)) if row.op != "overhead" else "tiny"
+            share = "" if row.share is None else f" {row.share} %"
+            print(f"[{i + 1}/{len(todo)}] {row.op} {where} {row.dtype}{share}", flush=True)
             wanted = args.memory
-            if wanted == "auto" and args.quick and timed:
+            if wanted == "auto" and args.quick and row.timed and row.op not in LOSSES:
                 wanted = "off"
             settings = argparse.Namespace(**{**vars(args), "memory": wanted})
             try:
-                records.append(run_case(op, shape, dtype, settings, timed=timed))
+                records.append(run_case(row, settings))
             except Disagreement as error:
                 print(f"run.py: {error}")
                 raise SystemExit(1) from None

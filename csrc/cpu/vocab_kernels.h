@@ -4,6 +4,7 @@
 
 #include "../rules/confidence.h"
 #include "../rules/logits_view.h"
+#include "../rules/row_loss.h"
 
 namespace r2dllm::cpu {
 
@@ -19,7 +20,14 @@ struct VocabKernels {
   // Sum over logits >= cutoff of 2^((logit - max) * scale).
   double (*tempered_mass)(const void* logits, int64_t n, double max, double scale, double cutoff);
 
+  // `max` is the greatest of these logits, finite.
+  TemperedSums (*tempered_sums)(const void* logits, int64_t n, double max, double scale);
+
+  // Writes the gradient of `n` logits, none of them the target's; `out` may be `logits`.
+  void (*gradient)(const void* logits, void* out, int64_t n, const RowGradient& row);
+
   double (*load)(const void* logits, int64_t i);
+  void (*store)(void* logits, int64_t i, double value);  // rounded to nearest
 };
 
 // The best of what was compiled and of what this processor runs; chosen once.

@@ -20,6 +20,7 @@ struct Simd {
   static Floats set(float x) { return _mm256_set1_ps(x); }
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static Floats power_of_two(Floats t) {
@@ -49,7 +50,9 @@ struct FloatLoader {
   static constexpr int kPerLoad = 8;
   static constexpr Element kNegativeInfinity = -INFINITY;
   static void load(const Element* p, __m256* out) { out[0] = _mm256_loadu_ps(p); }
+  static void store(Element* p, const __m256* in) { _mm256_storeu_ps(p, in[0]); }
   static float to_float(Element x) { return x; }
+  static Element from_float(float x) { return x; }
   static bool is_nan(Element x) { return x != x; }
 
   struct Max {
@@ -103,8 +106,24 @@ struct BFloat16 {
     out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xFFFF0000)));
   }
+  // Half of the last place kept, less one if that place is even: ties go to even.
+  static __m256i rounded(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  }
+  static void store(uint16_t* p, const __m256* in) {
+    const __m256i high = _mm256_and_si256(rounded(in[1]), _mm256_set1_epi32(0xFFFF0000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_or_si256(_mm256_srli_epi32(rounded(in[0]), 16), high));
+  }
   static float to_float(uint16_t x) {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(x) << 16)));
+  }
+  static uint16_t from_float(float x) {
+    if (x != x) return 0x7FC0;
+    const __m256i bits = rounded(_mm256_set1_ps(x));
+    return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(bits)) >> 16);
   }
   static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7F80; }
 };
@@ -115,7 +134,17 @@ struct Half {
     out[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     out[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
   }
+  static void store(uint16_t* p, const __m256* in) {
+    for (int i = 0; i < 2; ++i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i),
+                       _mm256_cvtps_ph(in[i], _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
   static float to_float(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+  static uint16_t from_float(float x) {
+    const __m128i half = _mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT);
+    return static_cast<uint16_t>(_mm_cvtsi128_si32(half));
+  }
   static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7C00; }
 };
 

@@ -23,6 +23,7 @@ struct Simd {
   static Floats set(float x) { return _mm512_set1_ps(x); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static Floats power_of_two(Floats t) {
@@ -45,7 +46,9 @@ struct FloatLoader {
   static constexpr int kPerLoad = 16;
   static constexpr Element kNegativeInfinity = -INFINITY;
   static void load(const Element* p, __m512* out) { out[0] = _mm512_loadu_ps(p); }
+  static void store(Element* p, const __m512* in) { _mm512_storeu_ps(p, in[0]); }
   static float to_float(Element x) { return x; }
+  static Element from_float(float x) { return x; }
   static bool is_nan(Element x) { return x != x; }
 
   struct Max {
@@ -99,8 +102,23 @@ struct BFloat16 {
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF0000)));
   }
+  // Half of the last place kept, less one if that place is even: ties go to even.
+  static __m512i rounded(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  }
+  static void store(uint16_t* p, const __m512* in) {
+    const __m512i high = _mm512_and_si512(rounded(in[1]), _mm512_set1_epi32(0xFFFF0000));
+    _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(in[0]), 16), high));
+  }
   static float to_float(uint16_t x) {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(x) << 16)));
+  }
+  static uint16_t from_float(float x) {
+    if (x != x) return 0x7FC0;
+    const __m512i bits = rounded(_mm512_set1_ps(x));
+    return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(bits)) >> 16);
   }
   static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7F80; }
 };
@@ -112,7 +130,16 @@ struct Half {
     out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(all));
     out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(all, 1));
   }
+  static void store(uint16_t* p, const __m512* in) {
+    const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(in[0], _MM_FROUND_TO_NEAREST_INT));
+    _mm512_storeu_si512(
+        p, _mm512_inserti64x4(low, _mm512_cvtps_ph(in[1], _MM_FROUND_TO_NEAREST_INT), 1));
+  }
   static float to_float(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+  static uint16_t from_float(float x) {
+    const __m128i half = _mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT);
+    return static_cast<uint16_t>(_mm_cvtsi128_si32(half));
+  }
   static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7C00; }
 };
 

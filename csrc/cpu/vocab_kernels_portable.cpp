@@ -22,6 +22,7 @@ struct Simd {
   static Floats set(float x) { return x - Floats{}; }
   static Floats add(Floats a, Floats b) { return a + b; }
   static Floats sub(Floats a, Floats b) { return a - b; }
+  static Floats mul(Floats a, Floats b) { return a * b; }
   static Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__FP_FAST_FMAF) || defined(__FP_FAST_FMAF32)
     Floats result;
@@ -59,6 +60,9 @@ struct Loader : Format {
   static void load(const Element* p, Simd::Floats* out) {
     for (int i = 0; i < Simd::kLanes; ++i) out[0][i] = Format::to_float(p[i]);
   }
+  static void store(Element* p, const Simd::Floats* in) {
+    for (int i = 0; i < Simd::kLanes; ++i) p[i] = Format::from_float(in[0][i]);
+  }
   static bool is_nan(Element x) { return Format::to_float(x) != Format::to_float(x); }
 
   struct Max {
@@ -88,16 +92,28 @@ float from_bits(uint32_t bits) {
   return value;
 }
 
+uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 struct Float {
   using Element = float;
   static constexpr Element kNegativeInfinity = -INFINITY;
   static float to_float(Element x) { return x; }
+  static Element from_float(float x) { return x; }
 };
 
 struct BFloat16 {
   using Element = uint16_t;
   static constexpr Element kNegativeInfinity = 0xFF80;
   static float to_float(Element x) { return from_bits(static_cast<uint32_t>(x) << 16); }
+  static Element from_float(float x) {
+    if (x != x) return 0x7FC0;
+    const uint32_t bits = to_bits(x);
+    return static_cast<Element>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  }
 };
 
 struct Half {
@@ -109,6 +125,18 @@ struct Half {
     // 2^112 moves the exponent bias from 15 to 127 and makes subnormals normal.
     const float value = from_bits(magnitude << 13) * 0x1p112f;
     return sign ? -value : value;
+  }
+  static Element from_float(float x) {
+    const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
+    uint32_t half;
+    if (magnitude >= 0x47800000) {  // 2^16 or more, infinity, NaN
+      half = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+    } else if (magnitude < 0x38800000) {  // subnormal: the last place of 0.5f is that of the format
+      half = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+    } else {  // the exponent bias from 127 to 15, and ties to even
+      half = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+    }
+    return static_cast<Element>(sign | half);
   }
 };
 
@@ -148,12 +176,35 @@ double tempered_mass_double(const void* logits, int64_t n, double max, double sc
   return sum;
 }
 
+TemperedSums tempered_sums_double(const void* logits, int64_t n, double max, double scale) {
+  const auto* p = static_cast<const double*>(logits);
+  TemperedSums sums{0.0, 0.0};
+  for (int64_t i = 0; i < n; ++i) {
+    const double u = (p[i] - max) * scale;
+    if (!(u > -2000.0)) continue;
+    sums.mass += exp2(u);
+    sums.moment += u * exp2(u);
+  }
+  return sums;
+}
+
+void gradient_double(const void* logits, void* gradient, int64_t n, const RowGradient& row) {
+  const auto* p = static_cast<const double*>(logits);
+  auto* out = static_cast<double*>(gradient);
+  for (int64_t i = 0; i < n; ++i) out[i] = is_nan(row) ? NAN : logit_gradient(row, p[i]);
+}
+
 double load_double(const void* logits, int64_t i) { return static_cast<const double*>(logits)[i]; }
+
+void store_double(void* logits, int64_t i, double value) {
+  static_cast<double*>(logits)[i] = value;
+}
 
 constexpr VocabKernels kKernels[] = {
     kernels_for<Loader<Float>>("portable"), kernels_for<Loader<BFloat16>>("portable"),
     kernels_for<Loader<Half>>("portable"),
-    VocabKernels{"portable", stats_double, find_double, tempered_mass_double, load_double}};
+    VocabKernels{"portable", stats_double, find_double, tempered_mass_double, tempered_sums_double,
+                 gradient_double, load_double, store_double}};
 
 }  // namespace
 

@@ -7,24 +7,30 @@
 
 namespace r2dllm::cpu {
 
-VocabPass::VocabPass(const LogitsView& logits, const bool* candidates)
+VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double scale)
     : logits_(logits),
       kernels_(vocab_kernels(logits.type)),
       bytes_(kLogitBytes[static_cast<int>(logits.type)]),
-      slices_((logits.vocab + kSliceWidth - 1) / kSliceWidth) {
+      slices_((logits.vocab + kSliceWidth - 1) / kSliceWidth),
+      scale_(scale) {
   const int64_t cells = logits.batch * logits.length;
   for (int64_t cell = 0; cell < cells; ++cell) {
     if (candidates[cell]) cells_.push_back(cell);
   }
   partial_.resize(rows() * slices_);
   stats_.resize(rows());
+  if (scale != 0.0) tempered_.resize(rows() * slices_);
   // A task is a slice of a row: a single row uses all threads too.
   constexpr int64_t kTasksWorthAThread = 4;
   at::parallel_for(0, rows() * slices_, kTasksWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices_;
-      partial_[task] = with_slice(task / slices_, slice, [&](const char* data) {
-        return kernels_.stats(data, slice_size(slice));
+      with_slice(task / slices_, slice, [&](const char* data) {
+        partial_[task] = kernels_.stats(data, slice_size(slice));
+        if (scale != 0.0 && is_valid(partial_[task])) {
+          tempered_[task] =
+              kernels_.tempered_sums(data, slice_size(slice), partial_[task].max, scale);
+        }
       });
     }
   });
@@ -46,8 +52,22 @@ int64_t VocabPass::argmax(int64_t row) const {
          });
 }
 
+TemperedSums VocabPass::tempered(int64_t row) const {
+  TemperedSums sums{0.0, 0.0};
+  for (int64_t i = row * slices_; i < (row + 1) * slices_; ++i) {
+    const TemperedSums slice = rebased(tempered_[i], (partial_[i].max - stats_[row].max) * scale_);
+    sums.mass += slice.mass;
+    sums.moment += slice.moment;
+  }
+  return sums;
+}
+
+VocabStats VocabPass::token_stats(int64_t row, int64_t column) const {
+  return kernels_.stats(logit(row, column), 1);
+}
+
 float VocabPass::probability(int64_t row, int64_t column) const {
-  return r2dllm::probability(kernels_.stats(logit(row, column), 1), stats_[row]);
+  return r2dllm::probability(token_stats(row, column), stats_[row]);
 }
 
 void VocabPass::exclude(char* logit) const {

@@ -11,16 +11,19 @@ namespace r2dllm::cpu {
 
 class VocabPass {
  public:
-  // Reads each row whose `candidates` [B, L] is true once; nothing of size V is written.
-  VocabPass(const LogitsView& logits, const bool* candidates);
+  // Reads each row whose `candidates` [B, L] is true once; nothing of size V is written. With a
+  // scale (see tempered_scale) the same read also yields `tempered`.
+  VocabPass(const LogitsView& logits, const bool* candidates, double scale = 0.0);
 
   int64_t rows() const { return static_cast<int64_t>(cells_.size()); }
   int64_t cell(int64_t row) const { return cells_[row]; }  // b * L + l
   const VocabStats& stats(int64_t row) const { return stats_[row]; }
+  TemperedSums tempered(int64_t row) const;
   const VocabKernels& kernels() const { return kernels_; }
 
   int64_t argmax(int64_t row) const;  // lowest index on ties
   float probability(int64_t row, int64_t column) const;
+  VocabStats token_stats(int64_t row, int64_t column) const;  // of that logit alone
 
   int64_t logit_bytes() const { return bytes_; }
   int64_t slices() const { return slices_; }
@@ -54,9 +57,11 @@ class VocabPass {
   const VocabKernels& kernels_;
   int64_t bytes_;
   int64_t slices_;
+  double scale_;
   std::vector<int64_t> cells_;
-  std::vector<VocabStats> partial_;  // [rows, slices]
-  std::vector<VocabStats> stats_;    // [rows]
+  std::vector<VocabStats> partial_;     // [rows, slices]
+  std::vector<VocabStats> stats_;       // [rows]
+  std::vector<TemperedSums> tempered_;  // [rows, slices] if asked for
 };
 
 }  // namespace r2dllm::cpu

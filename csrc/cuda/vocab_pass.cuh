@@ -87,15 +87,20 @@ __device__ void load_slice(const Element* row, int64_t begin, int64_t vocab, int
 }
 
 template <class Element>
-__device__ SlicePartial slice_stats(const Element* row, int64_t begin, int64_t vocab,
-                                    int64_t excluded) {
+__device__ __forceinline__ const Element* row_of(const LogitsView& logits, int64_t row) {
+  const int64_t b = row / logits.length, l = row % logits.length;
+  const int64_t source = l > logits.shift ? l - logits.shift : 0;
+  return static_cast<const Element*>(logits.data) + b * logits.batch_stride +
+         source * logits.length_stride;
+}
+
+// Of what load_slice has loaded.
+template <class Element>
+__device__ __forceinline__ SlicePartial slice_stats(const float (&z)[kPerThread], int64_t begin) {
   constexpr int kVector = 16 / sizeof(Element);
   __shared__ float shared_float[kThreads / 32];
   __shared__ double shared_double[kThreads / 32];
   __shared__ int shared_int[kThreads / 32];
-  float z[kPerThread];
-  load_slice(row, begin, vocab, excluded, z);
-
   float max = -INFINITY;
   bool nan = false;
 #pragma unroll
@@ -144,11 +149,9 @@ __global__ void __launch_bounds__(kThreads)
     slice_kernel(LogitsView logits, IsCandidate is_candidate, SlicePartial* partials) {
   const int64_t row = blockIdx.x, slice = blockIdx.y;
   if (!is_candidate(row)) return;
-  const int64_t b = row / logits.length, l = row % logits.length;
-  const int64_t source = l > logits.shift ? l - logits.shift : 0;
-  const Element* data = static_cast<const Element*>(logits.data) + b * logits.batch_stride +
-                        source * logits.length_stride;
-  const SlicePartial partial = slice_stats(data, slice * kSlice, logits.vocab, logits.excluded);
+  float z[kPerThread];
+  load_slice(row_of<Element>(logits, row), slice * kSlice, logits.vocab, logits.excluded, z);
+  const SlicePartial partial = slice_stats<Element>(z, slice * kSlice);
   if (threadIdx.x == 0) partials[row * gridDim.y + slice] = partial;
 }
 

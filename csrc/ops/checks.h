@@ -48,16 +48,21 @@ inline void check_writable(const char* op, const char* name, const Tensor& t) {
                     t.strides());
 }
 
-inline void check_logits(const char* op, const Tensor& logits) {
-  check_dim(op, "logits", logits, 3, "[B, L, V]");
+// Dtype, V and its stride; V is the last dimension.
+inline void check_logit_layout(const char* op, const Tensor& logits) {
   const auto dtype = logits.scalar_type();
   const bool wide = dtype == at::kDouble && logits.is_cpu();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || wide, op,
                    ": logits takes dtype float32, bfloat16 or float16 (float64 on the CPU), got ",
                    dtype);
-  TORCH_CHECK_VALUE(logits.size(2) >= 1, op, ": logits takes V >= 1, got shape ", logits.sizes());
-  TORCH_CHECK_VALUE(logits.size(2) == 1 || logits.stride(2) == 1, op,
+  TORCH_CHECK_VALUE(logits.size(-1) >= 1, op, ": logits takes V >= 1, got shape ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.size(-1) == 1 || logits.stride(-1) == 1, op,
                     ": logits takes a last dimension of stride 1, got strides ", logits.strides());
+}
+
+inline void check_logits(const char* op, const Tensor& logits) {
+  check_dim(op, "logits", logits, 3, "[B, L, V]");
+  check_logit_layout(op, logits);
   TORCH_CHECK_VALUE(!logits.requires_grad(), op,
                     ": logits takes a tensor that does not require grad, got requires_grad=True; "
                     "decode under torch.no_grad() or pass logits.detach()");

@@ -17,6 +17,18 @@ R2D_HOST_DEVICE float exp2_polynomial(float f) {
   return fmaf(p, f, 1.0f);
 }
 
+// 2^(below * factor) for a product in [-115, 0], which is not rounded on the way.
+R2D_HOST_DEVICE float exp2_of_product(float below, float factor) {
+  const float t = fmaf(below, factor, kExp2Round);
+  const float f = fmaf(below, factor, kExp2Round - t);
+  uint32_t bits;
+  memcpy(&bits, &t, sizeof bits);
+  bits <<= 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return exp2_polynomial(f) * power;
+}
+
 // `logit` >= max - kTermFloor of its slice, |max| within float32's range of exponents (is_narrow).
 R2D_HOST_DEVICE float narrow_term(float logit, float exponent) {
   const float round = kExp2Round - exponent;

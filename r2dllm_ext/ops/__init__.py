@@ -3,16 +3,23 @@
 
 from .. import _library as _library  # registers the ops
 from .decode_step import DecodeStep, decode_step, select
+from .linear_sft_loss import linear_sft_loss
 from .positional_ambiguity import positional_ambiguity
+from .row_stats import RowStats, row_stats
+from .sft_loss import sft_loss
 from .token_confidence import token_confidence
 from .update_stability import update_stability_
 from .window_pool import window_pool
 
 __all__ = [
     "DecodeStep",
+    "RowStats",
     "decode_step",
+    "linear_sft_loss",
     "positional_ambiguity",
+    "row_stats",
     "select",
+    "sft_loss",
     "token_confidence",
     "update_stability_",
     "window_pool",

@@ -11,7 +11,9 @@ from .base_rule import base_rule
 from .decode_step import DecodeStep, Observation, decide, decode_step, observe, select
 from .positional_ambiguity import positional_ambiguity
 from .random import philox4x32, uniform
+from .row_stats import row_stats
 from .sampling import draw_token, draw_tokens, token_weights
+from .sft_loss import linear_sft_loss, sft_loss
 from .stability import update_stability_
 from .token_confidence import token_confidence
 from .window_pool import window_pool
@@ -27,10 +29,13 @@ __all__ = [
     "decode_step",
     "draw_token",
     "draw_tokens",
+    "linear_sft_loss",
     "observe",
     "philox4x32",
     "positional_ambiguity",
+    "row_stats",
     "select",
+    "sft_loss",
     "token_confidence",
     "token_weights",
     "uniform",

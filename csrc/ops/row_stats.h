@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// row_stats: loss, entropy, confidence and argmax of rows that have a target, and the gradient of
+// the first two.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../rules/logits_view.h"
+#include "../rules/row_loss.h"
+
+namespace r2dllm {
+
+struct RowStatsParams {
+  LogitsView logits;
+  const int64_t* targets;  // [B, L] contiguous
+  int64_t ignore_index;
+  double temperature;  // 0: no entropy
+  RowValues nll;       // [B, L] contiguous, out; so are all below
+  RowValues entropy;
+  float* confidence;
+  int64_t* prediction;
+  RowState* state;
+  void* workspace;  // CUDA: vocab_pass_workspace
+};
+
+struct RowStatsBackwardParams {
+  LogitsView logits;
+  const int64_t* targets;
+  int64_t ignore_index;
+  double temperature;
+  const RowState* state;
+  RowValues d_nll;      // [B, L] contiguous
+  RowValues d_entropy;  // data null: none
+  void* gradient;       // [B, L, V] of the type of the logits, out; may be the logits
+  int64_t gradient_batch_stride, gradient_length_stride;
+};
+
+namespace cpu {
+void row_stats(const RowStatsParams& params);
+void row_stats_backward(const RowStatsBackwardParams& params);
+}  // namespace cpu
+namespace cuda {
+int64_t row_stats_bytes(const LogitsView& logits);
+void row_stats(const RowStatsParams& params);
+void row_stats_backward(const RowStatsBackwardParams& params);
+}  // namespace cuda
+
+// What ops on rows with targets share: checks of the arguments, and the pass itself.
+struct RowStats {
+  at::Tensor nll, entropy, confidence, prediction, state;
+};
+void check_rows(const char* op, const at::Tensor& logits, const at::Tensor& targets,
+                int64_t ignore_index);
+void check_temperature(const char* op, const char* name, double temperature);
+RowStats row_stats(const at::Tensor& logits, const at::Tensor& targets, double temperature,
+                   int64_t ignore_index);
+
+RowValues row_values(const at::Tensor& values);
+
+}  // namespace r2dllm

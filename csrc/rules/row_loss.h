@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loss of one row of logits z with a target: -log p(target), the entropy of softmax(z / T), and
+// the derivative of both by every logit. And how rows add up to the loss of a batch.
+#pragma once
+
+#include "confidence.h"
+
+namespace r2dllm {
+
+constexpr double kLn2 = 0.69314718055994531;
+
+// Sums of 2^u and of u * 2^u over the logits of a slice or a row, where u = (z - max) * scale with
+// the maximum of that slice or row and scale = log2(e) / temperature.
+struct TemperedSums {
+  double mass;
+  double moment;
+};
+
+R2D_HOST_DEVICE double tempered_scale(double temperature) { return kLog2eWide / temperature; }
+
+// The sums of a slice seen from the maximum of its row; `shift` = their difference * scale, <= 0.
+// Add up what comes out in slice order.
+R2D_HOST_DEVICE TemperedSums rebased(const TemperedSums& slice, double shift) {
+  if (!(shift > -2000.0)) return {0.0, 0.0};
+  const double factor = exp2(shift);
+  return {slice.mass * factor, (slice.moment + shift * slice.mass) * factor};
+}
+
+R2D_HOST_DEVICE double entropy(const TemperedSums& row) {
+  return log(row.mass) - kLn2 * (row.moment / row.mass);
+}
+
+// -log p(target). `target` are the statistics of its logit alone, by the arithmetic of the row: a
+// target with all the probability has a loss of exactly 0.
+R2D_HOST_DEVICE double negative_log_likelihood(const VocabStats& target, const VocabStats& row) {
+  if (!is_valid(row)) return NAN;
+  if (!(target.max > -INFINITY)) return INFINITY;
+  return log(row.sum / target.sum) + (row.exponent - target.exponent) * kLn2;
+}
+
+// What a row keeps for its gradient.
+struct RowState {
+  double max, exponent, sum;  // VocabStats; a sum of NaN makes the whole gradient NaN
+  double nll;
+  double mass, moment;  // TemperedSums; unused where no entropy is asked for
+};
+constexpr int64_t kRowStateSize = sizeof(RowState) / sizeof(double);
+
+// Gradient of one row: at column k
+//   softmax * 2^(z * log2(e) - exponent) + entropy * 2^u * (u - mean),   u = (z - max) * scale,
+// because d nll / dz = p and d H / dz = -q * (log q + H) / T, where log q + H = ln 2 * (u - mean).
+// The target's column has d_nll * (p - 1) in place of the first term.
+struct RowGradient {
+  double max, exponent, softmax;
+  double scale, entropy, mean;  // entropy 0: the second term is left out
+};
+
+R2D_HOST_DEVICE RowGradient row_gradient(const RowState& row, double d_nll, double d_entropy,
+                                         double scale) {
+  RowGradient gradient{row.max, row.exponent, d_nll / row.sum, scale, 0.0, 0.0};
+  if (d_entropy != 0.0) {
+    gradient.entropy = -d_entropy * scale * kLn2 * kLn2 / row.mass;
+    gradient.mean = row.moment / row.mass;
+  }
+  return gradient;
+}
+
+// A row without a softmax, or a loss of NaN: every column is NaN.
+R2D_HOST_DEVICE bool is_nan(const RowGradient& gradient) {
+  return gradient.softmax != gradient.softmax || gradient.entropy != gradient.entropy;
+}
+
+R2D_HOST_DEVICE double entropy_gradient(const RowGradient& row, double logit) {
+  const double u = (logit - row.max) * row.scale;
+  if (row.entropy == 0.0 || !(u > -2000.0)) return 0.0;
+  return row.entropy * exp2(u) * (u - row.mean);
+}
+
+// Any column but the target's, in double.
+R2D_HOST_DEVICE double logit_gradient(const RowGradient& row, double logit) {
+  return row.softmax * wide_term(logit, row.exponent) + entropy_gradient(row, logit);
+}
+
+// p - 1 from log p: the difference of two floats would have no correct digit where p is near 1.
+R2D_HOST_DEVICE double target_gradient(const RowGradient& row, double logit, double d_nll,
+                                       double nll) {
+  return d_nll * expm1(-nll) + entropy_gradient(row, logit);
+}
+
+// ---- the loss of a batch ---------------------------------------------------------------------
+
+// Whose entropy counts: rows whose argmax is the target, or all with a target.
+enum class EntropyGate : int32_t { kCorrect, kAll };
+
+R2D_HOST_DEVICE bool passes(EntropyGate gate, int64_t prediction, int64_t target) {
+  return gate == EntropyGate::kAll || prediction == target;
+}
+
+struct LossSums {
+  double nll, entropy;  // weighted nll of the rows with a target; entropy of the gated ones
+  int64_t rows, gated;
+};
+
+R2D_HOST_DEVICE LossSums operator+(const LossSums& a, const LossSums& b) {
+  return {a.nll + b.nll, a.entropy + b.entropy, a.rows + b.rows, a.gated + b.gated};
+}
+
+// The loss, and its derivative by weight * nll and by the entropy of a row that counts. No rows: 0,
+// whatever the normalizer is.
+struct Loss {
+  double value, d_nll, d_entropy;
+};
+
+R2D_HOST_DEVICE Loss loss_of(const LossSums& sums, double normalizer, double entropy_weight) {
+  Loss loss{0.0, 0.0, 0.0};
+  if (sums.rows > 0) {
+    loss.value = sums.nll / normalizer;
+    loss.d_nll = 1.0 / normalizer;
+  }
+  if (sums.gated > 0 && entropy_weight != 0.0) {
+    const double gated = static_cast<double>(sums.gated);
+    loss.value += entropy_weight * (sums.entropy / gated);
+    loss.d_entropy = entropy_weight / gated;
+  }
+  return loss;
+}
+
+// One number per row: float64 for float64 logits, else float32.
+struct RowValues {
+  void* data;
+  bool is_double;
+
+  R2D_HOST_DEVICE double get(int64_t i) const {
+    return is_double ? static_cast<const double*>(data)[i]
+                     : static_cast<double>(static_cast<const float*>(data)[i]);
+  }
+  R2D_HOST_DEVICE void set(int64_t i, double value) const {
+    if (is_double) {
+      static_cast<double*>(data)[i] = value;
+    } else {
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+    }
+  }
+};
+
+}  // namespace r2dllm

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_sft_loss: the loss and gradients of sft_loss, without the logits as a whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, NARROW, same_bits
+from test_errors import check_message
+from test_sft_loss import OPTIONS, eager, error
+
+from r2dllm_ext import reference
+
+
+def inputs(rows, width, vocab, dtype, device="cpu", *, seed=0, ignored=0.4):
+    """Hidden states, head, bias, targets of which half are the argmax, weights."""
+    g = torch.Generator().manual_seed(seed)
+    shape = rows if isinstance(rows, tuple) else (rows,)
+    hidden = torch.randn(*shape, width, generator=g).to(dtype)
+    head = (torch.randn(vocab, width, generator=g) / width**0.5 * 3).to(dtype)
+    bias = torch.randn(vocab, generator=g).to(dtype)
+    targets = torch.randint(vocab, shape, generator=g)
+    logits = hidden.double() @ head.double().T + bias.double()
+    sure = torch.rand(shape, generator=g) < 0.5
+    targets = torch.where(sure, logits.argmax(-1), targets)
+    targets[torch.rand(shape, generator=g) < ignored] = -100
+    weight = torch.rand(shape, generator=g) * 2
+    return [t.to(device) for t in (hidden, head, bias, targets, weight)]
+
+
+def differentiated(loss, hidden, head, targets, weight=None, *, bias=None, **options):
+    """Loss and the gradients of hidden states, head and bias (if there is one)."""
+    leaves = [t.detach().clone().requires_grad_() for t in (hidden, head, bias) if t is not None]
+    if bias is not None:
+        options["bias"] = leaves[2]
+    value = loss(*leaves[:2], targets, weight, **options)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+def eager_linear(hidden, head, targets, weight=None, *, bias=None, **options):
+    return eager(F.linear(hidden, head, bias), targets, weight, **options)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (7, 5, 33), ((2, 9), 16, 130), (40, 8, 4100)], ids=str
+)
+def test_loss_and_gradients(r2, device, shape, name):
+    for dtype in DTYPES[device]:
+        hidden, head, bias, targets, weight = inputs(*shape, dtype, device)
+        targets.flatten()[0] = 0
+        for options in ({}, {"weight": weight, "bias": bias}):
+            options = options | OPTIONS[name]
+            got = differentiated(r2.linear_sft_loss, hidden, head, targets, chunk_rows=3, **options)
+            plain = differentiated(eager_linear, hidden, head, targets, **options)
+            wide = {"bias": bias.double()} if "bias" in options else {}
+            want = differentiated(
+                reference.linear_sft_loss, hidden.double(), head.double(), targets,
+                **(options | wide),
+            )  # fmt: skip
+            assert [t.dtype for t in got[1:]] == [dtype] * (len(got) - 1)
+            for ours, theirs, exact in zip(got, plain, want, strict=True):
+                # The logits of all of them are rounded, by as much as eps, before any loss. In
+                # float64 the oracle is no better than the others.
+                places = 64 if dtype == torch.float64 else 2
+                scale = max(exact.abs().max().item(), 0.01)
+                tiny = places * torch.finfo(dtype).eps * scale
+                # An argmax that rounding moves is another gate, for eager torch just as well.
+                moved = name == "correct" and dtype in NARROW
+                assert error(ours, exact) <= 2 * error(theirs, exact) + (0.2 if moved else tiny)
+
+
+@pytest.mark.parametrize("name", ["plain", "correct", "all"])
+def test_chunks_do_not_show(r2, device, name):
+    hidden, head, bias, targets, weight = inputs(23, 8, 300, torch.float32, device)
+    options = {"bias": bias, **OPTIONS[name]}
+    want = differentiated(r2.linear_sft_loss, hidden, head, targets, weight, **options)
+    for chunk_rows in (1, 2, 5, 1000):
+        got = differentiated(
+            r2.linear_sft_loss, hidden, head, targets, weight, chunk_rows=chunk_rows, **options
+        )
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_a_target_are_not_computed(r2, device):
+    """Not even when they hold NaN; nor are rows that the caller leaves out."""
+    for dtype in DTYPES[device]:
+        hidden, head, _, targets, weight = inputs(20, 8, 50, dtype, device)
+        want = differentiated(r2.linear_sft_loss, hidden, head, targets, weight)
+        spoilt = hidden.clone()
+        spoilt[targets == -100] = torch.nan
+        index = (targets != -100).nonzero().squeeze(1)
+        count = len(index)
+        for options in ({}, {"rows": index}, {"max_rows": count}):
+            got = differentiated(r2.linear_sft_loss, spoilt, head, targets, weight, **options)
+            assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+            assert not got[1][targets == -100].any()
+        got = differentiated(r2.linear_sft_loss, hidden, head, targets, weight, max_rows=count + 3)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        half = targets.clone()
+        half[index[: count // 2]] = -100
+        left = {"rows": index[count // 2 :]}
+        got = differentiated(r2.linear_sft_loss, hidden, head, targets, weight, **left)
+        want = differentiated(r2.linear_sft_loss, hidden, head, half, weight)
+        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("gate", ["correct", "all"])
+def test_no_rows(r2, device, gate):
+    for rows in (0, 4):
+        hidden, head, bias, targets, _ = inputs(rows, 3, 5, torch.float32, device)
+        targets.fill_(-100)
+        for options in ({}, {"max_rows": 0}, {"rows": targets[:0]}):
+            got = differentiated(
+                r2.linear_sft_loss, hidden, head, targets, bias=bias, normalizer=0.5,
+                entropy_weight=1.0, entropy_gate=gate, **options,
+            )  # fmt: skip
+            assert not any(t.any() for t in got)
+            assert [t.shape for t in got[1:]] == [hidden.shape, head.shape, bias.shape]
+
+
+def test_what_needs_no_gradient_gets_none(r2, device):
+    """A frozen head, as with LoRA; the gradients of the rest stay the same."""
+    hidden, head, bias, targets, weight = inputs(9, 6, 40, torch.float32, device)
+    for options in (OPTIONS["plain"], OPTIONS["correct"]):
+        want = differentiated(
+            r2.linear_sft_loss, hidden, head, targets, weight, bias=bias, **options
+        )
+        for needed in ((True, False, False), (False, True, False), (False, False, True)):
+            leaves = [
+                t.clone().requires_grad_(n)
+                for t, n in zip((hidden, head, bias), needed, strict=True)
+            ]
+            r2.linear_sft_loss(*leaves[:2], targets, weight, bias=leaves[2], **options).backward()
+            for leaf, n, grad in zip(leaves, needed, want[1:], strict=True):
+                assert same_bits(leaf.grad, grad) if n else leaf.grad is None
+    assert r2.linear_sft_loss(hidden, head, targets).grad_fn is None
+    with torch.no_grad():
+        assert r2.linear_sft_loss(hidden.requires_grad_(), head, targets).grad_fn is None
+
+
+def test_head_gradient_is_added_up_in_float32(r2, device):
+    """A thousand chunks that each add less than the last place of a bfloat16 sum."""
+    rows = 1024
+    hidden = torch.ones(rows, 1, dtype=torch.bfloat16, device=device)
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, device=device).requires_grad_()
+    targets = torch.zeros(rows, dtype=torch.int64, device=device)
+    r2.linear_sft_loss(hidden, head, targets, chunk_rows=1).backward()
+    assert head.grad.flatten().tolist() == [-0.5, 0.5]
+
+
+def test_upstream_gradient(r2, device):
+    """A factor on the loss is a factor on the gradients."""
+    hidden, head, bias, targets, weight = inputs(9, 6, 40, torch.float32, device)
+    for options in (OPTIONS["plain"], OPTIONS["correct"]):
+
+        def scaled(*args, options=options, **kwargs):
+            return r2.linear_sft_loss(*args, **kwargs, **options) * 0.25
+
+        want = differentiated(r2.linear_sft_loss, hidden, head, targets, weight, **options)
+        got = differentiated(scaled, hidden, head, targets, weight)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b * 0.25, rtol=1e-6, atol=1e-9)
+
+
+def test_gradcheck(r2):
+    hidden, head, bias, targets, weight = inputs(5, 3, 7, torch.float64)
+    leaves = [t.requires_grad_() for t in (hidden, head, bias)]
+    for options in OPTIONS.values():
+
+        def loss(hidden, head, bias, options=options):
+            return r2.linear_sft_loss(
+                hidden, head, targets, weight, bias=bias, chunk_rows=2, **options
+            )
+
+        assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_second_backward(r2, device):
+    """The first one uses the gradients up; they are computed again."""
+    hidden, head, _, targets, _ = inputs(5, 3, 7, torch.float32, device)
+    leaves = [t.requires_grad_() for t in (hidden, head)]
+    loss = r2.linear_sft_loss(*leaves, targets)
+    first = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    second = torch.autograd.grad(2 * loss, leaves)
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_double_backward_raises(r2, device):
+    hidden, head, _, targets, _ = inputs(5, 3, 7, torch.float32, device)
+    leaf = hidden.requires_grad_()
+    for options in (OPTIONS["plain"], OPTIONS["correct"]):
+        with pytest.raises(RuntimeError, match="linear_sft_loss: .* double backward"):
+            loss = r2.linear_sft_loss(leaf, head, targets, **options)
+            torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_opcheck(r2, device):
+    op, backward = torch.ops.r2dllm.linear_sft_loss, torch.ops.r2dllm.linear_sft_loss_backward
+    hidden, head, bias, targets, weight = inputs(7, 3, 9, torch.float32, device)
+    for weighted, gate in ((0.0, 0), (0.5, 0), (0.5, 1)):
+        for needs in ([True, True, True], [True, False, False]):
+            leaves = [
+                t.clone().requires_grad_(n)
+                for t, n in zip((hidden, head, bias), needs, strict=True)
+            ]
+            args = (
+                *leaves[:2], targets, weight, leaves[2], None, None, None, 2, torch.float32,
+                weighted, 1.0, gate, -100, needs,
+            )  # fmt: skip
+            torch.library.opcheck(op.default, args)
+    d_nll = torch.rand(7, device=device)
+    args = (hidden, head, targets, bias, d_nll, d_nll, None, 7, None, torch.float32, 1.0, -100)
+    torch.library.opcheck(backward.default, (*args, [True, True, True]))
+
+
+@pytest.mark.parametrize("name", ["plain", "correct"])
+def test_in_a_graph(r2, device, name):
+    torch._dynamo.reset()
+
+    def step(hidden, head, targets, weight, **options):
+        return r2.linear_sft_loss(hidden * 2, head, targets, weight, chunk_rows=4, **options)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (6, 11):
+        hidden, head, _, targets, weight = inputs(rows, 5, 33, torch.float32, device, seed=rows)
+        want = differentiated(step, hidden, head, targets, weight, **OPTIONS[name])
+        got = differentiated(compiled, hidden, head, targets, weight, **OPTIONS[name])
+        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+    torch._dynamo.reset()
+
+
+def test_autocast(r2, device):
+    """Products in bfloat16, gradients in the dtype of the parameters."""
+    hidden, head, bias, targets, weight = inputs(9, 16, 40, torch.float32, device)
+    narrow = [t.bfloat16() for t in (hidden, head, bias)]
+    want = differentiated(r2.linear_sft_loss, *narrow[:2], targets, weight, bias=narrow[2])
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = differentiated(r2.linear_sft_loss, hidden, head, targets, weight, bias=bias)
+    assert same_bits(got[0], want[0])
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.bfloat16(), theirs, rtol=1e-2, atol=1e-4)
+
+
+def test_bits_do_not_depend_on_threads(r2, threads):
+    """Of the row kernels; the products are torch's."""
+    hidden, head, _, targets, weight = inputs(9, 4, 5000, torch.float32)
+    losses = []
+    for count in (1, 3):
+        threads(count)
+        losses.append(r2.linear_sft_loss(hidden, head, targets, weight))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+N, H, V = 4, 3, 7
+WRONG = {
+    # what is wrong: (changed arguments, exception, words of the message)
+    "hidden 1-D": ({"hidden": lambda t: t[0]}, ValueError, "hidden [N, H] [3]"),
+    "hidden int": ({"hidden": lambda t: t.int()}, TypeError, "hidden dtype int32"),
+    "hidden list": ({"hidden": lambda t: t.tolist()}, TypeError, "hidden Tensor list"),
+    "head width": ({"lm_head_weight": lambda t: t[:, :2]}, ValueError, "lm_head_weight H [7, 2]"),
+    "head empty": ({"lm_head_weight": lambda t: t[:0]}, ValueError, "lm_head_weight [0, 3]"),
+    "head dtype": (
+        {"lm_head_weight": lambda t: t.bfloat16()}, TypeError, "lm_head_weight float32 bfloat16",
+    ),
+    "head device": (
+        {"lm_head_weight": lambda t: t.to("meta")}, ValueError, "lm_head_weight device meta",
+    ),
+    "bias shape": ({"bias": torch.ones(6)}, ValueError, "bias [V = 7] [6]"),
+    "bias dtype": ({"bias": torch.ones(7).half()}, TypeError, "bias float32 float16"),
+    "targets int32": ({"targets": lambda t: t.int()}, TypeError, "targets int64 int32"),
+    "targets shape": ({"targets": lambda t: t[:3]}, ValueError, "targets [N] [3]"),
+    "weight dtype": ({"weight": lambda t: t.double()}, TypeError, "weight Float Double"),
+    "weight shape": ({"weight": lambda t: t[:1]}, ValueError, "weight [4] [1]"),
+    "weight grad": ({"weight": lambda t: t.requires_grad_()}, ValueError, "weight detach"),
+    "normalizer": ({"normalizer": -1}, ValueError, "normalizer -1"),
+    "gate": ({"entropy_gate": "none"}, ValueError, "entropy_gate none"),
+    "temperature": ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature 0"),
+    "entropy weight": ({"entropy_weight": float("nan")}, ValueError, "entropy_weight nan"),
+    "chunk_rows": ({"chunk_rows": 0}, ValueError, "chunk_rows >= 1 0"),
+    "max_rows": ({"max_rows": -1}, ValueError, "max_rows >= 0 -1"),
+    "rows and max_rows": (
+        {"rows": torch.arange(4), "max_rows": 4}, ValueError, "max_rows rows 4",
+    ),
+    "rows dtype": ({"rows": torch.arange(4).int()}, ValueError, "rows int64 int32"),
+    "rows 2-D": ({"rows": torch.zeros(1, 1).long()}, ValueError, "rows [R] [1, 1]"),
+}  # fmt: skip
+
+
+def call(r2, changes, device):
+    arguments = {
+        "hidden": torch.randn(N, H, generator=torch.Generator().manual_seed(0)).to(device),
+        "lm_head_weight": torch.ones(V, H, device=device),
+        "targets": torch.tensor([1, -100, 6, 0], device=device),
+        "weight": torch.ones(N, device=device),
+    }
+    for name, change in changes.items():
+        change = change(arguments[name]) if callable(change) else change
+        if isinstance(change, torch.Tensor) and change.device.type == "cpu":
+            change = change.detach().to(device).requires_grad_(change.requires_grad)
+        arguments[name] = change
+    return r2.linear_sft_loss(**arguments)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_errors(r2, device, what):
+    changes, exception, words = WRONG[what]
+    with pytest.raises(exception) as raised:
+        call(r2, changes, device)
+    check_message(raised, "linear_sft_loss", words)
+
+
+WRONG_VALUES = {
+    "target -1": ({"targets": torch.tensor([1, -1, -100, 0])}, "targets V = 7 -100 -1"),
+    "target V": ({"targets": torch.tensor([1, V, -100, 0])}, "targets V = 7 -100 7"),
+    "too many rows": ({"max_rows": 2}, "max_rows number of rows with a target 2"),
+    "row N": ({"rows": torch.tensor([0, 4])}, "rows [0, 4) 0 .. 4"),
+    "row -1": ({"rows": torch.tensor([0, -1])}, "rows [0, 4) -1 .. 0"),
+    "row twice": ({"rows": torch.tensor([0, 0])}, "rows distinct twice"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_VALUES)
+def test_wrong_values(r2, what):
+    changes, words = WRONG_VALUES[what]
+    with pytest.raises(ValueError) as raised:
+        call(r2, changes, "cpu")
+    check_message(raised, "linear_sft_loss", words)
+
+
+@pytest.mark.parametrize("what", ["target -1", "target V", "too many rows"])
+def test_wrong_values_on_cuda(r2, cuda, what):
+    """Without a synchronisation nobody can raise: the loss is NaN."""
+    assert call(r2, WRONG_VALUES[what][0], cuda).isnan()
+
+
+def test_no_synchronisation_on_cuda(r2, cuda):
+    hidden, head, _, targets, weight = inputs(20, 8, 50, torch.bfloat16, cuda)
+    index = (targets != -100).nonzero().squeeze(1)
+    leaf = hidden.requires_grad_()
+    for options in ({"rows": index}, {"max_rows": 15}, {"max_rows": 15, **OPTIONS["correct"]}):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            r2.linear_sft_loss(leaf, head, targets, weight, normalizer=3.0, **{
+                name: value for name, value in options.items() if name != "normalizer"
+            }).backward()  # fmt: skip
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

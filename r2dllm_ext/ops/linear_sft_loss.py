@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_sft_loss: matrix products of torch and the row kernels of csrc, one chunk at a time.
+
+Registered as an op of its own: to the compiler it is one node, whatever the number of chunks and of
+rows that carry loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._checks import is_tensor, same_device
+from .sft_loss import gate_index, normalizer_tensor
+
+_CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}  # of logits; enough rows for an efficient product
+_BLOCK_BYTES = 2**24  # of the head's gradient that is widened at once
+
+
+def linear_sft_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    rows: Tensor | None = None,
+    max_rows: int | None = None,
+    normalizer: float | Tensor | None = None,
+    entropy_weight: float = 0.0,
+    entropy_temperature: float = 1.0,
+    entropy_gate: str = "correct",
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """`sft_loss` of the logits hidden @ lm_head_weight^T + bias, which never exist as a whole.
+
+    Rows without a target are left out before the first product. Of the others, `chunk_rows` at a
+    time have logits, in one buffer that their gradient overwrites. The gradients of hidden states
+    and head are computed along with the loss, so that each row costs three products. With
+    entropy_gate "correct" and entropy_weight != 0 they can't be: the backward then computes the
+    logits once more, as every second backward does.
+
+    Args:
+        hidden: [N, H] or [B, L, H] float32, bfloat16 or float16 (float64 on the CPU).
+        lm_head_weight: [V, H] of the same dtype. Frozen, it costs no gradient.
+        targets, weight: [N] or [B, L], as in `sft_loss`.
+        bias: [V] of the same dtype.
+        chunk_rows: default as many as 128 MiB of logits hold, 512 MiB on CUDA.
+        rows: [R] int64, distinct positions of `targets` (flattened); all others count as without a
+            target. Default: where `targets` is not ignore_index, for which CUDA has to synchronise.
+        max_rows: a bound on the number of rows with a target, in place of `rows`: that many rows
+            are computed, without a synchronisation.
+        normalizer, entropy_weight, entropy_temperature, entropy_gate, ignore_index: as in
+            `sft_loss`.
+        inplace_backward: no effect, for the sake of one signature: there are no logits to keep.
+
+    Returns:
+        0-dim float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: name the argument, what it got and what it takes. A target outside
+            [0, V), or more rows with a target than max_rows: on the CPU; on CUDA they make the loss
+            NaN.
+        RuntimeError: on a double backward.
+
+    Under autocast the products run in its dtype. The head's gradient is added up in float32
+    (float64 for float64) over all chunks and rounded once. A module sharded by FSDP has to be
+    unsharded while this reads its weight: call it from that module's forward.
+
+    >>> hidden, head = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3)
+    >>> loss = linear_sft_loss(hidden, head, torch.tensor([1, -100])); loss.backward()
+    >>> loss.detach(), hidden.grad.shape
+    (tensor(1.3863), torch.Size([2, 3]))
+    """
+    op = "linear_sft_loss"
+    is_tensor(op, hidden=hidden, lm_head_weight=lm_head_weight, targets=targets)
+    if hidden.dim() not in (2, 3) or targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{op}: hidden takes shape [N, H] or [B, L, H] and targets [N] or [B, L], got "
+            f"{list(hidden.shape)} and {list(targets.shape)}"
+        )
+    if weight is not None and weight.shape != targets.shape:
+        raise ValueError(
+            f"{op}: weight takes the shape of targets = {list(targets.shape)}, got "
+            f"{list(weight.shape)}"
+        )
+    grad = torch.is_grad_enabled()
+    return torch.ops.r2dllm.linear_sft_loss(
+        hidden.flatten(0, -2),
+        lm_head_weight,
+        targets.flatten(),
+        None if weight is None else weight.flatten(),
+        bias,
+        normalizer_tensor(op, normalizer, hidden),
+        rows,
+        max_rows,
+        chunk_rows,
+        _product_dtype(hidden),
+        entropy_weight,
+        entropy_temperature,
+        gate_index(op, entropy_gate),
+        ignore_index,
+        [grad and t is not None and t.requires_grad for t in (hidden, lm_head_weight, bias)],
+    )[0]
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- rows and chunks -------------------------------------------------------------------------
+
+
+def _check(
+    hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, temperature, ignore_index
+) -> None:
+    op, vocab = "linear_sft_loss", head.shape[0]
+
+    def refuse(error: type[Exception], name: str, takes: str, got: object) -> None:
+        raise error(f"{op}: {name} takes {takes}, got {got}")
+
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if hidden.dtype not in floats and not (hidden.dtype == torch.float64 and hidden.is_cpu):
+        takes = "dtype float32, bfloat16 or float16 (float64 on the CPU)"
+        refuse(TypeError, "hidden", takes, hidden.dtype)
+    shapes = {"lm_head_weight": (vocab, hidden.shape[1]), "bias": (vocab,)}
+    for name, t in (("lm_head_weight", head), ("bias", bias)):
+        if t is None:
+            continue
+        if t.device != hidden.device:
+            refuse(ValueError, name, f"the device of hidden ({hidden.device})", t.device)
+        if tuple(t.shape) != shapes[name] or vocab < 1:
+            shape = f"[V, H = {hidden.shape[1]}]" if t is head else f"[V = {vocab}]"
+            refuse(ValueError, name, f"shape {shape}", list(t.shape))
+        if t.dtype != hidden.dtype and dtype == hidden.dtype:
+            refuse(TypeError, name, f"the dtype of hidden ({hidden.dtype})", t.dtype)
+    if targets.dtype != torch.int64:
+        refuse(TypeError, "targets", "dtype torch.int64", targets.dtype)
+    if not 1e-6 <= temperature <= 1e6:
+        refuse(ValueError, "entropy_temperature", "a number in [1e-6, 1e6]", temperature)
+    for name, count, least in (("chunk_rows", chunk_rows, 1), ("max_rows", max_rows, 0)):
+        if count is not None and count < least:
+            refuse(ValueError, name, f"an integer >= {least}", count)
+    if rows is not None:
+        if max_rows is not None:
+            refuse(ValueError, "max_rows", "None beside rows", max_rows)
+        if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device != hidden.device:
+            got = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
+            refuse(ValueError, "rows", f"[R] torch.int64 on {hidden.device}", got)
+    if not hidden.is_cpu:
+        return
+    if rows is not None and rows.numel():
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= len(targets):
+            refuse(ValueError, "rows", f"positions in [0, {len(targets)})", f"{low} .. {high}")
+        if rows.unique().numel() != rows.numel():
+            refuse(ValueError, "rows", "distinct positions", "some twice")
+    wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab))]
+    if wrong.numel():
+        takes = f"ids in [0, V = {vocab}) or ignore_index = {ignore_index}"
+        refuse(ValueError, "targets", takes, int(wrong[0]))
+    count = int((targets != ignore_index).sum())
+    if max_rows is not None and count > max_rows:
+        refuse(ValueError, "max_rows", "at least the number of rows with a target", max_rows)
+
+
+def _computed_rows(
+    targets: Tensor, rows: Tensor | None, max_rows: int | None, ignore_index: int
+) -> Tensor:
+    """[R] positions of the rows that are computed, ascending unless they are given."""
+    if rows is not None:
+        return rows
+    if max_rows is None:
+        return (targets != ignore_index).nonzero().squeeze(1)
+    # Those with a target come first; what is then too many has none, and a loss of 0.
+    return (targets == ignore_index).byte().argsort(stable=True)[:max_rows].sort().values
+
+
+def _chunks(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    chunk_rows: int | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(positions, their hidden states, their logits); all logits share one buffer."""
+    if index.numel() == 0:
+        return
+    if chunk_rows is None:
+        row_bytes = head.shape[0] * head.dtype.itemsize
+        chunk_rows = max(1, _CHUNK_BYTES[head.device.type] // row_bytes)
+    count = -(-index.numel() // chunk_rows)
+    chunks = index.tensor_split(count)
+    buffer = head.new_empty(len(chunks[0]), head.shape[0])
+    for positions in chunks:
+        states = hidden.index_select(0, positions).to(head.dtype)
+        logits = buffer[: len(positions)]
+        if bias is None:
+            torch.mm(states, head.t(), out=logits)
+        else:
+            torch.addmm(bias, states, head.t(), out=logits)
+        yield positions, states, logits
+
+
+class _Gradients:
+    """d hidden, d head and d bias; those that are not needed have no elements."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, dtype: torch.dtype, needs: list[bool]):
+        self.needs, wide = needs, _wide(dtype)
+        vocab, width = head.shape
+        self.hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+        shape = (vocab, width) if needs[1] else (0,)
+        self.head = head.new_empty(shape, dtype=wide)
+        self.bias = head.new_zeros(vocab if needs[2] else 0, dtype=wide)
+        self._written = False
+
+    def add(self, positions: Tensor, states: Tensor, d_logits: Tensor, head: Tensor) -> None:
+        if self.needs[0]:
+            d_states = torch.mm(d_logits, head).to(self.hidden.dtype)
+            self.hidden.index_copy_(0, positions, d_states)
+        if self.needs[1]:
+            self._add_to_head(d_logits, states)
+        if self.needs[2]:
+            self.bias += d_logits.sum(0, dtype=self.bias.dtype)
+
+    def _add_to_head(self, d_logits: Tensor, states: Tensor) -> None:
+        total, wide, keep = self.head, self.head.dtype, int(self._written)
+        self._written = True
+        if d_logits.dtype == wide:
+            torch.addmm(total, d_logits.t(), states, beta=keep, out=total)
+        elif total.is_cuda:
+            aten = torch.ops.aten.addmm.dtype_out
+            aten(total, d_logits.t(), states, wide, beta=keep, out=total)
+        else:  # no product on the CPU reads two bytes and adds to four
+            block = max(1, _BLOCK_BYTES // (total.shape[1] * states.dtype.itemsize))
+            for part, columns in zip(total.split(block), d_logits.split(block, 1), strict=True):
+                product = torch.mm(columns.t(), states)
+                part.add_(product) if keep else part.copy_(product)
+
+    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._written:
+            self.head.zero_()
+        return self.hidden, self.head, self.bias
+
+
+# ---- the op ----------------------------------------------------------------------------------
+
+
+def _with_the_loss(needs: list[bool], entropy_weight: float, entropy_gate: int) -> bool:
+    """Are the gradients computed in the forward? Its derivatives are known before the logits,
+    unless the mean is over the rows that turn out to be correct."""
+    return any(needs) and (entropy_weight == 0 or entropy_gate == 1)
+
+
+@torch.library.custom_op("r2dllm::linear_sft_loss", mutates_args=())
+def _linear_sft_loss(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalizer: Tensor | None,
+    rows: Tensor | None,
+    max_rows: int | None,
+    chunk_rows: int | None,
+    dtype: torch.dtype,
+    entropy_weight: float,
+    entropy_temperature: float,
+    entropy_gate: int,
+    ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(
+        hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, entropy_temperature,
+        ignore_index,
+    )  # fmt: skip
+    head_read, bias_read = head.to(dtype), None if bias is None else bias.to(dtype)
+    index = _computed_rows(targets, rows, max_rows, ignore_index)
+    counted = torch.full_like(targets, ignore_index).index_copy_(0, index, targets[index])
+    if max_rows is not None and not targets.is_cpu:
+        count = (targets != ignore_index).sum()
+        poisoned = torch.where(count > max_rows, torch.nan, 1.0)
+        normalizer = (count if normalizer is None else normalizer) * poisoned
+
+    def reduced(nll: Tensor, entropy: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.r2dllm.sft_reduce(
+            nll, entropy, prediction, counted, weight, normalizer, entropy_weight, entropy_gate,
+            ignore_index, "linear_sft_loss",
+        )  # fmt: skip
+
+    nll = hidden.new_zeros(len(targets), dtype=_wide(dtype))
+    entropy, prediction = torch.zeros_like(nll), torch.full_like(targets, -1)
+    # The derivatives, if they do not depend on what the logits are; and a check of the arguments.
+    _, d_nll, d_entropy = reduced(nll, entropy, counted)
+    with_the_loss = _with_the_loss(needs, entropy_weight, entropy_gate)
+    gradients = _Gradients(hidden, head, dtype, needs if with_the_loss else [False] * 3)
+    for positions, states, logits in _chunks(hidden, head_read, bias_read, index, chunk_rows):
+        chosen = counted[positions]
+        *stats, state = torch.ops.r2dllm.row_stats(
+            logits, chosen, entropy_temperature, ignore_index, entropy_weight != 0
+        )
+        for whole, part in zip((nll, entropy, prediction), (*stats[:2], stats[3]), strict=True):
+            whole.index_copy_(0, positions, part)
+        if with_the_loss:
+            torch.ops.r2dllm.row_stats_backward_(
+                logits, chosen, state, d_nll[positions], d_entropy[positions],
+                entropy_temperature, ignore_index,
+            )  # fmt: skip
+            gradients.add(positions, states, logits, head_read)
+    return (*reduced(nll, entropy, prediction), *gradients.finished())
+
+
+@torch.library.custom_op("r2dllm::linear_sft_loss_backward", mutates_args=())
+def _linear_sft_loss_backward(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    d_nll: Tensor,
+    d_entropy: Tensor,
+    rows: Tensor | None,
+    max_rows: int | None,
+    chunk_rows: int | None,
+    dtype: torch.dtype,
+    entropy_temperature: float,
+    ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients from the logits, computed once more."""
+    head_read, bias_read = head.to(dtype), None if bias is None else bias.to(dtype)
+    index = _computed_rows(targets, rows, max_rows, ignore_index)
+    gradients = _Gradients(hidden, head, dtype, needs)
+    for positions, states, logits in _chunks(hidden, head_read, bias_read, index, chunk_rows):
+        chosen = targets[positions]
+        state = torch.ops.r2dllm.row_stats(logits, chosen, entropy_temperature, ignore_index)[-1]
+        torch.ops.r2dllm.row_stats_backward_(
+            logits, chosen, state, d_nll[positions], d_entropy[positions], entropy_temperature,
+            ignore_index,
+        )  # fmt: skip
+        gradients.add(positions, states, logits, head_read)
+    return gradients.finished()
+
+
+@_linear_sft_loss.register_fake
+def _(hidden, head, targets, weight, bias, normalizer, rows, max_rows, chunk_rows, dtype,
+      entropy_weight, entropy_temperature, entropy_gate, ignore_index, needs):  # fmt: skip
+    same_device(
+        "linear_sft_loss", hidden, lm_head_weight=head, targets=targets, weight=weight, bias=bias,
+        normalizer=normalizer, rows=rows,
+    )  # fmt: skip
+    row = hidden.new_empty(targets.shape, dtype=_wide(dtype))
+    computed = needs if _with_the_loss(needs, entropy_weight, entropy_gate) else [False] * 3
+    return row.new_empty(()), row, torch.empty_like(row), *_empty(hidden, head, dtype, computed)
+
+
+@_linear_sft_loss_backward.register_fake
+def _(hidden, head, targets, bias, d_nll, d_entropy, rows, max_rows, chunk_rows, dtype,
+      entropy_temperature, ignore_index, needs):  # fmt: skip
+    return _empty(hidden, head, dtype, needs)
+
+
+def _empty(hidden, head, dtype, needs) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _Gradients(hidden, head, dtype, needs)
+    return gradients.hidden, gradients.head, gradients.bias
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, head, targets, _, bias, _, rows, *ctx.options, ctx.needs = inputs
+    _, d_nll, d_entropy, *gradients = output
+    ctx.mark_non_differentiable(d_nll, d_entropy, *gradients)
+    ctx.dtypes = hidden.dtype, head.dtype, None if bias is None else bias.dtype
+    _, _, _, weight, _, gate, _ = ctx.options
+    ctx.gradients = gradients if _with_the_loss(ctx.needs, weight, gate) else None
+    ctx.save_for_backward(hidden, head, targets, bias, d_nll, d_entropy, rows)
+
+
+def _backward(ctx, d_loss, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_sft_loss: takes no create_graph=True: no double backward")
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is not None:
+        # They may be as large as the head, and are used up; a second backward computes them again.
+        # While a graph is traced their memory is not ours to reuse.
+        gradients = [g.mul_(d_loss) if type(g) is Tensor else g * d_loss for g in gradients]
+    else:
+        *tensors, d_nll, d_entropy, rows = ctx.saved_tensors
+        max_rows, chunk_rows, dtype, _, temperature, _, ignore_index = ctx.options
+        gradients = torch.ops.r2dllm.linear_sft_loss_backward(
+            *tensors, d_nll * d_loss, d_entropy * d_loss, rows, max_rows, chunk_rows, dtype,
+            temperature, ignore_index, ctx.needs,
+        )  # fmt: skip
+    d_hidden, d_head, d_bias = (
+        gradient.to(dtype) if needed else None
+        for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
+    )
+    return d_hidden, d_head, None, None, d_bias, *[None] * 10
+
+
+_linear_sft_loss.register_autograd(_backward, setup_context=_setup_context)
