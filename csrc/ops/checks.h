@@ -56,11 +56,26 @@ inline void check_logits(const char* op, const Tensor& logits) {
                    ": logits takes dtype float32, bfloat16 or float16 (float64 on the CPU), got ",
                    dtype);
   TORCH_CHECK_VALUE(logits.size(2) >= 1, op, ": logits takes V >= 1, got shape ", logits.sizes());
+  // A thread block takes 4096 columns or more; a launch, 2^31 - 1 blocks.
+  TORCH_CHECK_VALUE(logits.is_cpu() || logits.size(2) <= INT32_MAX, op,
+                    ": logits takes V < 2^31 on CUDA, got shape ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.is_cpu() || logits.size(0) * logits.size(1) <=
+                                           INT32_MAX / ((logits.size(2) + 4095) / 4096),
+                    op, ": logits takes B * L * ceil(V / 4096) < 2^31 on CUDA, got shape ",
+                    logits.sizes());
   TORCH_CHECK_VALUE(logits.size(2) == 1 || logits.stride(2) == 1, op,
                     ": logits takes a last dimension of stride 1, got strides ", logits.strides());
   TORCH_CHECK_VALUE(!logits.requires_grad(), op,
                     ": logits takes a tensor that does not require grad, got requires_grad=True; "
                     "decode under torch.no_grad() or pass logits.detach()");
+}
+
+inline void check_candidates(const char* op, const std::optional<Tensor>& candidates,
+                             const Tensor& logits, const char* logits_name = "logits") {
+  if (!candidates) return;
+  check_device(op, "candidates", *candidates, logits, logits_name);
+  check_dtype(op, "candidates", *candidates, at::kBool);
+  check_shape(op, "candidates", *candidates, logits.sizes().slice(0, 2), "[B, L]");
 }
 
 // [B, L] probabilities, of a dtype that converts to float32 without loss.
