@@ -31,8 +31,8 @@ class Limits(NamedTuple):
     wide_loads: int = 0  # this many loads of 16 bytes, issued together
 
 
-# By a word of the kernel's name. 64 registers let a block of 1024 threads start, and 8 blocks of 128
-# share a multiprocessor.
+# By a word of the kernel's name. With 64 registers a block of 1024 threads starts at all, and 8
+# blocks of 128 share a multiprocessor.
 LIMITS = {
     "slice_kernel": Limits(64, 8),
     "row_kernel": Limits(64),

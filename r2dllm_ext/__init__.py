@@ -23,18 +23,22 @@ __all__ = [
     "Rule",
     "StepEvent",
     "Trace",
+    "VocabStatistics",
     "__version__",
+    "all_gather_statistics",
     "build_info",
     "decode_step",
     "generate",
     "ledger",
     "load_model",
+    "merge_statistics",
     "models",
     "positional_ambiguity",
     "reference",
     "select",
     "token_confidence",
     "update_stability_",
+    "vocab_statistics",
     "window_pool",
 ]
 
@@ -45,11 +49,15 @@ if find_spec("._built_with", __name__) is not None:
     from .generation import Generation, NoProgressError, StepEvent, generate
     from .ops import (
         DecodeStep,
+        VocabStatistics,
+        all_gather_statistics,
         decode_step,
+        merge_statistics,
         positional_ambiguity,
         select,
         token_confidence,
         update_stability_,
+        vocab_statistics,
         window_pool,
     )
     from .trace import Trace

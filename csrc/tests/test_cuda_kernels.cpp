@@ -525,16 +525,9 @@ void check_steps(int64_t batch, int64_t length, const StepOptions& options,
     fill_block(logits, random);
     const Confidences top = run_confidence(logits, nullptr, seed);
     const Workspace workspace(batch * length, logits.slices(), sampling);
-    // token_confidence has no shift: cell l is judged by row l - 1.
-    std::vector<int64_t> ids(top.prediction);
-    std::vector<float> confidences(top.confidence);
-    for (int64_t cell = batch * length - 1; cell > 0 && logits.shift; --cell) {
-      if (cell % length == 0) continue;
-      ids[static_cast<size_t>(cell)] = ids[static_cast<size_t>(cell - 1)];
-      confidences[static_cast<size_t>(cell)] = confidences[static_cast<size_t>(cell - 1)];
-    }
     run_step(logits, got, options, sampling, workspace, seed + static_cast<unsigned>(step));
-    run_rules_on_cpu(want, logits.view(), options, ids, confidences, workspace.drawn.get());
+    run_rules_on_cpu(want, logits.view(), options, top.prediction, top.confidence,
+                     workspace.drawn.get());
     CHECK(got == want);
   }
 }

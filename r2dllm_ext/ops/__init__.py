@@ -6,14 +6,24 @@ from .decode_step import DecodeStep, decode_step, select
 from .positional_ambiguity import positional_ambiguity
 from .token_confidence import token_confidence
 from .update_stability import update_stability_
+from .vocab_statistics import (
+    VocabStatistics,
+    all_gather_statistics,
+    merge_statistics,
+    vocab_statistics,
+)
 from .window_pool import window_pool
 
 __all__ = [
     "DecodeStep",
+    "VocabStatistics",
+    "all_gather_statistics",
     "decode_step",
+    "merge_statistics",
     "positional_ambiguity",
     "select",
     "token_confidence",
     "update_stability_",
+    "vocab_statistics",
     "window_pool",
 ]
