@@ -31,9 +31,9 @@ def vocab_statistics(
     """The pass over the part of the vocabulary that this rank holds.
 
     Engines with tensor parallelism shard the output head, so that a rank has the logits of ids
-    `first_id` .. `first_id + V - 1`. Gather the statistics of all ranks (24 bytes a position), merge
-    them with `merge_statistics` or do both with `all_gather_statistics`, and hand the result to
-    `decode_step` in place of logits.
+    `first_id` .. `first_id + V - 1`. Gather the statistics of all ranks (24 bytes a position) and
+    merge them with `merge_statistics`, or do both with `all_gather_statistics`, and hand the
+    result to `decode_step` in place of logits.
 
     Args:
         logits: [B, L, V] float32, bfloat16 or float16 (float64 on the CPU), V >= 1; last dimension
