@@ -2,7 +2,6 @@
 #ifdef R2DLLM_WITH_CUDA
 #include "runtime.h"
 
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -10,7 +9,12 @@ namespace r2dllm::cuda {
 
 cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-int major_capability() { return at::cuda::getCurrentDeviceProperties()->major; }
+int major_capability() {
+  int device, major;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major;
+}
 
 void check(cudaError_t error) { C10_CUDA_CHECK(error); }
 

@@ -171,20 +171,27 @@ struct Confidences {
   std::vector<float> confidence;
 };
 
+// The second launch of token_confidence.
 template <class Format>
-Confidences run_confidence(const Logits<Format>& logits, const bool* candidates, unsigned seed) {
+Confidences merge_confidence(const Logits<Format>& logits, const bool* candidates,
+                             const VocabWorkspace& workspace, unsigned seed) {
   const int64_t cells = logits.batch * logits.length;
-  const Workspace workspace(cells, logits.slices());
-  run_slices(logits, Flagged{candidates}, workspace.view, seed);
   Confidences result{std::vector<int64_t>(static_cast<size_t>(cells), 77),
                      std::vector<float>(static_cast<size_t>(cells), 77)};
   const TokenConfidenceParams params{logits.view(), candidates, result.prediction.data(),
                                      result.confidence.data(), nullptr};
   test::launch<char>((cells + kCellsPerBlock - 1) / kCellsPerBlock, kCellThreads, seed, 1,
                      [&](FibreLane& lane, char*) {
-                       confidence_body(lane, params, Flagged{candidates}, workspace.view);
+                       confidence_body(lane, params, Flagged{candidates}, workspace);
                      });
   return result;
+}
+
+template <class Format>
+Confidences run_confidence(const Logits<Format>& logits, const bool* candidates, unsigned seed) {
+  const Workspace workspace(logits.batch * logits.length, logits.slices());
+  run_slices(logits, Flagged{candidates}, workspace.view, seed);
+  return merge_confidence(logits, candidates, workspace.view, seed);
 }
 
 template <class Format>
@@ -513,34 +520,73 @@ void fill_block(Logits<Format>& logits, std::mt19937& random) {
   }
 }
 
+constexpr SamplingOptions kGreedy{0.0, 0, 1.0};
+
+// From logits: all launches of a step.
 template <class Format>
-void check_steps(int64_t batch, int64_t length, const StepOptions& options,
-                 const SamplingOptions& sampling, unsigned seed) {
+void check_steps(int64_t batch, int64_t length, const SamplingOptions& sampling, unsigned seed) {
   std::mt19937 random(seed);
+  const StepOptions options = r2_options();
   StepMemory got(batch, length), want(batch, length);
   for (int step = 0; step < 3; ++step) {
     Logits<Format> logits(batch, length, 40, step, 3);
     logits.excluded = kMask;
     logits.shift = step == 1;
     fill_block(logits, random);
-    const Confidences top = run_confidence(logits, nullptr, seed);
     const Workspace workspace(batch * length, logits.slices(), sampling);
+    const std::vector<int64_t> tokens = got.tokens;
     run_step(logits, got, options, sampling, workspace, seed + static_cast<unsigned>(step));
+    const std::unique_ptr<bool[]> masked(new bool[tokens.size()]);
+    for (size_t i = 0; i < tokens.size(); ++i) masked[i] = tokens[i] == kMask;
+    const Confidences top = merge_confidence(logits, masked.get(), workspace.view, seed);
     run_rules_on_cpu(want, logits.view(), options, top.prediction, top.confidence,
                      workspace.drawn.get());
     CHECK(got == want);
   }
 }
 
-constexpr SamplingOptions kGreedy{0.0, 0, 1.0};
-
-TEST(a_step_is_bit_equal_to_the_cpu_for_any_block_length) {
-  for (int64_t length : {1, 2, 31, 32, 33, 64, 100}) {
-    check_steps<BFloat16>(2, length, r2_options(), kGreedy, static_cast<unsigned>(length));
+TEST(a_step_is_bit_equal_to_the_cpu_after_the_pass) {
+  for (int64_t length : {1, 2, 33}) {
+    check_steps<BFloat16>(2, length, kGreedy, static_cast<unsigned>(length));
+    check_steps<Float32>(1, length, {1.0, 0, 1.0}, static_cast<unsigned>(length));
   }
 }
 
-TEST(a_step_is_bit_equal_to_the_cpu_for_every_rule) {
+// From random judgements: the launch after the pass alone, several steps of a block.
+void check_rules(int64_t batch, int64_t length, const StepOptions& options, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto cells = static_cast<size_t>(batch * length);
+  const LogitsView shape{nullptr, LogitType::kFloat, batch, length, 0, 0, 0, -1, 0};
+  StepMemory got(batch, length), want(batch, length);
+  std::vector<double> statistics(cells * kStatistics);
+  std::vector<int64_t> ids(cells);
+  std::vector<float> confidences(cells);
+  const double levels[] = {0.05, 0.2, 0.25, 0.3, 0.5, 0.8, 0.9, 0.95, 1.0};
+  for (unsigned step = 0; step < 4; ++step) {
+    for (size_t i = 0; i < cells; ++i) {
+      const double p = levels[random() % 9];
+      const bool keeps = step > 0 && random() % 3 != 0;  // its prediction, for the streaks
+      const auto id = keeps ? static_cast<int64_t>(statistics[i * kStatistics + kTokenId])
+                            : static_cast<int64_t>(random() % 4);  // kMask is among them
+      const double mass = random() % 23 == 0 ? NAN : 1.0 / p;
+      store_statistics(statistics.data() + i * kStatistics, 1.0, mass, id);
+      const Top top = top_of(mass, id);
+      ids[i] = top.id;
+      confidences[i] = top.confidence;
+    }
+    run_rows(got.params(shape, options, kGreedy, statistics.data()), {}, nullptr, seed + step);
+    run_rules_on_cpu(want, shape, options, ids, confidences, nullptr);
+    CHECK(got == want);
+  }
+}
+
+TEST(the_rules_are_bit_equal_to_the_cpu_for_any_block_length) {
+  for (int64_t length : {1, 2, 31, 32, 33, 64, 100, 1000, 1024}) {
+    check_rules(2, length, r2_options(), static_cast<unsigned>(length));
+  }
+}
+
+TEST(the_rules_are_bit_equal_to_the_cpu_in_every_mode) {
   unsigned seed = 0;
   for (BaseRule base : {BaseRule::kThreshold, BaseRule::kSchedule, BaseRule::kFactor,
                         BaseRule::kFirst, BaseRule::kBudget}) {
@@ -554,13 +600,20 @@ TEST(a_step_is_bit_equal_to_the_cpu_for_every_rule) {
         options.steps_per_block = 4;
         options.temporal_eval = static_cast<TemporalEval>(seed % 3);
         options.window = seed % 4;
-        check_steps<Float32>(1, 40, options, kGreedy, ++seed);
+        check_rules(1, seed % 2 ? 20 : 50, options, seed);
+        ++seed;
       }
     }
   }
 }
 
-TEST(a_long_block) { check_steps<cuda::Half>(1, 1024, r2_options(), kGreedy, 11); }
+TEST(a_row_without_cells) {
+  StepMemory memory(1, 0);
+  const LogitsView shape{nullptr, LogitType::kFloat, 1, 0, 0, 0, 0, -1, 0};
+  run_rows(memory.params(shape, r2_options(), kGreedy), {}, nullptr, 1);
+  CHECK(memory.remaining[0] == 0);
+  CHECK(memory.counters[kStep] == 1);
+}
 
 TEST(a_step_from_statistics_of_shards) {
   std::mt19937 random(12);
@@ -647,7 +700,7 @@ std::pair<int64_t, long double> exact_draw(const Logits<Format>& logits, int64_t
 template <class Format>
 void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, unsigned seed) {
   std::mt19937 random(seed);
-  constexpr int64_t batch = 2, length = 4;
+  constexpr int64_t batch = 2, length = 2;
   Logits<Format> logits(batch, length, vocab, seed % 2);
   logits.fill(random, spread);
   logits.excluded = kMask;
@@ -675,9 +728,9 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
 TEST(a_token_is_drawn_by_the_inverse_of_the_distribution) {
   unsigned seed = 20;
   for (double temperature : {0.3, 1.0, 2.5, 1e-9}) {
-    for (int64_t vocab : {5, 300, 9001, 70000}) {
+    for (int64_t vocab : {5, 300, 9001, 30000}) {
       check_draws<BFloat16>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
-      if (vocab < 70000) check_draws<Float32>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
+      if (vocab < 9001) check_draws<Float32>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
     }
   }
 }
@@ -688,14 +741,14 @@ TEST(more_slices_than_a_warp_has_lanes) {
 
 TEST(top_k_and_top_p_keep_what_sorting_keeps) {
   unsigned seed = 60;
-  for (int64_t top_k : {0, 1, 5, 100, 5000}) {
+  for (int64_t top_k : {0, 1, 5, 5000}) {
     for (double top_p : {0.05, 0.9, 1.0}) {
       if (top_k == 0 && top_p == 1.0) continue;
       check_draws<BFloat16>({0.8, top_k, top_p}, 500, 2.0f, ++seed);
-      check_draws<cuda::Half>({0.8, top_k, top_p}, 500, 2.0f, ++seed);
     }
   }
-  check_draws<Float32>({1.5, 3, 0.7}, 200, 2.0f, ++seed);
+  check_draws<cuda::Half>({0.8, 20, 0.9}, 9000, 2.0f, ++seed);
+  check_draws<Float32>({1.5, 3, 0.7}, 5000, 2.0f, ++seed);
 }
 
 // ---- the rules alone
