@@ -60,17 +60,18 @@ def check_and_time(op: str, shape: Shape, dtype: str, args: Any, timed: bool) ->
         if op == "overhead":
             case = overhead_case(block)
         elif op == "token_confidence":
-            case = token_confidence_case(block)
+            case = token_confidence_case(block, args.cache)
         else:
-            case = decode_step_case(block, _compiled(args) if timed else "memory only")
+            case = decode_step_case(block, _compiled(args) if timed else "memory only", args.cache)
     record = {"checked": True, "rules": case.rules, "bytes": case.bytes, "skipped": case.skipped}
     if not timed:
         return record
     variants = list(case.variants)
     if case.bytes is not None:
         before = cache_state(args.cache, block.logits)
-        record["read_kernel"], read = fastest_read(block.logits)
-        variants.append(Variant("read", read))
+        turns = [turn.logits for turn in block.turns(args.cache)]
+        record["read_kernel"], read = fastest_read(*turns)
+        variants.append(Variant("read", read, turns=len(turns)))
     times = measure(variants, before=before, seconds=args.seconds, device=args.device)
     columns = {name: summary(samples) for name, samples in times.items()}
     ours = columns["ours"]["median_us"]
