@@ -41,7 +41,7 @@ def random_model(config: ModelConfig, device: str, dtype: torch.dtype) -> Transf
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     model = model.to_empty(device=device).eval()
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         weight.data.fill_(1) if weight.dim() == 1 else weight.data.normal_(0, 0.02)
         weight.requires_grad_(False)
     return model

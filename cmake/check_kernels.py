@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,13 +51,10 @@ class Kernel(NamedTuple):
     spills: int
 
 
-def compile_kernels(source: Path, arch: str, cubin: Path) -> list[Kernel]:
-    command = ["nvcc", *FLAGS, f"-arch=sm_{arch}", "-cubin", "-o", str(cubin), str(source)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        sys.exit(f"check_kernels: {source.name}, sm_{arch}:\n{result.stderr}")
+def read_report(report: str) -> list[Kernel]:
+    """The kernels that ptxas names."""
     kernels, name, frame = [], "", (0, 0)
-    for line in result.stderr.splitlines():
+    for line in report.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
             name = found[1]
         elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
@@ -64,6 +63,29 @@ def compile_kernels(source: Path, arch: str, cubin: Path) -> list[Kernel]:
             kernels.append(Kernel(name, int(found[1]), *frame))
             name = ""
     return kernels
+
+
+def inspect(source: Path, arch: str, disassembler: list[str] | None) -> tuple[list[str], int, int]:
+    """Lines to print, kernels beyond their limits, kernels whose machine code was not read."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = ["nvcc", *FLAGS, f"-arch=sm_{arch}", "-cubin", "-o", str(cubin), str(source)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            return [f"sm_{arch}  FAIL {source.name}\n{result.stderr}"], 1, 0
+        code = machine_code(disassembler, cubin) if disassembler else {}
+    lines, failed, unread = [], 0, 0
+    for kernel in read_report(result.stderr):
+        instructions = code.get(kernel.name)
+        found = problems(kernel, arch, instructions)
+        failed += bool(found)
+        unread += instructions is None
+        lines.append(
+            f"sm_{arch}  {kernel.registers:3} registers  {kernel.stack:3} B stack  "
+            f"{kernel.spills:3} B spilled  {demangle(kernel.name)}"
+            + "".join(f"\n  FAIL {problem}" for problem in found)
+        )
+    return lines, failed, unread
 
 
 def find_disassembler() -> list[str] | None:
@@ -138,29 +160,16 @@ def main() -> None:
     if shutil.which("nvcc") is None:
         print("check_kernels: SKIPPED, there is no nvcc on the PATH")
         sys.exit(args.require)
-    disassembler, failed, unread = find_disassembler(), 0, set()
-    with tempfile.TemporaryDirectory() as folder:
-        for arch in args.arch or ARCHITECTURES:
-            for source in args.sources or sorted(CUDA.glob("*.cu")):
-                cubin = Path(folder) / "kernels.cubin"
-                kernels = compile_kernels(source, arch, cubin)
-                code = machine_code(disassembler, cubin) if disassembler else {}
-                for kernel in kernels:
-                    instructions = code.get(kernel.name)
-                    if instructions is None:
-                        unread.add(arch)
-                    found = problems(kernel, arch, instructions)
-                    failed += bool(found)
-                    print(
-                        f"sm_{arch}  {kernel.registers:3} registers  {kernel.stack:3} B stack  "
-                        f"{kernel.spills:3} B spilled  {demangle(kernel.name)}"
-                        + "".join(f"\n  FAIL {problem}" for problem in found),
-                        flush=True,
-                    )
+    disassembler, failed, unread = find_disassembler(), 0, 0
+    sources = args.sources or sorted(CUDA.glob("*.cu"))
+    work = [(source, arch) for arch in args.arch or ARCHITECTURES for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for lines, bad, skipped in pool.map(lambda pair: inspect(*pair, disassembler), work):
+            print("\n".join(lines), flush=True)
+            failed, unread = failed + bad, unread + skipped
     if unread:
         tool = Path(disassembler[0]).name if disassembler else "cuobjdump or nvdisasm"
-        listed = ", ".join(f"sm_{arch}" for arch in sorted(unread, key=int))
-        print(f"check_kernels: SKIPPED, machine code not read for {listed} ({tool})")
+        print(f"check_kernels: SKIPPED, machine code of {unread} kernels not read ({tool})")
     if failed or (unread and args.require):
         sys.exit(f"check_kernels: {failed} kernels beyond their limits")
 
