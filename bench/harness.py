@@ -122,6 +122,21 @@ def _captured(variant: Variant) -> Callable[[], Any]:
     return graph.replay
 
 
+def device_work(variant: Variant) -> dict[str, float]:
+    """Kernels, copies and fills on the device, and waits of the host, for what is measured once."""
+    activity = torch.profiler.ProfilerActivity
+    variant.renew()
+    variant.call()
+    variant.renew()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+        variant.call()
+    events = profile.events()
+    on_device = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    waits = sum(event.name == "cudaStreamSynchronize" for event in events)
+    return {"launches": on_device / variant.turns, "host_syncs": waits / variant.turns}
+
+
 def cache_state(kind: str, logits: Tensor) -> Callable[[], Any]:
     """What runs untimed before each call.
 

@@ -20,6 +20,7 @@ from harness import (
     Parser,
     Variant,
     cache_state,
+    device_work,
     duration,
     environment,
     fail,
@@ -72,6 +73,8 @@ def check_and_time(op: str, shape: Shape, dtype: str, args: Any, timed: bool) ->
         turns = [turn.logits for turn in block.turns(args.cache)]
         record["read_kernel"], read = fastest_read(*turns)
         variants.append(Variant("read", read, turns=len(turns)))
+    if op == "decode_step" and args.device == "cuda":
+        record["device_work"] = {variant.name: device_work(variant) for variant in variants}
     times = measure(variants, before=before, seconds=args.seconds, device=args.device)
     columns = {name: summary(samples) for name, samples in times.items()}
     ours = columns["ours"]["median_us"]
@@ -191,6 +194,16 @@ def report(records: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
     kernels = dict.fromkeys(r["read_kernel"] for r in records if "read_kernel" in r)
     if kernels:
         print(f"read: {', '.join(kernels)} over the same bytes")
+    for record in records:
+        if "device_work" in record:
+            where = (
+                f"{record['op']} {'x'.join(map(str, record['shape'].values()))} {record['dtype']}"
+            )
+            counts = ", ".join(
+                f"{name} {work['launches']:g} / {work['host_syncs']:g}"
+                for name, work in record["device_work"].items()
+            )
+            print(f"{where}: launches / host syncs a step: {counts}")
     peaks = [r["extra_peak_bytes"] for r in records if "extra_peak_bytes" in r]
     errors = [abs(peak["error"]) for peak in peaks if isinstance(peak, dict)]
     if errors:
