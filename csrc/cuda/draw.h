@@ -70,8 +70,13 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
                       const SlicePartial& merged, const SlicePartial* partial,
                       const double* tempered, int64_t slices, float lowest, double scale,
                       double uniform) {
+  // The total is 1 at least. A slice with less than this counts as nothing: its terms may all
+  // vanish in float32, and nothing must be drawn from there.
+  constexpr double kLeastMass = 1e-30;
   const auto slice_mass = [&](int64_t i) {
-    return tempered[i] > 0.0 ? tempered[i] * weight(partial[i].max, merged.max, scale) : 0.0;
+    if (!(tempered[i] > 0.0)) return 0.0;
+    const double mass = tempered[i] * weight(partial[i].max, merged.max, scale);
+    return mass > kLeastMass ? mass : 0.0;
   };
   // Every warp does the same up to here.
   double total = 0.0;

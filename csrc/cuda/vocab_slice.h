@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pass over V: one thread block per slice. A thread issues all its loads before it looks at the
-// first value, tracks no index, and meets the others of its block three times in all.
+// first value, tracks no index, and meets the others of its block twice.
 //
 // Terms are exp(z - max of the slice) by one exp2 each; the greatest is 1 exactly, and -inf, +inf
 // and NaN lead to the right sums (0, NaN, NaN) without a branch.
