@@ -40,16 +40,17 @@ class Case(NamedTuple):
 # ---- a whole step ----------------------------------------------------------------------------
 
 
-def decode_step_case(block: Block, compiled: bool | str) -> Case:
+def decode_step_case(block: Block, compiled: bool | str, cache: str = "warm") -> Case:
     """`compiled`: True, or the reason to leave that column out."""
-    variants, tokens = _step_variants(block)
+    turns = block.turns(cache)
+    variants, tokens = _step_variants(turns)
     skipped = {}
     if compiled is True:
-        own = block.sibling()
+        own = _siblings(turns)
         torch.compiler.reset()
         step, config = torch.compile(vectorised_step, dynamic=False), block.config()
         try:
-            step(own.logits, own.tokens, own.state, config)
+            step(own[0].logits, own[0].tokens, own[0].state, config)
         except Exception as error:  # any stage of the compiler may be missing or fail
             skipped["compiled"] = f"torch.compile: {(str(error).splitlines() or [''])[0]}"
         else:
@@ -63,54 +64,72 @@ def decode_step_case(block: Block, compiled: bool | str) -> Case:
     for variant in variants:
         variant.renew()
         results[variant.name] = variant.call()
-    want = tokens["ours"].tokens
+    want = tokens["ours"][0].tokens
     for name, own in tokens.items():
-        if not torch.equal(own.tokens, want):
-            cells = (own.tokens != want).nonzero().tolist()
-            raise Disagreement(f"decode_step: tokens of {name} differ from ours at {cells[:4]}")
+        for one in own:
+            if not torch.equal(one.tokens, want):
+                cells = (one.tokens != want).nonzero().tolist()
+                raise Disagreement(f"decode_step: tokens of {name} differ from ours at {cells[:4]}")
     fired = [r2.Rule(code).name for code in results["ours"].rule.unique().tolist() if code]
     return Case(variants, block.logits.nbytes, skipped, fired)
 
 
 def step_variants(block: Block) -> list[Variant]:
     """Ours, the authors' way, vectorised, and the softmax alone; each with tokens of its own."""
-    return _step_variants(block)[0]
+    return _step_variants([block])[0]
 
 
-def _step_variants(block: Block) -> tuple[list[Variant], dict[str, Block]]:
-    config = block.config()
+def _step_variants(turns: list[Block]) -> tuple[list[Variant], dict[str, list[Block]]]:
+    config = turns[0].config()
     ways: dict[str, Callable[[Block], Any]] = {
         "ours": lambda b: r2.decode_step(b.logits, b.tokens, b.state, config),
         "authors": lambda b: authors_step(b.logits, b.tokens, b.state, config),
         "vectorised": lambda b: vectorised_step(b.logits, b.tokens, b.state, config),
     }
-    own = {name: block.sibling() for name in ways}
+    # The authors' way takes long enough to be timed alone.
+    own = {name: _siblings(turns[:1] if name == "authors" else turns) for name in ways}
     variants = [_on(name, own[name], way) for name, way in ways.items()]
-    return [*variants, Variant("softmax", lambda: softmax_max(block.logits))], own
+    return [*variants, _on("softmax", turns, lambda b: softmax_max(b.logits))], own
 
 
-def _on(name: str, block: Block, way: Callable[[Block], Any]) -> Variant:
-    return Variant(name, lambda: way(block), block.renew, graph=name != "authors")
+def _siblings(turns: list[Block]) -> list[Block]:
+    return [block.sibling() for block in turns]
+
+
+def _on(name: str, turns: list[Block], way: Callable[[Block], Any]) -> Variant:
+    """`way` on each block in turn."""
+
+    def call() -> Any:
+        for block in turns:
+            result = way(block)
+        return result
+
+    def renew() -> None:
+        for block in turns:
+            block.renew()
+
+    return Variant(name, call, renew, graph=name != "authors", turns=len(turns))
 
 
 # ---- ops alone -------------------------------------------------------------------------------
 
 
-def token_confidence_case(block: Block) -> Case:
-    logits = block.logits
+def token_confidence_case(block: Block, cache: str = "warm") -> Case:
+    logits, turns = block.logits, block.turns(cache)
 
-    def authors() -> tuple[torch.Tensor, torch.Tensor]:
+    def authors(block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = block.logits
         prediction = logits.argmax(-1)
         probabilities = torch.softmax(logits.to(torch.float64), -1)
         return prediction, probabilities.gather(-1, prediction.unsqueeze(-1)).squeeze(-1)
 
     variants = [
-        Variant("ours", lambda: r2.token_confidence(logits)),
-        Variant("authors", authors),
-        Variant("softmax", lambda: softmax_max(logits)),
+        _on("ours", turns, lambda b: r2.token_confidence(b.logits)),
+        _on("authors", turns[:1], authors),
+        _on("softmax", turns, lambda b: softmax_max(b.logits)),
     ]
     prediction, confidence = variants[0].call()
-    wide, p = authors()
+    wide, p = authors(block)
     if not (torch.equal(prediction, wide) and torch.allclose(confidence, p.float(), rtol=1e-6)):
         raise Disagreement("token_confidence: ours and float64 softmax differ")
     return Case(variants, logits.nbytes, {}, [])
@@ -168,7 +187,7 @@ def rule_case(op: str, shape: Shape, device: str) -> Case:
 
 def overhead_case(block: Block) -> Case:
     """A call on a block too small to compute anything, beside one small torch op."""
-    ours, config, one = block.sibling(), block.config(), torch.ones(4, device=block.logits.device)
+    ours, config, one = [block.sibling()], block.config(), torch.ones(4, device=block.logits.device)
     variants = [
         _on("ours", ours, lambda b: r2.decode_step(b.logits, b.tokens, b.state, config)),
         Variant("torch_add", lambda: one + one),

@@ -36,6 +36,7 @@ class Variant(NamedTuple):
     call: Callable[[], Any]
     renew: Callable[[], Any] = lambda: None
     graph: bool = True  # CUDA: may be captured (no host read)
+    turns: int = 1  # times that one call does what is measured
 
 
 def measure(
@@ -57,7 +58,7 @@ def measure(
     def once(variant: Variant) -> float:
         variant.renew()
         before()
-        return timer(calls[variant.name])
+        return timer(calls[variant.name]) / variant.turns
 
     cost = {}
     for variant in variants:
@@ -121,6 +122,21 @@ def _captured(variant: Variant) -> Callable[[], Any]:
     return graph.replay
 
 
+def device_work(variant: Variant) -> dict[str, float]:
+    """Kernels, copies and fills on the device, and waits of the host, for what is measured once."""
+    activity = torch.profiler.ProfilerActivity
+    variant.renew()
+    variant.call()
+    variant.renew()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+        variant.call()
+    events = profile.events()
+    on_device = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    waits = sum(event.name == "cudaStreamSynchronize" for event in events)
+    return {"launches": on_device / variant.turns, "host_syncs": waits / variant.turns}
+
+
 def cache_state(kind: str, logits: Tensor) -> Callable[[], Any]:
     """What runs untimed before each call.
 
@@ -146,21 +162,28 @@ def as_words(logits: Tensor) -> Tensor:
     return flat
 
 
-def fastest_read(logits: Tensor) -> tuple[str, Callable[[], Any]]:
-    """The plain torch reduction that reads the buffer fastest on this machine, and its name.
+def _read(turns: list[Tensor], reduction: str) -> Callable[[], Any]:
+    return lambda: [getattr(x, reduction)() for x in turns]
+
+
+def fastest_read(*turns: Tensor) -> tuple[str, Callable[[], Any]]:
+    """The plain torch reduction that reads the buffers, all alike, fastest on this machine, and its
+    name.
 
     A sum over bfloat16 would be bound by the conversion; the same bytes as wider words are not.
     """
-    words = as_words(logits)
+    logits = turns[0]
     reads: dict[str, Callable[[], Any]] = {
-        f"{str(words.dtype).removeprefix('torch.')} amax": lambda: words.amax()
+        f"{str(as_words(logits).dtype).removeprefix('torch.')} amax": _read(
+            [as_words(x) for x in turns], "amax"
+        )
     }
     if logits.nbytes % 8 == 0:
-        wide = logits.reshape(-1).view(torch.int64)
-        reads["int64 sum"] = lambda: wide.sum()
+        wide = [x.reshape(-1).view(torch.int64) for x in turns]
+        reads["int64 sum"] = _read(wide, "sum")
     if logits.nbytes % 4 == 0:
-        single = logits.reshape(-1).view(torch.float32)
-        reads["float32 sum"] = lambda: single.sum()
+        single = [x.reshape(-1).view(torch.float32) for x in turns]
+        reads["float32 sum"] = _read(single, "sum")
     if len(reads) == 1:
         return next(iter(reads.items()))
     variants = [Variant(name, read) for name, read in reads.items()]

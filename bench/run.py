@@ -21,6 +21,7 @@ from harness import (
     Parser,
     Variant,
     cache_state,
+    device_work,
     duration,
     environment,
     fail,
@@ -103,17 +104,20 @@ def check_and_time(op: str, shape: Shape, dtype: str, args: Any, timed: bool) ->
         if op == "overhead":
             case = overhead_case(block)
         elif op == "token_confidence":
-            case = token_confidence_case(block)
+            case = token_confidence_case(block, args.cache)
         else:
-            case = decode_step_case(block, _compiled(args) if timed else "memory only")
+            case = decode_step_case(block, _compiled(args) if timed else "memory only", args.cache)
     record = {"checked": True, "rules": case.rules, "bytes": case.bytes, "skipped": case.skipped}
     if not timed:
         return record
     variants = list(case.variants)
     if case.bytes is not None:
         before = cache_state(args.cache, block.logits)
-        record["read_kernel"], read = fastest_read(block.logits)
-        variants.append(Variant("read", read))
+        turns = [turn.logits for turn in block.turns(args.cache)]
+        record["read_kernel"], read = fastest_read(*turns)
+        variants.append(Variant("read", read, turns=len(turns)))
+    if op == "decode_step" and args.device == "cuda":
+        record["device_work"] = {variant.name: device_work(variant) for variant in variants}
     times = measure(variants, before=before, seconds=args.seconds, device=args.device)
     columns = {name: summary(samples) for name, samples in times.items()}
     ours = columns["ours"]["median_us"]
@@ -292,6 +296,16 @@ def report(records: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
     kernels = dict.fromkeys(r["read_kernel"] for r in records if "read_kernel" in r)
     if kernels:
         print(f"read: {', '.join(kernels)} over the same bytes")
+    for record in records:
+        if "device_work" in record:
+            where = (
+                f"{record['op']} {'x'.join(map(str, record['shape'].values()))} {record['dtype']}"
+            )
+            counts = ", ".join(
+                f"{name} {work['launches']:g} / {work['host_syncs']:g}"
+                for name, work in record["device_work"].items()
+            )
+            print(f"{where}: launches / host syncs a step: {counts}")
     peaks = [r["extra_peak_bytes"] for r in records if "extra_peak_bytes" in r]
     errors = [abs(peak["error"]) for peak in peaks if isinstance(peak, dict)]
     if errors:

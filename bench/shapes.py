@@ -92,6 +92,23 @@ class Block:
         other.renew()
         return other
 
+    def turns(self, cache: str) -> list[Block]:
+        """Blocks that one timed call works on, one after the other.
+
+        On the CPU one. On a GPU a step is shorter than what an event resolves, so that a call takes
+        20 or more; with "cold" caches they take turns with logits of three times the cache.
+        """
+        if not self.logits.is_cuda:
+            return [self.sibling()]
+        copies = [self.logits]
+        if cache == "cold":
+            cached = torch.cuda.get_device_properties(self.logits.device).L2_cache_size
+            copies += [self.logits.clone() for _ in range(3 * cached // self.logits.nbytes)]
+        blocks = [self.sibling() for _ in range(max(20, len(copies)))]
+        for i, block in enumerate(blocks):
+            block.logits = copies[i % len(copies)]
+        return blocks
+
 
 @torch.no_grad()
 def spiked_block(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Block:

@@ -432,9 +432,9 @@ def test_repeatable(r2, device):
 # ---- CUDA ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_no_synchronisation_with_the_host(r2, cuda, temperature):
-    config = DecodeConfig(4, temperature=temperature)
+@pytest.mark.parametrize("draw", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.9}])
+def test_no_synchronisation_with_the_host(r2, cuda, draw):
+    config = DecodeConfig(4, **draw)
     logits = random_steps(29, (3, 16, 5003), 1, 4)[0].to(cuda)
     tokens, state = block(config, (3, 16), cuda)
     cells = tokens == 4
@@ -442,6 +442,9 @@ def test_no_synchronisation_with_the_host(r2, cuda, temperature):
     try:
         r2.decode_step(logits, tokens, state, config)
         r2.select(logits, tokens, state, config, candidates=cells)
+        statistics = r2.vocab_statistics(logits, exclude_id=4)
+        stacked = r2.VocabStatistics(torch.stack([statistics.values] * 2), logits.dtype)
+        r2.select(r2.merge_statistics(stacked), tokens, state, config.replace(temperature=0.0))
         prediction, confidence = r2.token_confidence(logits)
         r2.window_pool(confidence, cells, window=3, min_confidence=0.5)
         r2.positional_ambiguity(prediction, confidence, cells, min_confidence=0.5, mode="random")
@@ -484,3 +487,56 @@ def test_memory_does_not_grow_with_the_vocabulary(r2, cuda, temperature):
     before = torch.cuda.memory_allocated()
     r2.decode_step(logits, tokens, state, config)
     assert torch.cuda.max_memory_allocated() - before < logits.nbytes / 50
+
+
+def test_offsets_beyond_32_bits(r2, cuda):
+    """[1, 2, V] logits whose second row begins 2^31 + 5 elements after the first."""
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GB of device memory")
+    vocab, far = 10007, 2**31 + 5
+    memory = torch.empty(far + vocab, dtype=torch.bfloat16, device=cuda)
+    near = torch.randn(2, vocab, dtype=torch.bfloat16, device=cuda)
+    memory[:vocab], memory[far:] = near[0], near[1]
+    logits = memory.as_strided((1, 2, vocab), (1, far, 1))
+    assert_same(r2.token_confidence(logits), r2.token_confidence(near[None].clone()))
+
+
+def test_streams_at_once(r2, cuda):
+    config, shape = DecodeConfig.r2(4), (2, 32)
+    steps = [z.to(cuda) for z in random_steps(41, (*shape, 30011), 8, 4)]
+    blocks = [block(config, shape, cuda) for _ in steps]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in steps]
+    results = []
+    for logits, (tokens, state), stream in zip(steps, blocks, streams, strict=True):
+        with torch.cuda.stream(stream):
+            results.append(r2.decode_step(logits, tokens, state, config))
+    torch.cuda.synchronize()
+    for logits, (tokens, _), result in zip(steps, blocks, results, strict=True):
+        alone, state = block(config, shape, cuda)
+        assert_same((*result, tokens), (*r2.decode_step(logits, alone, state, config), alone))
+
+
+def test_a_device_that_is_not_the_current_one(r2, cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    config, shape = DecodeConfig.r2(4), (2, 8)
+    logits = random_steps(43, (*shape, 999), 1, 4)[0]
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        tokens, state = block(config, shape, device)
+        with torch.cuda.device(0):
+            results.append((*r2.decode_step(logits.to(device), tokens, state, config), tokens))
+    assert_same(*results)
+
+
+def test_block_length_limit(r2, cuda):
+    for length, fits in ((1024, True), (1025, False)):
+        config = DecodeConfig.r2(4)
+        tokens, state = block(config, (1, length), cuda)
+        logits = torch.zeros(1, length, 8, device=cuda)
+        if fits:
+            assert r2.decode_step(logits, tokens, state, config).remaining.item() < length
+        else:
+            with pytest.raises(ValueError, match="L <= 1024 on CUDA, got L = 1025"):
+                r2.decode_step(logits, tokens, state, config)

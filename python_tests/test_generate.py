@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import r2dllm_ext as r2
+from r2dllm_ext import generation
 
 MASK, STOP, VOCAB = 9, 8, 10
 
@@ -239,3 +240,73 @@ def test_a_mask_id_beyond_the_embedding_is_named():
     config = r2.DecodeConfig(rows)
     with pytest.raises(ValueError, match=rf"mask_id takes an id in \[0, {rows}\).*got {rows}"):
         r2.generate(model, torch.tensor([[0]]), gen_length=32, config=config)
+
+
+# ---- cuda_graph --------------------------------------------------------------------------------
+
+
+class EagerGraph:
+    """`StepGraph` without CUDA: replays run the step, reports come late as on a device."""
+
+    made = 0
+
+    def __init__(self, step, forward, pool):
+        EagerGraph.made += 1
+        self.step = step
+
+    def replay(self):
+        judged = self.step()
+        remaining = judged.remaining.clone()
+        return lambda: judged._replace(remaining=remaining)
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    monkeypatch.setattr(generation, "StepGraph", EagerGraph)
+    monkeypatch.setattr(generation, "_check_graph", lambda device, **options: None)
+    EagerGraph.made = 0
+    return EagerGraph
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_loop_over_graphs_decodes_the_same_tokens(graphs_on_cpu, temperature):
+    answers, prompt = [[1, 2, 3, 4, 5, 6, 7, 1], [7, 6, 5, 4, 3, 2, 1, 1]], torch.tensor([[0], [1]])
+    config = r2.DecodeConfig.vanilla(MASK, temperature=temperature, seed=3)
+    plain = run(Scripted(answers, 1, logit=2.0), prompt, config=config)
+    model = Scripted(answers, 1, logit=2.0)
+    graph = run(model, prompt, config=config, cuda_graph=True)
+    assert torch.equal(graph.sequences, plain.sequences)
+    assert graphs_on_cpu.made == 2
+    assert graph.nfe == len(model.calls) == plain.nfe + 2  # one forward in vain per block
+
+
+def test_a_graph_that_makes_no_progress_is_noticed(graphs_on_cpu):
+    model = Scripted([[1] * 8], 1, logit=torch.nan)
+    with pytest.raises(r2.NoProgressError, match="non-finite") as error:
+        run(model, torch.tensor([[0]]), cuda_graph=True)
+    assert error.value.step == 1
+
+
+def test_cuda_graph_errors():
+    model, prompt = Scripted([[1] * 8], 1), torch.tensor([[0]])
+    with pytest.raises(ValueError, match="cuda_graph takes False on cpu"):
+        run(model, prompt, cuda_graph=True)
+    model.device = "cuda"
+    for options in ({"stop_id": STOP}, {"on_step": print}, {"trace": True}, {"progress": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} takes its default"):
+            run(model, prompt, cuda_graph=True, **options)
+    assert model.calls == []
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_graphs_on_the_ledger_model(cuda, cache, shift, temperature):
+    model = r2.load_model("ledger", device=cuda)
+    prompt = torch.randint(1, 20, (2, 24), generator=torch.Generator().manual_seed(1)).to(cuda)
+    config = r2.DecodeConfig(model.mask_id, temperature=temperature, seed=5)
+    options = {"gen_length": 64, "config": config, "cache": cache, "logits_shift": shift}
+    plain = r2.generate(model, prompt, **options)
+    graph = r2.generate(model, prompt, **options, cuda_graph=True)
+    assert torch.equal(graph.sequences, plain.sequences)
+    assert plain.nfe <= graph.nfe <= plain.nfe + 2

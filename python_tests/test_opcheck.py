@@ -10,10 +10,14 @@ from r2dllm_ext.state import DecodeState
 
 OPS = (
     "decode_step",
+    "decode_step.statistics",
+    "merge_statistics",
     "positional_ambiguity",
     "select",
+    "select.statistics",
     "token_confidence",
     "update_stability_",
+    "vocab_statistics",
     "window_pool",
 )
 SHAPES = [(2, 6, 33), (1, 1, 2), (0, 4, 5), (3, 0, 5)]

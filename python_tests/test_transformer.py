@@ -301,10 +301,9 @@ def test_config_names_the_bad_field(change, message):
         dataclasses.replace(CONFIGS["llada"], **change)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_equals_cpu_without_synchronising(model, ids):
+def test_cuda_equals_cpu_without_synchronising(cuda, model, ids):
     wanted = model(ids).logits
-    model, ids, mask = model.cuda(), ids.cuda(), block_mask().cuda()
+    model, ids, mask = model.to(cuda), ids.to(cuda), block_mask().to(cuda)
     full = model(ids, use_cache=True)
     torch.testing.assert_close(full.logits.cpu(), wanted, rtol=1e-3, atol=1e-3)
     torch.cuda.set_sync_debug_mode("error")

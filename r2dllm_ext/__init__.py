@@ -24,13 +24,16 @@ __all__ = [
     "Rule",
     "StepEvent",
     "Trace",
+    "VocabStatistics",
     "__version__",
+    "all_gather_statistics",
     "build_info",
     "decode_step",
     "generate",
     "ledger",
     "linear_sft_loss",
     "load_model",
+    "merge_statistics",
     "models",
     "positional_ambiguity",
     "reference",
@@ -39,6 +42,7 @@ __all__ = [
     "sft_loss",
     "token_confidence",
     "update_stability_",
+    "vocab_statistics",
     "window_pool",
 ]
 
@@ -50,14 +54,18 @@ if find_spec("._built_with", __name__) is not None:
     from .ops import (
         DecodeStep,
         RowStats,
+        VocabStatistics,
+        all_gather_statistics,
         decode_step,
         linear_sft_loss,
+        merge_statistics,
         positional_ambiguity,
         row_stats,
         select,
         sft_loss,
         token_confidence,
         update_stability_,
+        vocab_statistics,
         window_pool,
     )
     from .trace import Trace

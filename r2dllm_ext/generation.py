@@ -12,6 +12,7 @@ from .config import DecodeConfig
 from .model_driver import CACHES, ModelDriver
 from .ops import DecodeStep, decode_step
 from .state import DecodeState
+from .step_graph import StepGraph, replay_until
 from .trace import Trace, TraceRecorder
 
 
@@ -66,6 +67,7 @@ def generate(
     on_step: Callable[[StepEvent], None] | None = None,
     progress: bool = False,
     trace: bool = False,
+    cuda_graph: bool = False,
 ) -> Generation:
     """Append `gen_length` tokens to each prompt, block by block, left to right.
 
@@ -90,6 +92,12 @@ def generate(
         on_step: called after each step. Whatever it raises ends the decode.
         progress: True shows a bar of decided tokens (needs tqdm).
         trace: True records every step (copies to the host each step).
+        cuda_graph: True captures forward and decode step of a block as one CUDA graph and replays
+            it; with a cache, a block's full pass comes before. The host reads what remains one
+            step late, so that the device never waits for it; in exchange the last forward of each
+            block is in vain (it counts in `nfe`; the tokens are the same). Takes a model on CUDA
+            whose forward can be captured, and no `stop_id`, `on_step`, `progress` or `trace`,
+            which look at every step.
 
     Returns:
         Generation: `sequences` [B, P + G] int64 on the model's device, `nfe` = forwards made,
@@ -100,7 +108,7 @@ def generate(
         NoProgressError: a row whose masked cells all have non-finite logits, or which commits
             nothing but mask ids for very long; it carries the tokens decided so far.
 
-    One host synchronisation a step: the loop reads how many cells remain.
+    One host synchronisation a step: the loop reads how many cells remain (see `cuda_graph`).
 
     >>> model = load_model("ledger")
     >>> prompt = torch.tensor([[1, 2, 3]])
@@ -110,7 +118,9 @@ def generate(
     """
     _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask)
     _check_mask_id(model, config)
-    device = getattr(model, "device", prompt.device)
+    device = torch.device(getattr(model, "device", prompt.device))
+    if cuda_graph:
+        _check_graph(device, stop_id=stop_id, on_step=on_step, progress=progress, trace=trace)
     batch, prompt_length = prompt.shape
     sequences = torch.full(
         (batch, prompt_length + gen_length), config.mask_id, dtype=torch.int64, device=device
@@ -122,6 +132,9 @@ def generate(
     bar = _progress_bar(batch * gen_length) if progress else None
     rows = list(range(batch))  # not finished
     state = DecodeState(batch, block_length, device=device)
+    if cuda_graph:
+        nfe = _generate_by_graph(driver, sequences, prompt_length, state, config)
+        return Generation(sequences, nfe, None)
     nfe = 0
     try:
         for block in range(gen_length // block_length):
@@ -164,6 +177,48 @@ def generate(
         if bar is not None:
             bar.close()
     return Generation(sequences, nfe, recorder.finish(sequences) if recorder else None)
+
+
+def _generate_by_graph(
+    driver: ModelDriver,
+    sequences: torch.Tensor,
+    prompt_length: int,
+    state: DecodeState,
+    config: DecodeConfig,
+) -> int:
+    """Decodes `sequences` in place, one graph a block; returns the number of forwards."""
+    rows, length, nfe = list(range(len(sequences))), state.block_length, 0
+    pool = torch.cuda.graph_pool_handle() if sequences.is_cuda else None
+    for start in range(prompt_length, sequences.shape[1] if rows else 0, length):
+        end = start + length
+        tokens = sequences[:, start:end]
+        watch = _Watch(config, rows, length)
+        state.reset()
+
+        def forward(new_block=False, start=start, end=end):
+            return driver.forward(sequences, start, end, rows, new_block=new_block)
+
+        def step(new_block=False, tokens=tokens, forward=forward):
+            logits, shift, full_pass = forward(new_block)
+            step_config = driver.step_config(config, full_pass)
+            return decode_step(logits, tokens, state, step_config, logits_shift=shift)
+
+        if driver.cache != "none":
+            nfe += 1
+            watch.update(step(new_block=True), nfe, sequences)
+            if not (watch.remaining or driver.owes_block_step):
+                continue
+        met = start > prompt_length and driver.cache != "prefix"  # these shapes
+        graph = StepGraph(step, None if met else forward, pool)
+
+        def done(judged, replays, watch=watch, before=nfe):
+            watch.update(judged, before + replays, sequences)
+            return watch.remaining == 0
+
+        replays, in_vain = replay_until(graph, done)
+        nfe += replays
+        state.counters[:, 1] -= in_vain  # random numbers go on as without a graph
+    return nfe
 
 
 class _Watch:
@@ -245,6 +300,16 @@ def _check_mask_id(model: Any, config: DecodeConfig) -> None:
             f"generate: config.mask_id takes an id in [0, {rows}), the rows of the model's "
             f"embedding, got {config.mask_id}"
         )
+
+
+def _check_graph(device: torch.device, **looks_at_steps) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"generate: cuda_graph takes False on {device}, got True")
+    for name, value in looks_at_steps.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"generate: {name} takes its default with cuda_graph=True, got {value!r}"
+            )
 
 
 def _check(

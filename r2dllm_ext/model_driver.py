@@ -26,7 +26,7 @@ class ModelDriver:
         self, model: Any, cache: str, logits_shift: int, key_mask: torch.Tensor | None
     ) -> None:
         self._model = model
-        self._cache = cache
+        self.cache = cache
         self._shift = logits_shift
         self._key_mask = key_mask
         self._block_logits_only = getattr(model, "supports_logits_positions", False)
@@ -35,7 +35,7 @@ class ModelDriver:
 
     def step_config(self, config: DecodeConfig, full_pass: bool) -> DecodeConfig:
         """Dream's full pass commits the first cell of the block by the base rule, nothing else."""
-        dream_loop = self._shift == 1 and self._cache != "none"
+        dream_loop = self._shift == 1 and self.cache != "none"
         return config.replace(base="first") if dream_loop and full_pass else config
 
     def forward(
@@ -50,12 +50,12 @@ class ModelDriver:
         if self._key_mask is not None:
             mask = self._key_mask
             options["attention_mask"] = mask if len(rows) == len(mask) else mask[rows]
-        if new_block or self._cache == "none":
+        if new_block or self.cache == "none":
             return self._full_pass(ids, start, end, options)
         self.owes_block_step = False
         options.update(use_cache=True, past_key_values=self._past)
         inputs = ids[:, start:]
-        if self._cache == "dual":
+        if self.cache == "dual":
             inputs = ids[:, start:end]
             replace = torch.zeros_like(ids, dtype=torch.bool)
             replace[:, start:end] = True
@@ -71,15 +71,15 @@ class ModelDriver:
             self._past = [tuple(tensor[keep] for tensor in pair) for pair in self._past]
 
     def _full_pass(self, ids, start, end, options) -> tuple[torch.Tensor, int, bool]:
-        if self._cache != "none":
+        if self.cache != "none":
             options["use_cache"] = True
             self.owes_block_step = self._shift == 1
         # Position i is predicted by row i - shift; position 0 by row 0.
         begin = max(start - self._shift, 0)
         logits, output = self._logits(ids, begin, begin + end - start, options)
-        if self._cache != "none":
+        if self.cache != "none":
             past = output.past_key_values
-            self._past = _cut(past, start) if self._cache == "prefix" else past
+            self._past = _cut(past, start) if self.cache == "prefix" else past
         return logits, self._shift - (start - begin), True
 
     def _logits(self, inputs, begin: int, end: int, options) -> tuple[torch.Tensor, Any]:

@@ -70,6 +70,11 @@ float VocabPass::probability(int64_t row, int64_t column) const {
   return r2dllm::probability(token_stats(row, column), stats_[row]);
 }
 
+double VocabPass::mass(int64_t row, int64_t column) const {
+  const VocabStats token = kernels_.stats(logit(row, column), 1);
+  return stats_[row].sum / scale_by_exponent(token.sum, token.exponent - stats_[row].exponent);
+}
+
 void VocabPass::exclude(char* logit) const {
   constexpr float kFloat = -INFINITY;
   constexpr uint16_t kBFloat16 = 0xFF80, kHalf = 0xFC00;

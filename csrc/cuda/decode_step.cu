@@ -1,85 +1,111 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two launches a step: the pass over V, and one block a row for everything after it.
-#include "../ops/backend.h"
+// Two launches a step: the pass over V, and one block a row for everything after it. Drawing tokens
+// takes one more, top-k / top-p another.
 #include "../ops/decode_step.h"
-#include "launch.cuh"
-#include "row_context.cuh"
+#include "row_step.h"
 #include "vocab_pass.cuh"
 
 namespace r2dllm::cuda {
 namespace {
 
-// Before the step writes them, both kernels may ask the tokens who is a candidate.
-struct Candidate {
-  const bool* candidates;
-  const int64_t* tokens;
-  int64_t batch_stride, length_stride, length, mask_id;
+__global__ void __launch_bounds__(1024) row_kernel(DecodeStepParams params, Candidates is_candidate,
+                                                   VocabWorkspace workspace, const Drawn* drawn) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  CudaLane lane;
+  row_body(lane, memory, params, is_candidate, workspace, drawn);
+}
 
-  __device__ bool operator()(int64_t cell) const {
-    if (candidates != nullptr) return candidates[cell];
-    return tokens[cell / length * batch_stride + cell % length * length_stride] == mask_id;
+template <class Format>
+__global__ void __launch_bounds__(kCutoffThreads)
+    cutoff_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace,
+                  double scale, int64_t top_k, double top_p) {
+  __shared__ CutoffShared shared;
+  CudaLane lane;
+  cutoff_body<Format>(lane, shared, logits, is_candidate, workspace, scale, top_k, top_p);
+}
+
+template <class Format>
+__global__ void __launch_bounds__(kSliceThreads)
+    draw_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace, double scale,
+                uint64_t seed, const int64_t* counters, Drawn* drawn) {
+  __shared__ DrawShared shared;
+  CudaLane lane;
+  draw_body<Format>(lane, shared, logits, is_candidate, workspace, scale, seed, counters, drawn);
+}
+
+bool restricts(const SamplingOptions& options) { return options.top_k > 0 || options.top_p < 1.0; }
+
+// The parts of the workspace, and its size.
+struct StepWorkspace {
+  VocabWorkspace vocab;
+  Drawn* drawn;
+  int64_t bytes;
+
+  StepWorkspace(const LogitsView& logits, const SamplingOptions& sampling, void* memory) {
+    const int64_t rows = logits.batch * logits.length, slices = slices_of(logits);
+    char* next = static_cast<char*>(memory);
+    const auto take = [&](auto*& field, int64_t n) {
+      field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(next);
+      next += n * static_cast<int64_t>(sizeof *field);
+    };
+    const bool draws = sampling.temperature > 0.0;
+    vocab = {slices, nullptr, nullptr, nullptr};
+    drawn = nullptr;
+    take(vocab.partial, rows * slices);
+    if (draws) {
+      take(vocab.tempered, rows * slices);
+      take(drawn, rows);
+      if (restricts(sampling)) take(vocab.cutoff, rows);
+    }
+    bytes = next - static_cast<char*>(memory);
   }
 };
 
-__global__ void __launch_bounds__(1024)
-    row_kernel(DecodeStepParams params, Candidate is_candidate, int64_t slices) {
-  __shared__ unsigned long long word;
-  __shared__ uint64_t keys[kCudaMaxLength];
-  __shared__ int64_t top_id[kCudaMaxLength];
-  __shared__ float top_confidence[kCudaMaxLength];
-  __shared__ int32_t order[kCudaMaxLength];
-  __shared__ uint8_t selected[kCudaMaxLength];
-  __shared__ bool masked[kCudaMaxLength];
-
-  const int64_t length = params.logits.length, b = blockIdx.x, cells = b * length;
-  const auto* partials = static_cast<const SlicePartial*>(params.workspace);
-  RowContext context{&word};
-  context.for_each(length, [&](int64_t i) {
-    masked[i] = is_candidate(cells + i);
-    const Top top =
-        masked[i] ? merge_slices(partials + (cells + i) * slices, slices) : Top{-1, 0.0f};
-    top_id[i] = params.prediction[cells + i] = top.id;
-    top_confidence[i] = top.confidence;
-    params.confidence[cells + i] = round_to(top.confidence, params.options.rounding);
-  });
-  const StepRow row{
-      length,
-      top_id,
-      top_confidence,
-      params.prediction + cells,
-      params.confidence + cells,
-      params.rule + cells,
-      params.remaining + b,
-      params.written_tokens ? params.written_tokens + b * params.tokens_batch_stride : nullptr,
-      params.tokens_length_stride,
-      params.streak_count + cells,
-      params.streak_id + cells,
-      params.streak_sum + cells,
-      params.streak_max + cells,
-      params.counters + b * kCounters,
-      masked,
-      keys,
-      selected,
-      order};
-  RowStep<RowContext>(context, row, params.options).run();
+void allow_shared(int64_t bytes) {
+  constexpr int64_t kWithoutAsking = 48 * 1024;
+  if (bytes <= kWithoutAsking) return;
+  check(cudaFuncSetAttribute(row_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)));
 }
 
 }  // namespace
 
+int64_t decode_step_bytes(const LogitsView& logits, const SamplingOptions& sampling) {
+  return StepWorkspace(logits, sampling, nullptr).bytes;
+}
+
 void decode_step(const DecodeStepParams& params) {
-  if (params.logits.batch == 0) return;
-  const cudaStream_t stream = current_stream();
-  const Candidate is_candidate{params.candidates,          params.tokens,
-                               params.tokens_batch_stride, params.tokens_length_stride,
-                               params.logits.length,       params.options.mask_id};
-  if (params.logits.length > 0) {
-    launch_slices(params.logits, is_candidate, static_cast<SlicePartial*>(params.workspace),
-                  stream);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const LogitsView& logits = params.logits;
+  if (logits.batch == 0) return;
+  const int64_t cells = logits.batch * logits.length;
+  const Candidates is_candidate{
+      params.candidates,           params.tokens, params.tokens_batch_stride,
+      params.tokens_length_stride, logits.length, params.options.mask_id};
+  const SamplingOptions& sampling = params.sampling;
+  const StepWorkspace workspace(logits, sampling, params.workspace);
+  const bool draws = sampling.temperature > 0.0;
+  const bool judges_logits = params.statistics == nullptr && cells > 0;
+  if (judges_logits) {
+    const double scale = draws ? tempering(sampling) : 0.0;
+    launch_slices(logits, is_candidate, workspace.vocab, restricts(sampling) ? 0.0 : scale);
+    with_format(logits.type, [&](auto format) {
+      using Format = decltype(format);
+      if (draws && restricts(sampling)) {
+        Launch{cells, kCutoffThreads}(cutoff_kernel<Format>, logits, is_candidate, workspace.vocab,
+                                      scale, sampling.top_k, sampling.top_p);
+      }
+      if (draws) {
+        Launch{cells, kSliceThreads}(draw_kernel<Format>, logits, is_candidate, workspace.vocab,
+                                     scale, params.options.seed, params.counters, workspace.drawn);
+      }
+    });
   }
-  row_kernel<<<static_cast<unsigned>(params.logits.batch), row_threads(params.logits.length), 0,
-               stream>>>(params, is_candidate, slices_of(params.logits.vocab));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const int64_t shared = RowShared::bytes(logits.length);
+  allow_shared(shared);
+  // The prologue reads what earlier steps wrote. They are over: the pass did not overlap with them.
+  const bool overlaps = judges_logits;
+  Launch{logits.batch, row_block_threads(logits.length), shared, overlaps}(
+      row_kernel, params, is_candidate, workspace.vocab, workspace.drawn);
 }
 
 }  // namespace r2dllm::cuda

@@ -1,19 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include <cstdint>
+
+#include "runtime.h"
 
 namespace r2dllm::cuda {
 
-inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-
-// Threads of a block that works on one row of `length` cells.
-inline int row_threads(int64_t length) {
-  const int64_t warps = (length + 31) / 32;
-  return static_cast<int>((warps < 1 ? 1 : warps > 32 ? 32 : warps) * 32);
+inline unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes = 0;
+  // May begin while the launch before it still runs: the kernel has to await_previous().
+  bool overlaps = false;
+
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), const Arguments&... arguments) const {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = current_stream();
+    config.attrs = &overlap;
+    // Cards before compute capability 9.0 don't know the attribute.
+    config.numAttrs = overlaps && major_capability() >= 9 ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...));
+  }
+};
 
 }  // namespace r2dllm::cuda

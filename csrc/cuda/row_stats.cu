@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../ops/row_stats.h"
 #include "launch.cuh"
-#include "vocab_pass.cuh"
+#include "row_slice.cuh"
 
 namespace r2dllm::cuda {
 namespace {

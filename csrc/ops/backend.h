@@ -4,6 +4,7 @@
 #pragma once
 
 #include "checks.h"
+#include "limits.h"
 
 #ifdef R2DLLM_WITH_CUDA
 #include <c10/core/DeviceGuard.h>
@@ -27,9 +28,6 @@
 #endif
 
 namespace r2dllm {
-
-// A thread block works on one row; its shared memory holds this many cells.
-constexpr int64_t kCudaMaxLength = 1024;
 
 inline void check_length(const char* op, const Tensor& cells) {
   TORCH_CHECK_VALUE(!cells.is_cuda() || cells.size(1) <= kCudaMaxLength, op,

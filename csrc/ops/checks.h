@@ -7,6 +7,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 #include "../rules/confidence.h"
 
 namespace r2dllm {
@@ -55,8 +57,15 @@ inline void check_logit_layout(const char* op, const Tensor& logits) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || wide, op,
                    ": logits takes dtype float32, bfloat16 or float16 (float64 on the CPU), got ",
                    dtype);
-  TORCH_CHECK_VALUE(logits.size(-1) >= 1, op, ": logits takes V >= 1, got shape ", logits.sizes());
-  TORCH_CHECK_VALUE(logits.size(-1) == 1 || logits.stride(-1) == 1, op,
+  const int64_t vocab = logits.size(-1), rows = logits.numel() / std::max<int64_t>(vocab, 1);
+  TORCH_CHECK_VALUE(vocab >= 1, op, ": logits takes V >= 1, got shape ", logits.sizes());
+  // A thread block takes 4096 columns or more; a launch, 2^31 - 1 blocks.
+  TORCH_CHECK_VALUE(logits.is_cpu() || vocab <= INT32_MAX, op,
+                    ": logits takes V < 2^31 on CUDA, got shape ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.is_cpu() || rows <= INT32_MAX / ((vocab + 4095) / 4096), op,
+                    ": logits takes rows * ceil(V / 4096) < 2^31 on CUDA, got shape ",
+                    logits.sizes());
+  TORCH_CHECK_VALUE(vocab == 1 || logits.stride(-1) == 1, op,
                     ": logits takes a last dimension of stride 1, got strides ", logits.strides());
 }
 
@@ -66,6 +75,14 @@ inline void check_logits(const char* op, const Tensor& logits) {
   TORCH_CHECK_VALUE(!logits.requires_grad(), op,
                     ": logits takes a tensor that does not require grad, got requires_grad=True; "
                     "decode under torch.no_grad() or pass logits.detach()");
+}
+
+inline void check_candidates(const char* op, const std::optional<Tensor>& candidates,
+                             const Tensor& logits, const char* logits_name = "logits") {
+  if (!candidates) return;
+  check_device(op, "candidates", *candidates, logits, logits_name);
+  check_dtype(op, "candidates", *candidates, at::kBool);
+  check_shape(op, "candidates", *candidates, logits.sizes().slice(0, 2), "[B, L]");
 }
 
 // [B, L] probabilities, of a dtype that converts to float32 without loss.

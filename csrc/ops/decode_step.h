@@ -5,11 +5,13 @@
 #include "../rules/decode_step.h"
 #include "../rules/logits_view.h"
 #include "../rules/sampling.h"
+#include "../rules/vocab_statistics.h"
 
 namespace r2dllm {
 
 struct DecodeStepParams {
-  LogitsView logits;
+  LogitsView logits;         // of statistics: the shape alone
+  const double* statistics;  // [B, L, kStatistics] contiguous, in place of logits; or null
   StepOptions options;
   SamplingOptions sampling;
 
@@ -32,14 +34,15 @@ struct DecodeStepParams {
   uint8_t* rule;        // [B, L]
   int32_t* remaining;   // [B]
 
-  void* workspace;  // CUDA: of vocab_pass_bytes
+  void* workspace;  // CUDA: of decode_step_bytes
 };
 
 namespace cpu {
 void decode_step(const DecodeStepParams& params);
 }
 namespace cuda {
+int64_t decode_step_bytes(const LogitsView& logits, const SamplingOptions& sampling);
 void decode_step(const DecodeStepParams& params);
-}
+}  // namespace cuda
 
 }  // namespace r2dllm

@@ -16,7 +16,8 @@ void no_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 TORCH_LIBRARY_IMPL(r2dllm, CUDA, m) {
   for (const char* op : {"token_confidence", "window_pool", "positional_ambiguity",
-                         "update_stability_", "decode_step", "select", "row_stats",
+                         "update_stability_", "decode_step", "select", "decode_step.statistics",
+                         "select.statistics", "vocab_statistics", "merge_statistics", "row_stats",
                          "row_stats_backward", "row_stats_backward_", "sft_loss", "sft_reduce"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_cuda>());
   }

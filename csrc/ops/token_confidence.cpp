@@ -7,6 +7,7 @@
 
 #include "backend.h"
 #include "checks.h"
+#include "vocab_pass.h"
 
 namespace r2dllm {
 
@@ -29,6 +30,12 @@ Tensor vocab_pass_workspace(const Tensor& logits, [[maybe_unused]] const LogitsV
   return {};
 }
 
+Tensor candidate_flags(const std::optional<Tensor>& candidates, const Tensor& logits) {
+  if (candidates) return candidates->contiguous();
+  if (logits.is_cuda()) return {};
+  return at::ones(logits.sizes().slice(0, 2), logits.options().dtype(at::kBool));
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> token_confidence(const Tensor& logits,
@@ -37,21 +44,16 @@ std::tuple<Tensor, Tensor> token_confidence(const Tensor& logits,
   constexpr auto op = "token_confidence";
   check_logits(op, logits);
   const auto shape = logits.sizes().slice(0, 2);
-  if (candidates) {
-    check_device(op, "candidates", *candidates, logits, "logits");
-    check_dtype(op, "candidates", *candidates, at::kBool);
-    check_shape(op, "candidates", *candidates, shape, "[B, L]");
-  }
+  check_candidates(op, candidates, logits);
   TORCH_CHECK_VALUE(!exclude_id || (*exclude_id >= 0 && *exclude_id < logits.size(2)), op,
                     ": exclude_id takes a token id in [0, V = ", logits.size(2), ") or None, got ",
                     *exclude_id);
-  const Tensor rows =
-      candidates ? candidates->contiguous() : at::ones(shape, logits.options().dtype(at::kBool));
+  const Tensor rows = candidate_flags(candidates, logits);
   Tensor prediction = at::empty(shape, logits.options().dtype(at::kLong));
   Tensor confidence = at::empty(shape, logits.options().dtype(at::kFloat));
   const LogitsView view = view_logits(logits, exclude_id.value_or(-1), 0);
   const Tensor workspace = vocab_pass_workspace(logits, view);
-  const TokenConfidenceParams params{view, rows.const_data_ptr<bool>(),
+  const TokenConfidenceParams params{view, rows.defined() ? rows.const_data_ptr<bool>() : nullptr,
                                      prediction.mutable_data_ptr<int64_t>(),
                                      confidence.mutable_data_ptr<float>(),
                                      workspace.defined() ? workspace.mutable_data_ptr() : nullptr};

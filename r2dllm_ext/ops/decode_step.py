@@ -8,6 +8,7 @@ import torch
 from ..config import DecodeConfig
 from ..state import DecodeState
 from ._checks import is_tensor, same_device
+from .vocab_statistics import VocabStatistics
 
 
 class DecodeStep(NamedTuple):
@@ -20,7 +21,7 @@ class DecodeStep(NamedTuple):
 
 
 def decode_step(
-    logits: torch.Tensor,
+    logits: torch.Tensor | VocabStatistics,
     tokens: torch.Tensor,
     state: DecodeState,
     config: DecodeConfig,
@@ -35,7 +36,8 @@ def decode_step(
 
     Args:
         logits: [B, L, V] float32, bfloat16 or float16 (float64 on the CPU), row i for cell i;
-            last dimension of stride 1, any other strides, any alignment.
+            last dimension of stride 1, any other strides, any alignment. Or `VocabStatistics` of
+            logits that are spread over ranks; then `temperature` is 0 and `logits_shift` 0.
         tokens: [B, L] int64, the block; a strided view is fine. Written in place.
         state: of this block, [B, L], on the device of the logits; written in place. Call
             `state.reset()` when a new block begins.
@@ -66,12 +68,12 @@ def decode_step(
     >>> tokens, step.rule, step.remaining
     (tensor([[1, 3]]), tensor([[1, 0]], dtype=torch.uint8), tensor([1], dtype=torch.int32))
     """
-    op = torch.ops.r2dllm.decode_step.default
+    op = torch.ops.r2dllm.decode_step
     return _step(op, logits, tokens, state, config, candidates, logits_shift)
 
 
 def select(
-    logits: torch.Tensor,
+    logits: torch.Tensor | VocabStatistics,
     tokens: torch.Tensor,
     state: DecodeState,
     config: DecodeConfig,
@@ -89,7 +91,7 @@ def select(
     >>> tokens, step.rule
     (tensor([[3, 3]]), tensor([[2, 0]], dtype=torch.uint8))
     """
-    op = torch.ops.r2dllm.select.default
+    op = torch.ops.r2dllm.select
     return _step(op, logits, tokens, state, config, candidates, logits_shift)
 
 
@@ -101,15 +103,26 @@ def _step(op, logits, tokens, state, config, candidates, logits_shift) -> Decode
     except AttributeError:
         _reject(op, state, config)
         raise
-    if not (isinstance(logits, torch.Tensor) and isinstance(tokens, torch.Tensor)):
-        is_tensor(_name(op), logits=logits, tokens=tokens)
     if candidates is not None and not isinstance(candidates, torch.Tensor):
         is_tensor(_name(op), candidates=candidates)
-    return DecodeStep(*op(logits, tokens, *streaks, counters, candidates, logits_shift, *arguments))
+    if isinstance(logits, VocabStatistics):
+        values, dtype = logits
+        is_tensor(_name(op), tokens=tokens)
+        if logits_shift != 0:
+            raise ValueError(
+                f"{_name(op)}: logits_shift takes 0 with statistics, got {logits_shift!r}"
+            )
+        judged = op.statistics(values, tokens, *streaks, counters, candidates, dtype, *arguments)
+        return DecodeStep(*judged)
+    if not (isinstance(logits, torch.Tensor) and isinstance(tokens, torch.Tensor)):
+        is_tensor(_name(op), logits=logits, tokens=tokens)
+    return DecodeStep(
+        *op.default(logits, tokens, *streaks, counters, candidates, logits_shift, *arguments)
+    )
 
 
 def _name(op) -> str:
-    return op.name().split("::")[1]
+    return op.__name__
 
 
 def _reject(op, state, config) -> None:
@@ -136,3 +149,5 @@ def _fake_of(op: str):
 
 torch.library.register_fake("r2dllm::decode_step", _fake_of("decode_step"))
 torch.library.register_fake("r2dllm::select", _fake_of("select"))
+torch.library.register_fake("r2dllm::decode_step.statistics", _fake_of("decode_step"))
+torch.library.register_fake("r2dllm::select.statistics", _fake_of("select"))

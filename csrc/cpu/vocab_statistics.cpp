@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../ops/vocab_statistics.h"
+
+#include <ATen/Parallel.h>
+
+#include "vocab_pass.h"
+
+namespace r2dllm::cpu {
+
+void vocab_statistics(const VocabStatisticsParams& params) {
+  const int64_t cells = params.logits.batch * params.logits.length;
+  for (int64_t cell = 0; cell < cells; ++cell) {
+    store_statistics(params.statistics + cell * kStatistics, -INFINITY, 0.0, -1);
+  }
+  const VocabPass pass(params.logits, params.candidates);
+  constexpr int64_t kRowsWorthAThread = 16;
+  at::parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const VocabStats& stats = pass.stats(row);
+      int64_t id = -1;
+      double mass = stats.sum;  // 0 or NaN: no prediction
+      if (is_valid(stats)) {
+        const int64_t column = pass.argmax(row);
+        id = params.first_id + column;
+        mass = pass.mass(row, column);
+      }
+      store_statistics(params.statistics + pass.cell(row) * kStatistics, stats.max, mass, id);
+    }
+  });
+}
+
+void merge_statistics(const MergeStatisticsParams& params) {
+  for (int64_t cell = 0; cell < params.cells; ++cell) {
+    r2dllm::merge_statistics(
+        params.parts,
+        [&](int64_t part) {
+          return params.statistics + (part * params.cells + cell) * kStatistics;
+        },
+        params.merged + cell * kStatistics);
+  }
+}
+
+}  // namespace r2dllm::cpu

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// Drawing a token at temperature > 0: inverse CDF in the order of the vocabulary, by levels - a
+// slice by its mass, 512 bytes of it, 16 bytes of these, a column - so that of the row only one
+// slice is read again and one random number is spent. top-k and top-p first find the least logit
+// that they keep, by bisection of its bits: sums and counts alone, no sort and no atomics.
+#pragma once
+
+#include "../rules/decode_step.h"
+#include "../rules/random.h"
+#include "../rules/sampling.h"
+#include "vocab_merge.h"
+#include "vocab_slice.h"
+
+namespace r2dllm::cuda {
+
+// log2(e) / temperature; a temperature near 0 is the argmax.
+inline double tempering(const SamplingOptions& options) {
+  const double scale = kLog2eWide / options.temperature;
+  return scale < 1e30 ? scale : 1e30;
+}
+
+R2D_DEVICE int lowest_bit(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
+R2D_DEVICE int highest_bit(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return 31 - __clz(static_cast<int>(bits));
+#else
+  return 31 - __builtin_clz(bits);
+#endif
+}
+
+// The first lane whose cumulative mass exceeds `target`, which becomes the remainder within it.
+// Rounding may leave no such lane: then the last one of any mass.
+template <class Lane>
+R2D_DEVICE int choose_lane(Lane& lane, double mass, double& target) {
+  const int place = place_in_warp(lane);
+  double cumulative = mass;
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const double before = lane.shuffle(cumulative, place < offset ? place : place - offset);
+    if (place >= offset) cumulative += before;
+  }
+  const uint32_t beyond = lane.ballot(mass > 0.0 && target < cumulative),
+                 some = lane.ballot(mass > 0.0);
+  const int chosen = beyond != 0 ? lowest_bit(beyond) : some != 0 ? highest_bit(some) : 0;
+  const double before = lane.shuffle(cumulative, chosen > 0 ? chosen - 1 : 0);
+  target = beyond == 0 ? static_cast<double>(INFINITY) : chosen > 0 ? target - before : target;
+  return chosen;
+}
+
+struct DrawShared {
+  double mass[kWarp];  // of 512 bytes each, in the order of the vocabulary
+};
+
+struct Drawn {
+  int32_t id;
+  float confidence;  // untempered
+};
+
+static_assert(kLoads * kSliceThreads == kWarp * kWarp, "a warp chooses among a slice's parts");
+
+// kSliceThreads threads; one of them gets the token (id >= 0), the others id -1.
+template <class Format, class Lane>
+R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& row,
+                      const SlicePartial& merged, const SlicePartial* partial,
+                      const double* tempered, int64_t slices, float lowest, double scale,
+                      double uniform) {
+  // The total is 1 at least. A slice with less than this counts as nothing: its terms may all
+  // vanish in float32, and nothing must be drawn from there.
+  constexpr double kLeastMass = 1e-30;
+  const auto slice_mass = [&](int64_t i) {
+    if (!(tempered[i] > 0.0)) return 0.0;
+    const double mass = tempered[i] * weight(partial[i].max, merged.max, scale);
+    return mass > kLeastMass ? mass : 0.0;
+  };
+  // Every warp does the same up to here.
+  double total = 0.0;
+  for (int64_t i = place_in_warp(lane); i < slices; i += kWarp) total += slice_mass(i);
+  double target = uniform * warp_sum(lane, total);
+  int64_t begin = 0, end = slices;
+  do {
+    const int64_t share = (end - begin + kWarp - 1) / kWarp;
+    const int64_t from = begin + place_in_warp(lane) * share;
+    double mass = 0.0;
+    for (int64_t i = from; i < from + share && i < end; ++i) mass += slice_mass(i);
+    begin += choose_lane(lane, mass, target) * share;
+    end = begin + share < end ? begin + share : end;
+  } while (end - begin > 1);
+
+  // The slice again: 32 runs of 512 bytes, run g * warps + w by warp w.
+  constexpr int kWarps = kSliceThreads / kWarp;
+  const auto term = [&](float z) {
+    return z >= lowest ? lane.exp2((z - merged.max) * static_cast<float>(scale)) : 0.0f;
+  };
+  const int64_t first = begin * kSliceColumns<Format> + lane.thread() * kVector<Format>;
+  Words vectors[kLoads];
+  R2D_UNROLL
+  for (int g = 0; g < kLoads; ++g) {
+    vectors[g] = load_vector(lane, row, first + g * kSliceThreads * kVector<Format>);
+  }
+  double mass[kLoads];
+  R2D_UNROLL
+  for (int g = 0; g < kLoads; ++g) {
+    mass[g] = static_cast<double>(sum_of_terms<Format>(vectors[g], term));
+    const double of_warp = warp_sum(lane, mass[g]);
+    if (place_in_warp(lane) == 0) shared.mass[g * kWarps + warp_of(lane)] = of_warp;
+  }
+  lane.sync(kSliceThreads);
+  const int run = choose_lane(lane, shared.mass[place_in_warp(lane)], target);
+  double my_mass = 0.0;
+  Words vector = vectors[0];
+  R2D_UNROLL
+  for (int g = 0; g < kLoads; ++g) {
+    if (g == run / kWarps) {
+      my_mass = mass[g];
+      vector = vectors[g];
+    }
+  }
+  const int place = choose_lane(lane, my_mass, target);
+  if (warp_of(lane) != run % kWarps || place_in_warp(lane) != place) return {-1, 0.0f};
+
+  int chosen = 0;
+  float logit = merged.max;
+  bool open = true;
+  R2D_UNROLL
+  for (int i = 0; i < kVector<Format>; ++i) {
+    const float z = value<Format>(vector, i), m = term(z);
+    if (open && m > 0.0f) {
+      chosen = i;
+      logit = z;
+      open = !(target < static_cast<double>(m));
+      target -= static_cast<double>(m);
+    }
+  }
+  const int64_t column =
+      begin * kSliceColumns<Format> +
+      (static_cast<int64_t>(run / kWarps) * kSliceThreads + lane.thread()) * kVector<Format> +
+      chosen;
+  return {static_cast<int32_t>(column),
+          static_cast<float>(weight(logit, merged.max, kLog2eWide) / merged.mass)};
+}
+
+// Block = cell.
+template <class Format, class Lane, class IsCandidate>
+R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logits,
+                          const IsCandidate& is_candidate, const VocabWorkspace& workspace,
+                          double scale, uint64_t seed, const int64_t* counters, Drawn* drawn) {
+  const int64_t cell = lane.block(), slices = workspace.slices;
+  if (!is_candidate(cell)) return;
+  const SlicePartial* partial = workspace.partial + cell * slices;
+  const SlicePartial merged = merge_slices(lane, partial, slices);
+  if (!(merged.mass > 0.0)) return;
+  const int64_t* counter = counters + cell / logits.length * kCounters;
+  const Drawn result = draw<Format>(
+      lane, shared, row_of<Format>(logits, cell), merged, partial,
+      workspace.tempered + cell * slices, slices,
+      workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX, scale,
+      uniform(seed, counter[kRowId], counter[kStep], cell % logits.length, Draw::kToken));
+  if (result.id >= 0) drawn[cell] = result;
+}
+
+// ---- top-k and top-p ----------------------------------------------------------------------------
+
+constexpr int kCutoffThreads = 1024;
+
+struct CutoffShared {
+  double part[kCutoffThreads / kWarp];
+};
+
+template <class Lane>
+R2D_DEVICE double block_sum(Lane& lane, CutoffShared& shared, double x) {
+  const double of_warp = warp_sum(lane, x);
+  if (place_in_warp(lane) == 0) shared.part[warp_of(lane)] = of_warp;
+  lane.sync(kCutoffThreads);
+  const double total = warp_sum(lane, shared.part[place_in_warp(lane)]);
+  lane.sync(kCutoffThreads);
+  return total;
+}
+
+// Keys are unsigned integers that order like the logits; some are the bits of a NaN.
+R2D_DEVICE float logit_of(uint32_t key) {
+  return bit_cast<float>(ordered(static_cast<int32_t>(key ^ 0x80000000u)));
+}
+
+// Block = cell, kCutoffThreads threads: workspace.cutoff, and workspace.tempered of what is kept.
+template <class Format, class Lane, class IsCandidate>
+R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& logits,
+                            const IsCandidate& is_candidate, const VocabWorkspace& workspace,
+                            double scale, int64_t top_k, double top_p) {
+  const int64_t cell = lane.block(), slices = workspace.slices;
+  if (!is_candidate(cell)) return;
+  const SlicePartial* partial = workspace.partial + cell * slices;
+  const SlicePartial merged = merge_slices(lane, partial, slices);
+  if (!(merged.mass > 0.0)) return;
+  const VocabRow<Format> row = row_of<Format>(logits, cell);
+
+  // Sum of weight(logit) over logits in [begin, end) that are at least `lowest`.
+  const auto total = [&](int64_t begin, int64_t end, float lowest, auto weight) {
+    double sum = 0.0;
+    for (int64_t column = begin + lane.thread() * kVector<Format>; column < end;
+         column += kCutoffThreads * kVector<Format>) {
+      sum += static_cast<double>(sum_of_terms<Format>(
+          load_vector(lane, row, column), [&](float z) { return z >= lowest ? weight(z) : 0.0f; }));
+    }
+    return block_sum(lane, shared, sum);
+  };
+  const auto one = [](float) { return 1.0f; };
+  const auto term = [&](float z) {
+    return lane.exp2((z - merged.max) * static_cast<float>(scale));
+  };
+  // The greatest logit such that it and all above it weigh `enough`; `lowest` if all of these
+  // don't.
+  const auto least_of = [&](float lowest, double enough, auto weight) {
+    uint32_t key = 0;
+    for (int bit = 31; bit >= 32 - Format::kKeyBits; --bit) {
+      const uint32_t higher = key | 1u << bit;
+      const float candidate = logit_of(higher);
+      if (candidate <= lowest ||
+          (candidate > lowest && total(0, row.vocab, candidate, weight) >= enough)) {
+        key = higher;
+      }
+    }
+    const float found = logit_of(key);
+    return found > lowest ? found : lowest;
+  };
+
+  float lowest = -FLT_MAX;
+  if (top_k > 0) lowest = least_of(lowest, static_cast<double>(top_k), one);
+  if (top_p < 1.0) lowest = least_of(lowest, top_p * total(0, row.vocab, lowest, term), term);
+  if (lane.thread() == 0) workspace.cutoff[cell] = lowest;
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    const int64_t begin = slice * kSliceColumns<Format>,
+                  end = begin + kSliceColumns<Format> < row.vocab ? begin + kSliceColumns<Format>
+                                                                  : row.vocab;
+    const float max = partial[slice].max;
+    double mass = 0.0;
+    if (max >= lowest) {
+      mass = total(begin, end, lowest,
+                   [&](float z) { return lane.exp2((z - max) * static_cast<float>(scale)); });
+    }
+    if (lane.thread() == 0) workspace.tempered[cell * slices + slice] = mass;
+  }
+}
+
+}  // namespace r2dllm::cuda

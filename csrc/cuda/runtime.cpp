@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifdef R2DLLM_WITH_CUDA
+#include "runtime.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace r2dllm::cuda {
+
+cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+int major_capability() {
+  int device, major;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major;
+}
+
+void check(cudaError_t error) { C10_CUDA_CHECK(error); }
+
+}  // namespace r2dllm::cuda
+#endif

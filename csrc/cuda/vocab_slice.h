@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pass over V: one thread block per slice. A thread issues all its loads before it looks at the
+// first value, tracks no index, and meets the others of its block twice.
+//
+// Terms are exp(z - max of the slice) by one exp2 each; the greatest is 1 exactly, and -inf, +inf
+// and NaN lead to the right sums (0, NaN, NaN) without a branch.
+#pragma once
+
+#include "vocab_row.h"
+
+namespace r2dllm::cuda {
+
+struct SliceShared {
+  float max[kSliceThreads / kWarp];
+  int32_t first[kSliceThreads / kWarp];
+  double mass[kSliceThreads / kWarp];
+  double tempered[kSliceThreads / kWarp];
+};
+
+template <class Format, class Lane>
+R2D_DEVICE void load_slice(Lane& lane, const VocabRow<Format>& row, int64_t begin,
+                           Words (&vectors)[kLoads]) {
+  constexpr int64_t kStep = kSliceThreads * kVector<Format>;
+  const int64_t mine = begin + lane.thread() * kVector<Format>;
+  if (begin + kSliceColumns<Format> <= row.vocab && is_aligned(row.data + begin)) {
+    const auto* data = row.data + mine;
+    R2D_UNROLL
+    for (int g = 0; g < kLoads; ++g) vectors[g] = lane.load(data + g * kStep);
+  } else {
+    R2D_UNROLL
+    for (int g = 0; g < kLoads; ++g) vectors[g] = load_columns(lane, row, mine + g * kStep);
+  }
+  if (row.excluded >= begin && row.excluded < begin + kSliceColumns<Format>) {
+    R2D_UNROLL
+    for (int g = 0; g < kLoads; ++g) hide(row, mine + g * kStep, vectors[g]);
+  }
+}
+
+// In float32, as a tree: no chain of roundings.
+template <class Format, class Term>
+R2D_DEVICE float sum_of_terms(const Words& vector, Term term) {
+  float terms[kVector<Format>];
+  R2D_UNROLL
+  for (int i = 0; i < kVector<Format>; ++i) terms[i] = term(value<Format>(vector, i));
+  R2D_UNROLL
+  for (int width = kVector<Format> / 2; width > 0; width /= 2) {
+    R2D_UNROLL
+    for (int i = 0; i < width; ++i) terms[i] += terms[i + width];
+  }
+  return terms[0];
+}
+
+constexpr float kLog2eFloat = 1.44269502f;
+
+// Thread 0 gets the partial, and the tempered mass if kTempered. `scale` = log2(e) / temperature.
+template <class Format, bool kTempered, class Lane>
+R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const VocabRow<Format>& row,
+                                      int64_t begin, float scale, double* tempered) {
+  constexpr int kWarps = kSliceThreads / kWarp;
+  Words vectors[kLoads];
+  load_slice(lane, row, begin, vectors);
+  lane.release_next();
+
+  uint32_t pairs = Format::kNegativeInfinity;
+  R2D_UNROLL
+  for (int g = 0; g < kLoads; ++g) {
+    R2D_UNROLL
+    for (int w = 0; w < 4; ++w) pairs = Format::max(pairs, vectors[g].word[w]);
+  }
+  const float my_max = greatest<Format>(pairs);
+  const float max_of_warp = warp_max(lane, my_max);
+  if (place_in_warp(lane) == 0) shared.max[warp_of(lane)] = max_of_warp;
+  lane.sync(kSliceThreads);
+  float max = shared.max[0];
+  R2D_UNROLL
+  for (int w = 1; w < kWarps; ++w) max = fmaxf(max, shared.max[w]);
+
+  // If all is -inf, z - zero is not NaN but -inf.
+  const float zero = fmaxf(max, -FLT_MAX);
+  const auto term = [&](float z) { return lane.exp2((z - zero) * kLog2eFloat); };
+  double mass = 0.0, tempered_mass = 0.0;
+  R2D_UNROLL
+  for (int g = 0; g < kLoads; ++g) {
+    mass += static_cast<double>(sum_of_terms<Format>(vectors[g], term));
+    if constexpr (kTempered) {
+      tempered_mass += static_cast<double>(
+          sum_of_terms<Format>(vectors[g], [&](float z) { return lane.exp2((z - zero) * scale); }));
+    }
+  }
+
+  int32_t first = INT32_MAX;
+  if (my_max == max) {
+    int32_t found = 0;
+    Words winner = vectors[0];
+    R2D_UNROLL
+    for (int g = kLoads - 1; g >= 0; --g) {
+      uint32_t of_vector = vectors[g].word[0];
+      R2D_UNROLL
+      for (int w = 1; w < 4; ++w) of_vector = Format::max(of_vector, vectors[g].word[w]);
+      if (greatest<Format>(of_vector) == max) {
+        found = g;
+        winner = vectors[g];
+      }
+    }
+    // The vector with the greatest term again, in double: there a rounding of float32 would be as
+    // large as the last bit of the result.
+    mass -= static_cast<double>(sum_of_terms<Format>(winner, term));
+    const int32_t column = (found * kSliceThreads + lane.thread()) * kVector<Format>;
+    R2D_UNROLL
+    for (int i = kVector<Format> - 1; i >= 0; --i) {
+      const float z = value<Format>(winner, i);
+      mass += static_cast<double>(term(z));
+      if (z == max) first = column + i;
+    }
+  }
+
+  mass = warp_sum(lane, mass);
+  first = -lane.max(-first);
+  if constexpr (kTempered) tempered_mass = warp_sum(lane, tempered_mass);
+  if (place_in_warp(lane) == 0) {
+    shared.mass[warp_of(lane)] = mass;
+    shared.first[warp_of(lane)] = first;
+    if constexpr (kTempered) shared.tempered[warp_of(lane)] = tempered_mass;
+  }
+  lane.sync(kSliceThreads);
+  if (lane.thread() != 0) return {};
+  R2D_UNROLL
+  for (int w = 1; w < kWarps; ++w) {
+    mass += shared.mass[w];
+    first = shared.first[w] < first ? shared.first[w] : first;
+    if constexpr (kTempered) tempered_mass += shared.tempered[w];
+  }
+  if constexpr (kTempered) *tempered = tempered_mass;
+  return {mass, max, static_cast<int32_t>(begin) + first};
+}
+
+// Block `cell * slices + slice`. `is_candidate(cell)`: rows that are none are not read.
+template <class Format, bool kTempered, class Lane, class IsCandidate>
+R2D_DEVICE void slice_body(Lane& lane, SliceShared& shared, const LogitsView& logits,
+                           const IsCandidate& is_candidate, const VocabWorkspace& workspace,
+                           float scale) {
+  const auto block = static_cast<uint32_t>(lane.block()),
+             slices = static_cast<uint32_t>(workspace.slices);
+  const int64_t cell = block / slices, slice = block % slices;
+  if (!is_candidate(cell)) return;
+  double tempered;
+  const SlicePartial partial = slice_partial<Format, kTempered>(
+      lane, shared, row_of<Format>(logits, cell), slice * kSliceColumns<Format>, scale, &tempered);
+  if (lane.thread() != 0) return;
+  workspace.partial[lane.block()] = partial;
+  if constexpr (kTempered) workspace.tempered[lane.block()] = tempered;
+}
+
+}  // namespace r2dllm::cuda

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../ops/vocab_statistics.h"
+#include "row_confidence.h"
+#include "vocab_pass.cuh"
+
+namespace r2dllm::cuda {
+namespace {
+
+__global__ void __launch_bounds__(kCellThreads)
+    statistics_kernel(VocabStatisticsParams params, Flagged is_candidate,
+                      VocabWorkspace workspace) {
+  CudaLane lane;
+  statistics_body(lane, params, is_candidate, workspace);
+}
+
+__global__ void __launch_bounds__(kCellThreads) merge_kernel(MergeStatisticsParams params) {
+  CudaLane lane;
+  merge_statistics_body(lane, params);
+}
+
+}  // namespace
+
+void vocab_statistics(const VocabStatisticsParams& params) {
+  const int64_t cells = params.logits.batch * params.logits.length;
+  if (cells == 0) return;
+  const Flagged is_candidate{params.candidates};
+  const VocabWorkspace workspace{slices_of(params.logits),
+                                 static_cast<SlicePartial*>(params.workspace), nullptr, nullptr};
+  launch_slices(params.logits, is_candidate, workspace, 0.0);
+  Launch{blocks_for(cells, kCellsPerBlock), kCellThreads, 0, true}(statistics_kernel, params,
+                                                                   is_candidate, workspace);
+}
+
+void merge_statistics(const MergeStatisticsParams& params) {
+  if (params.cells == 0) return;
+  Launch{blocks_for(params.cells, kCellThreads), kCellThreads}(merge_kernel, params);
+}
+
+}  // namespace r2dllm::cuda

@@ -1,0 +1,819 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bodies of the CUDA kernels, lane by lane on the CPU: the pass over V against float64, all
+// that follows bit for bit against the CPU back end's own context, in several orders of lanes and
+// blocks.
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <random>
+
+#include "../cpu/row_context.h"
+#include "../cuda/row_confidence.h"
+#include "../cuda/row_rules.h"
+#include "../cuda/row_step.h"
+#include "../rules/exp2_term.h"
+#include "check.h"
+#include "fibre_lane.h"
+
+using namespace r2dllm;
+using namespace r2dllm::cuda;
+using test::FibreLane;
+
+namespace {
+
+// ---- logits
+// --------------------------------------------------------------------------------------
+
+uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
+
+// Rounded towards zero; values that the format has stay as they are.
+template <class Format>
+typename Format::Bits encode(float x);
+template <>
+uint32_t encode<Float32>(float x) {
+  return bits_of(x);
+}
+template <>
+uint16_t encode<BFloat16>(float x) {
+  return x != x ? 0x7FC0 : static_cast<uint16_t>(bits_of(x) >> 16);
+}
+template <>
+uint16_t encode<cuda::Half>(float x) {
+  const auto sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000);
+  const uint32_t magnitude = bits_of(x) & 0x7FFFFFFF;
+  if (x != x) return 0x7E00;
+  if (magnitude >= 0x47800000) return sign | (magnitude == 0x7F800000 ? 0x7C00 : 0x7BFF);
+  if (magnitude < 0x38800000) return sign;
+  return sign | static_cast<uint16_t>((magnitude >> 13) - (112 << 10));
+}
+
+constexpr LogitType type_of(Float32) { return LogitType::kFloat; }
+constexpr LogitType type_of(BFloat16) { return LogitType::kBFloat16; }
+constexpr LogitType type_of(cuda::Half) { return LogitType::kHalf; }
+
+// [batch, length, vocab] logits in a heap block that ends with the last one. `offset`: elements
+// before the first; `pad`: between rows.
+template <class Format>
+struct Logits {
+  using Bits = typename Format::Bits;
+  int64_t batch, length, vocab, offset, pitch;
+  std::unique_ptr<Bits[]> memory;
+  int64_t excluded = -1, shift = 0;
+
+  Logits(int64_t batch, int64_t length, int64_t vocab, int64_t offset = 0, int64_t pad = 0)
+      : batch(batch),
+        length(length),
+        vocab(vocab),
+        offset(offset),
+        pitch(vocab + pad),
+        memory(new Bits[static_cast<size_t>(offset + (batch * length - 1) * pitch + vocab)]) {}
+
+  void set(int64_t cell, int64_t column, float z) {
+    memory[static_cast<size_t>(offset + cell * pitch + column)] = encode<Format>(z);
+  }
+  double get(int64_t cell, int64_t column) const {
+    if (column == excluded) return -INFINITY;
+    return Format::value(memory[static_cast<size_t>(offset + cell * pitch + column)]);
+  }
+  LogitsView view() const {
+    return {memory.get() + offset,
+            type_of(Format()),
+            batch,
+            length,
+            vocab,
+            length * pitch,
+            pitch,
+            excluded,
+            shift};
+  }
+  int64_t slices() const { return (vocab + kSliceColumns<Format> - 1) / kSliceColumns<Format>; }
+  void fill(std::mt19937& random, float spread = 3.0f) {
+    std::normal_distribution<float> normal(0.0f, spread);
+    for (int64_t cell = 0; cell < batch * length; ++cell) {
+      for (int64_t i = 0; i < vocab; ++i) set(cell, i, normal(random));
+    }
+  }
+};
+
+// ---- the oracle
+// ----------------------------------------------------------------------------------
+
+struct Exact {
+  int64_t id = -1;
+  long double confidence = NAN;
+  double max = -INFINITY;
+};
+
+template <class Format>
+Exact exact(const Logits<Format>& logits, int64_t cell) {
+  Exact row;
+  for (int64_t i = 0; i < logits.vocab; ++i) {
+    const double z = logits.get(cell, i);
+    if (z != z || z == INFINITY) return {};
+    if (z > row.max) {
+      row.max = z;
+      row.id = i;
+    }
+  }
+  if (row.id < 0) return {};
+  long double sum = 0.0;
+  for (int64_t i = 0; i < logits.vocab; ++i) {
+    sum += std::exp(static_cast<long double>(logits.get(cell, i)) - row.max);
+  }
+  row.confidence = 1.0L / sum;
+  return row;
+}
+
+bool close(float got, long double want) {
+  if (want != want) return got != got;
+  int exponent;
+  std::frexp(static_cast<double>(want), &exponent);
+  return std::abs(static_cast<double>(got - want)) <= 2 * std::ldexp(1.0, exponent - 24);
+}
+
+// ---- launches
+// ------------------------------------------------------------------------------------
+
+struct Workspace {
+  std::unique_ptr<SlicePartial[]> partial;
+  std::unique_ptr<double[]> tempered;
+  std::unique_ptr<float[]> cutoff;
+  std::unique_ptr<Drawn[]> drawn;
+  VocabWorkspace view;
+
+  Workspace(int64_t rows, int64_t slices, const SamplingOptions& sampling = {0.0, 0, 1.0})
+      : partial(new SlicePartial[static_cast<size_t>(rows * slices)]),
+        view{slices, partial.get(), nullptr, nullptr} {
+    if (sampling.temperature == 0.0) return;
+    tempered.reset(new double[static_cast<size_t>(rows * slices)]);
+    drawn.reset(new Drawn[static_cast<size_t>(rows)]);
+    view.tempered = tempered.get();
+    if (sampling.top_k > 0 || sampling.top_p < 1.0) {
+      cutoff.reset(new float[static_cast<size_t>(rows)]);
+      view.cutoff = cutoff.get();
+    }
+  }
+};
+
+template <class Format, bool kTempered = false, class IsCandidate>
+void run_slices(const Logits<Format>& logits, const IsCandidate& is_candidate,
+                const VocabWorkspace& workspace, unsigned seed, double scale = 0.0) {
+  test::launch<SliceShared>(logits.batch * logits.length * workspace.slices, kSliceThreads, seed,
+                            sizeof(SliceShared), [&](FibreLane& lane, SliceShared* shared) {
+                              slice_body<Format, kTempered>(lane, *shared, logits.view(),
+                                                            is_candidate, workspace,
+                                                            static_cast<float>(scale));
+                            });
+}
+
+struct Confidences {
+  std::vector<int64_t> prediction;
+  std::vector<float> confidence;
+};
+
+// The second launch of token_confidence.
+template <class Format>
+Confidences merge_confidence(const Logits<Format>& logits, const bool* candidates,
+                             const VocabWorkspace& workspace, unsigned seed) {
+  const int64_t cells = logits.batch * logits.length;
+  Confidences result{std::vector<int64_t>(static_cast<size_t>(cells), 77),
+                     std::vector<float>(static_cast<size_t>(cells), 77)};
+  const TokenConfidenceParams params{logits.view(), candidates, result.prediction.data(),
+                                     result.confidence.data(), nullptr};
+  test::launch<char>((cells + kCellsPerBlock - 1) / kCellsPerBlock, kCellThreads, seed, 1,
+                     [&](FibreLane& lane, char*) {
+                       confidence_body(lane, params, Flagged{candidates}, workspace);
+                     });
+  return result;
+}
+
+template <class Format>
+Confidences run_confidence(const Logits<Format>& logits, const bool* candidates, unsigned seed) {
+  const Workspace workspace(logits.batch * logits.length, logits.slices());
+  run_slices(logits, Flagged{candidates}, workspace.view, seed);
+  return merge_confidence(logits, candidates, workspace.view, seed);
+}
+
+template <class Format>
+void check_confidence(const Logits<Format>& logits, const Confidences& got) {
+  for (int64_t cell = 0; cell < logits.batch * logits.length; ++cell) {
+    const Exact want = exact(logits, cell);
+    CHECK(got.prediction[static_cast<size_t>(cell)] == want.id);
+    CHECK(close(got.confidence[static_cast<size_t>(cell)], want.confidence));
+  }
+}
+
+template <class F>
+void for_each_format(F f) {
+  f(Float32());
+  f(BFloat16());
+  f(cuda::Half());
+}
+
+// ---- the pass over V
+// -----------------------------------------------------------------------------
+
+TEST(confidence_matches_float64_at_any_width_and_alignment) {
+  std::mt19937 random(1);
+  for_each_format([&](auto format) {
+    using Format = decltype(format);
+    for (int64_t vocab : {1, 2, 7, 127, 128, 1000, 4096, 8191, 8192, 8193, 20001}) {
+      for (int64_t offset : {0, 1, 3}) {
+        Logits<Format> logits(1, 2, vocab, offset, vocab % 3);
+        logits.fill(random, vocab % 2 ? 1.0f : 4.0f);
+        if (vocab > 2) logits.excluded = (vocab * 7 + 3) % vocab;
+        check_confidence(logits, run_confidence(logits, nullptr, static_cast<unsigned>(vocab)));
+      }
+    }
+  });
+}
+
+TEST(real_vocabularies) {
+  std::mt19937 random(2);
+  for (int64_t vocab : {126464, 126349, 152064}) {
+    Logits<BFloat16> logits(1, 1, vocab, vocab % 2);
+    logits.fill(random, 2.0f);
+    logits.excluded = 126336;
+    check_confidence(logits, run_confidence(logits, nullptr, 3));
+  }
+}
+
+TEST(a_confident_row_keeps_its_last_bits) {
+  std::mt19937 random(3);
+  for_each_format([&](auto format) {
+    using Format = decltype(format);
+    for (float spike : {2.0f, 6.0f, 8.0f, 9.0f, 10.0f, 12.0f, 16.0f}) {
+      for (int64_t at : {0, 5000, 9999}) {
+        Logits<Format> logits(1, 1, 10000);
+        logits.fill(random, 1.0f);
+        logits.set(0, at, spike);
+        check_confidence(logits, run_confidence(logits, nullptr, 4));
+      }
+    }
+  });
+}
+
+TEST(the_same_bits_in_any_order_place_and_batch) {
+  std::mt19937 random(4);
+  Logits<BFloat16> alone(1, 1, 9001), batch(2, 3, 9001, 1, 5);
+  alone.fill(random);
+  batch.fill(random);
+  for (int64_t i = 0; i < 9001; ++i) {
+    batch.set(4, i, static_cast<float>(alone.get(0, i)));
+  }
+  const Confidences want = run_confidence(alone, nullptr, 0);
+  for (unsigned seed : {1u, 2u, 3u}) {
+    const Confidences got = run_confidence(batch, nullptr, seed);
+    CHECK(got.prediction[4] == want.prediction[0]);
+    CHECK(got.confidence[4] == want.confidence[0]);
+  }
+}
+
+TEST(ties_go_to_the_lowest_id_and_share_exactly) {
+  for_each_format([&](auto format) {
+    using Format = decltype(format);
+    for (float top : {0.0f, 4.0f, -256.0f}) {
+      Logits<Format> logits(1, 1, 20000);
+      for (int64_t i = 0; i < 20000; ++i) logits.set(0, i, -30000.0f);
+      for (int64_t i : {8191, 8192, 16384, 19999}) logits.set(0, i, i == 16384 ? top : top + 0.0f);
+      if (top == 0.0f) logits.set(0, 16384, -0.0f);
+      const Confidences got = run_confidence(logits, nullptr, 5);
+      CHECK(got.prediction[0] == 8191);
+      CHECK(got.confidence[0] == 0.25f);
+    }
+    Logits<Format> level(1, 1, 4096);
+    for (int64_t i = 0; i < 4096; ++i) level.set(0, i, 1.5f);
+    CHECK(run_confidence(level, nullptr, 6).confidence[0] == 1.0f / 4096);
+  });
+}
+
+TEST(rows_without_a_prediction_and_infinite_logits) {
+  for_each_format([&](auto format) {
+    using Format = decltype(format);
+    constexpr int64_t vocab = 3 * kSliceColumns<Format> / 2;
+    for (int64_t at : {int64_t{0}, int64_t{100}, vocab / 2, vocab - 1}) {
+      Logits<Format> logits(1, 7, vocab, 0, 8);
+      for (int64_t cell = 0; cell < 7; ++cell) {
+        const float rest[] = {0.0f, -3.0f, -INFINITY, -INFINITY, -INFINITY, -INFINITY, 2.0f};
+        for (int64_t i = 0; i < vocab; ++i) logits.set(cell, i, rest[cell]);
+      }
+      logits.set(0, at, NAN);
+      logits.set(1, at, INFINITY);
+      logits.set(2, at, NAN);
+      logits.set(3, at, INFINITY);
+      logits.set(5, at, -5.0f);  // one finite logit; row 4 has none
+      const Confidences got = run_confidence(logits, nullptr, 7);
+      check_confidence(logits, got);
+      CHECK(got.confidence[5] == 1.0f);
+      CHECK(got.prediction[6] == 0);
+    }
+  });
+}
+
+TEST(huge_logits_stay_finite) {
+  for (float top : {1e30f, -1e30f, 3e38f, 8e5f, -3.3e38f}) {
+    Logits<Float32> logits(1, 1, 5000);
+    for (int64_t i = 0; i < 5000; ++i) logits.set(0, i, -3.4e38f);
+    logits.set(0, 3, top);
+    logits.set(0, 4500, top);
+    CHECK(run_confidence(logits, nullptr, 8).confidence[0] == 0.5f);
+  }
+}
+
+TEST(rows_that_are_no_candidates_are_not_read) {
+  std::mt19937 random(9);
+  Logits<BFloat16> logits(2, 2, 300);
+  logits.fill(random);
+  const bool candidates[] = {true, false, false, true};
+  for (int64_t i = 0; i < 300; ++i) logits.set(1, i, NAN);
+  const Confidences got = run_confidence(logits, candidates, 9);
+  CHECK(got.prediction[1] == -1 && got.confidence[1] == 0.0f);
+  CHECK(got.prediction[2] == -1 && got.confidence[2] == 0.0f);
+  CHECK(got.prediction[3] == exact(logits, 3).id);
+}
+
+// ---- a whole step
+// --------------------------------------------------------------------------------
+
+constexpr int64_t kMask = 3;
+
+StepOptions r2_options() {
+  StepOptions options{};
+  options.mask_id = kMask;
+  options.threshold = 0.9f;
+  options.factor = 1.0;
+  options.error_budget = 0.3;
+  options.window = 3;
+  options.spatial_threshold = 0.3f;
+  options.max_unmasked = 1;
+  options.token_cluster = TokenCluster::kConfidence;
+  options.min_run = 2;
+  options.temporal_steps = 2;
+  options.temporal_threshold = 0.2f;
+  options.seed = 5;
+  return options;
+}
+
+// All that a step reads and writes, beside the logits.
+struct StepMemory {
+  std::vector<int64_t> tokens, prediction, streak_id, counters;
+  std::vector<float> confidence, streak_sum, streak_max;
+  std::vector<int32_t> streak_count, remaining;
+  std::vector<uint8_t> rule;
+
+  StepMemory(int64_t batch, int64_t length) {
+    const auto cells = static_cast<size_t>(batch * length);
+    tokens.assign(cells, kMask);
+    prediction.assign(cells, 55);
+    streak_id.assign(cells, -1);
+    for (int64_t b = 0; b < batch; ++b) counters.insert(counters.end(), {b, 0, 0, -1});
+    confidence.assign(cells, 55);
+    streak_sum.assign(cells, 0);
+    streak_max.assign(cells, 0);
+    streak_count.assign(cells, 0);
+    remaining.assign(static_cast<size_t>(batch), 55);
+    rule.assign(cells, 55);
+  }
+
+  DecodeStepParams params(const LogitsView& logits, const StepOptions& options,
+                          const SamplingOptions& sampling, const double* statistics = nullptr) {
+    return {logits,
+            statistics,
+            options,
+            sampling,
+            nullptr,
+            tokens.data(),
+            logits.length,
+            1,
+            tokens.data(),
+            streak_count.data(),
+            streak_id.data(),
+            streak_sum.data(),
+            streak_max.data(),
+            counters.data(),
+            prediction.data(),
+            confidence.data(),
+            rule.data(),
+            remaining.data(),
+            nullptr};
+  }
+
+  bool operator==(const StepMemory& other) const {
+    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return std::equal(a.begin(), a.end(), b.begin(),
+                        [](float x, float y) { return x == y || (x != x && y != y); });
+    };
+    return tokens == other.tokens && prediction == other.prediction &&
+           streak_id == other.streak_id && counters == other.counters &&
+           same(confidence, other.confidence) && same(streak_sum, other.streak_sum) &&
+           same(streak_max, other.streak_max) && streak_count == other.streak_count &&
+           remaining == other.remaining && rule == other.rule;
+  }
+};
+
+Candidates candidates_of(const DecodeStepParams& params) {
+  return {nullptr,
+          params.tokens,
+          params.tokens_batch_stride,
+          params.tokens_length_stride,
+          params.logits.length,
+          params.options.mask_id};
+}
+
+void run_rows(const DecodeStepParams& params, const VocabWorkspace& workspace, const Drawn* drawn,
+              unsigned seed) {
+  const int64_t length = params.logits.length;
+  test::launch<unsigned char>(
+      params.logits.batch, row_block_threads(length), seed,
+      static_cast<size_t>(RowShared::bytes(length)), [&](FibreLane& lane, unsigned char* shared) {
+        row_body(lane, shared, params, candidates_of(params), workspace, drawn);
+      });
+}
+
+// One step as decode_step.cu launches it; what it drew stays in `workspace`.
+template <class Format>
+void run_step(const Logits<Format>& logits, StepMemory& memory, const StepOptions& options,
+              const SamplingOptions& sampling, const Workspace& workspace, unsigned seed) {
+  const DecodeStepParams params = memory.params(logits.view(), options, sampling);
+  const Candidates is_candidate = candidates_of(params);
+  const bool draws = sampling.temperature > 0.0;
+  const double scale = draws ? tempering(sampling) : 0.0;
+  if (draws && workspace.view.cutoff == nullptr) {
+    run_slices<Format, true>(logits, is_candidate, workspace.view, seed, scale);
+  } else {
+    run_slices(logits, is_candidate, workspace.view, seed);
+  }
+  if (workspace.view.cutoff != nullptr) {
+    test::launch<CutoffShared>(logits.batch * logits.length, kCutoffThreads, seed,
+                               sizeof(CutoffShared), [&](FibreLane& lane, CutoffShared* shared) {
+                                 cutoff_body<Format>(lane, *shared, logits.view(), is_candidate,
+                                                     workspace.view, scale, sampling.top_k,
+                                                     sampling.top_p);
+                               });
+  }
+  if (draws) {
+    test::launch<DrawShared>(logits.batch * logits.length, kSliceThreads, seed, sizeof(DrawShared),
+                             [&](FibreLane& lane, DrawShared* shared) {
+                               draw_body<Format>(lane, *shared, logits.view(), is_candidate,
+                                                 workspace.view, scale, options.seed,
+                                                 params.counters, workspace.drawn.get());
+                             });
+  }
+  run_rows(params, workspace.view, workspace.drawn.get(), seed);
+}
+
+// The CPU back end's way from the same judgements: `top` of every cell, `drawn` or the argmax.
+void run_rules_on_cpu(StepMemory& memory, const LogitsView& logits, const StepOptions& options,
+                      const std::vector<int64_t>& top_id, const std::vector<float>& top_confidence,
+                      const Drawn* drawn) {
+  const auto length = static_cast<size_t>(logits.length);
+  for (size_t b = 0; b < static_cast<size_t>(logits.batch); ++b) {
+    const size_t cell = b * length;
+    const std::unique_ptr<bool[]> masked(new bool[length]);
+    std::vector<uint64_t> keys(length);
+    std::vector<uint8_t> selected(length);
+    std::vector<int32_t> order(length);
+    std::vector<int64_t> ids(length, -1);
+    std::vector<float> confidences(length, 0.0f);
+    for (size_t i = 0; i < length; ++i) {
+      masked[i] = memory.tokens[cell + i] == kMask;
+      if (masked[i]) {
+        ids[i] = top_id[cell + i];
+        confidences[i] = top_confidence[cell + i];
+      }
+      const bool draws = masked[i] && drawn != nullptr && ids[i] >= 0;
+      memory.prediction[cell + i] = draws ? drawn[cell + i].id : ids[i];
+      memory.confidence[cell + i] =
+          round_to(draws ? drawn[cell + i].confidence : confidences[i], options.rounding);
+    }
+    const StepRow row{logits.length,
+                      ids.data(),
+                      confidences.data(),
+                      memory.prediction.data() + cell,
+                      memory.confidence.data() + cell,
+                      memory.rule.data() + cell,
+                      memory.remaining.data() + b,
+                      memory.tokens.data() + cell,
+                      1,
+                      memory.streak_count.data() + cell,
+                      memory.streak_id.data() + cell,
+                      memory.streak_sum.data() + cell,
+                      memory.streak_max.data() + cell,
+                      memory.counters.data() + b * kCounters,
+                      masked.get(),
+                      keys.data(),
+                      selected.data(),
+                      order.data()};
+    cpu::RowContext context;
+    RowStep<cpu::RowContext>(context, row, options).run();
+  }
+}
+
+// Logits whose predictions repeat along the row, with all degrees of confidence and a bad cell.
+template <class Format>
+void fill_block(Logits<Format>& logits, std::mt19937& random) {
+  std::uniform_real_distribution<float> spike(0.0f, 12.0f);
+  logits.fill(random, 1.0f);
+  for (int64_t cell = 0; cell < logits.batch * logits.length; ++cell) {
+    logits.set(cell, (cell / 2 * 5) % logits.vocab, spike(random));
+    if (cell % 17 == 16) logits.set(cell, 1, NAN);
+  }
+}
+
+constexpr SamplingOptions kGreedy{0.0, 0, 1.0};
+
+// From logits: all launches of a step.
+template <class Format>
+void check_steps(int64_t batch, int64_t length, const SamplingOptions& sampling, unsigned seed) {
+  std::mt19937 random(seed);
+  const StepOptions options = r2_options();
+  StepMemory got(batch, length), want(batch, length);
+  for (int step = 0; step < 3; ++step) {
+    Logits<Format> logits(batch, length, 40, step, 3);
+    logits.excluded = kMask;
+    logits.shift = step == 1;
+    fill_block(logits, random);
+    const Workspace workspace(batch * length, logits.slices(), sampling);
+    const std::vector<int64_t> tokens = got.tokens;
+    run_step(logits, got, options, sampling, workspace, seed + static_cast<unsigned>(step));
+    const std::unique_ptr<bool[]> masked(new bool[tokens.size()]);
+    for (size_t i = 0; i < tokens.size(); ++i) masked[i] = tokens[i] == kMask;
+    const Confidences top = merge_confidence(logits, masked.get(), workspace.view, seed);
+    run_rules_on_cpu(want, logits.view(), options, top.prediction, top.confidence,
+                     workspace.drawn.get());
+    CHECK(got == want);
+  }
+}
+
+TEST(a_step_is_bit_equal_to_the_cpu_after_the_pass) {
+  for (int64_t length : {1, 2, 33}) {
+    check_steps<BFloat16>(2, length, kGreedy, static_cast<unsigned>(length));
+    check_steps<Float32>(1, length, {1.0, 0, 1.0}, static_cast<unsigned>(length));
+  }
+}
+
+// From random judgements: the launch after the pass alone, several steps of a block.
+void check_rules(int64_t batch, int64_t length, const StepOptions& options, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto cells = static_cast<size_t>(batch * length);
+  const LogitsView shape{nullptr, LogitType::kFloat, batch, length, 0, 0, 0, -1, 0};
+  StepMemory got(batch, length), want(batch, length);
+  std::vector<double> statistics(cells * kStatistics);
+  std::vector<int64_t> ids(cells);
+  std::vector<float> confidences(cells);
+  const double levels[] = {0.05, 0.2, 0.25, 0.3, 0.5, 0.8, 0.9, 0.95, 1.0};
+  for (unsigned step = 0; step < 4; ++step) {
+    for (size_t i = 0; i < cells; ++i) {
+      const double p = levels[random() % 9];
+      const bool keeps = step > 0 && random() % 3 != 0;  // its prediction, for the streaks
+      const auto id = keeps ? static_cast<int64_t>(statistics[i * kStatistics + kTokenId])
+                            : static_cast<int64_t>(random() % 4);  // kMask is among them
+      const double mass = random() % 23 == 0 ? NAN : 1.0 / p;
+      store_statistics(statistics.data() + i * kStatistics, 1.0, mass, id);
+      const Top top = top_of(mass, id);
+      ids[i] = top.id;
+      confidences[i] = top.confidence;
+    }
+    run_rows(got.params(shape, options, kGreedy, statistics.data()), {}, nullptr, seed + step);
+    run_rules_on_cpu(want, shape, options, ids, confidences, nullptr);
+    CHECK(got == want);
+  }
+}
+
+TEST(the_rules_are_bit_equal_to_the_cpu_for_any_block_length) {
+  for (int64_t length : {1, 2, 31, 32, 33, 64, 100, 1000, 1024}) {
+    check_rules(2, length, r2_options(), static_cast<unsigned>(length));
+  }
+}
+
+TEST(the_rules_are_bit_equal_to_the_cpu_in_every_mode) {
+  unsigned seed = 0;
+  for (BaseRule base : {BaseRule::kThreshold, BaseRule::kSchedule, BaseRule::kFactor,
+                        BaseRule::kFirst, BaseRule::kBudget}) {
+    for (TokenCluster cluster : {TokenCluster::kOff, TokenCluster::kConfidence, TokenCluster::kMid,
+                                 TokenCluster::kRandom}) {
+      for (Rounding rounding : {Rounding::kNone, Rounding::kBFloat16}) {
+        StepOptions options = r2_options();
+        options.base = base;
+        options.token_cluster = cluster;
+        options.rounding = rounding;
+        options.steps_per_block = 4;
+        options.temporal_eval = static_cast<TemporalEval>(seed % 3);
+        options.window = seed % 4;
+        check_rules(1, seed % 2 ? 20 : 50, options, seed);
+        ++seed;
+      }
+    }
+  }
+}
+
+TEST(a_row_without_cells) {
+  StepMemory memory(1, 0);
+  const LogitsView shape{nullptr, LogitType::kFloat, 1, 0, 0, 0, 0, -1, 0};
+  run_rows(memory.params(shape, r2_options(), kGreedy), {}, nullptr, 1);
+  CHECK(memory.remaining[0] == 0);
+  CHECK(memory.counters[kStep] == 1);
+}
+
+TEST(a_step_from_statistics_of_shards) {
+  std::mt19937 random(12);
+  constexpr int64_t batch = 2, length = 20, vocab = 300;
+  Logits<Float32> logits(batch, length, vocab);
+  fill_block(logits, random);
+  logits.excluded = kMask;
+  StepMemory got(batch, length), want(batch, length);
+  run_step(logits, want, r2_options(), kGreedy, Workspace(batch * length, logits.slices()), 1);
+
+  const int64_t bounds[] = {0, 100, 101, 300};
+  constexpr int64_t parts = 3, cells = batch * length;
+  std::vector<double> statistics(parts * cells * kStatistics), merged(cells * kStatistics);
+  for (int64_t part = 0; part < parts; ++part) {
+    Logits<Float32> shard(batch, length, bounds[part + 1] - bounds[part]);
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      for (int64_t i = 0; i < shard.vocab; ++i) {
+        shard.set(cell, i, static_cast<float>(logits.get(cell, bounds[part] + i)));
+      }
+    }
+    const Workspace workspace(cells, shard.slices());
+    run_slices(shard, Flagged{nullptr}, workspace.view, 2);
+    const VocabStatisticsParams params{shard.view(), nullptr, bounds[part],
+                                       statistics.data() + part * cells * kStatistics, nullptr};
+    test::launch<char>((cells + kCellsPerBlock - 1) / kCellsPerBlock, kCellThreads, 2, 1,
+                       [&](FibreLane& lane, char*) {
+                         statistics_body(lane, params, Flagged{nullptr}, workspace.view);
+                       });
+  }
+  const MergeStatisticsParams merge{parts, cells, statistics.data(), merged.data()};
+  test::launch<char>(1, kCellThreads, 2, 1,
+                     [&](FibreLane& lane, char*) { merge_statistics_body(lane, merge); });
+  run_rows(got.params(logits.view(), r2_options(), kGreedy, merged.data()), {}, nullptr, 2);
+  CHECK(got.tokens == want.tokens);
+  CHECK(got.rule == want.rule);
+  for (size_t i = 0; i < cells; ++i) {
+    CHECK(close(got.confidence[i], want.confidence[i]));
+  }
+}
+
+// ---- drawing
+// -------------------------------------------------------------------------------------
+
+// The cumulative distribution in long double: where `u` falls, and how near to a border.
+template <class Format>
+std::pair<int64_t, long double> exact_draw(const Logits<Format>& logits, int64_t cell,
+                                           const SamplingOptions& sampling, double u) {
+  const double max = exact(logits, cell).max;
+  std::vector<double> sorted;
+  for (int64_t i = 0; i < logits.vocab; ++i) sorted.push_back(logits.get(cell, i));
+  std::sort(sorted.begin(), sorted.end(), std::greater<>());
+  const auto mass = [&](double z) {
+    return std::exp((static_cast<long double>(z) - max) / sampling.temperature);
+  };
+  double lowest = -FLT_MAX;
+  if (sampling.top_k > 0 && sampling.top_k < logits.vocab) {
+    lowest = std::max(lowest, sorted[static_cast<size_t>(sampling.top_k - 1)]);
+  }
+  long double total = 0.0, kept = 0.0;
+  for (double z : sorted) total += z >= lowest ? mass(z) : 0.0L;
+  if (sampling.top_p < 1.0) {
+    for (double z : sorted) {
+      kept += mass(z);
+      if (kept >= sampling.top_p * total) {
+        lowest = std::max(lowest, z);
+        break;
+      }
+    }
+  }
+  total = 0.0;
+  for (double z : sorted) total += z >= lowest ? mass(z) : 0.0L;
+  long double before = 0.0, margin = 1.0;
+  int64_t id = -1;
+  for (int64_t i = 0; i < logits.vocab; ++i) {
+    const double z = logits.get(cell, i);
+    if (!(z >= lowest)) continue;
+    before += mass(z);
+    margin = std::min(margin, std::abs(before / total - u));
+    if (id < 0 && before > u * total) id = i;
+  }
+  return {id, margin};
+}
+
+template <class Format>
+void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, unsigned seed) {
+  std::mt19937 random(seed);
+  constexpr int64_t batch = 2, length = 2;
+  Logits<Format> logits(batch, length, vocab, seed % 2);
+  logits.fill(random, spread);
+  logits.excluded = kMask;
+  StepOptions options = r2_options();
+  options.window = options.temporal_steps = 0;
+  options.token_cluster = TokenCluster::kOff;
+  options.threshold = 0.0f;
+  options.seed = seed;
+  StepMemory memory(batch, length);
+  memory.counters[kStep] = memory.counters[kCounters + kStep] = 9;
+  const Workspace workspace(batch * length, logits.slices(), sampling);
+  run_step(logits, memory, options, sampling, workspace, seed);
+  for (int64_t cell = 0; cell < batch * length; ++cell) {
+    const double u = uniform(seed, cell / length, 9, cell % length, Draw::kToken);
+    const auto [id, margin] = exact_draw(logits, cell, sampling, u);
+    const int64_t got = memory.tokens[static_cast<size_t>(cell)];
+    CHECK(got == id || margin < 1e-6L);
+    const Exact top = exact(logits, cell);
+    CHECK(close(memory.confidence[static_cast<size_t>(cell)],
+                top.confidence * std::exp(static_cast<long double>(logits.get(cell, got)) -
+                                          static_cast<long double>(top.max))));
+  }
+}
+
+TEST(a_token_is_drawn_by_the_inverse_of_the_distribution) {
+  unsigned seed = 20;
+  for (double temperature : {0.3, 1.0, 2.5, 1e-9}) {
+    for (int64_t vocab : {5, 300, 9001, 30000}) {
+      check_draws<BFloat16>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
+      if (vocab < 9001) check_draws<Float32>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
+    }
+  }
+}
+
+TEST(more_slices_than_a_warp_has_lanes) {
+  check_draws<Float32>({1.0, 0, 1.0}, 40 * kSliceColumns<Float32> + 17, 0.5f, 3);
+}
+
+TEST(top_k_and_top_p_keep_what_sorting_keeps) {
+  unsigned seed = 60;
+  for (int64_t top_k : {0, 1, 5, 5000}) {
+    for (double top_p : {0.05, 0.9, 1.0}) {
+      if (top_k == 0 && top_p == 1.0) continue;
+      check_draws<BFloat16>({0.8, top_k, top_p}, 500, 2.0f, ++seed);
+    }
+  }
+  check_draws<cuda::Half>({0.8, 20, 0.9}, 9000, 2.0f, ++seed);
+  check_draws<Float32>({1.5, 3, 0.7}, 5000, 2.0f, ++seed);
+}
+
+// ---- the rules alone
+// -----------------------------------------------------------------------------
+
+TEST(the_rules_alone_agree_with_a_loop) {
+  std::mt19937 random(30);
+  std::uniform_real_distribution<float> uniform01(0.0f, 1.0f);
+  for (int64_t length : {1, 5, 32, 70}) {
+    constexpr int64_t batch = 2;
+    const auto cells = static_cast<size_t>(batch * length);
+    std::vector<float> confidence(cells);
+    std::vector<int64_t> prediction(cells), rows{4, 9};
+    const std::unique_ptr<bool[]> masked(new bool[cells]), marked(new bool[cells]),
+        chosen(new bool[cells]), passes(new bool[static_cast<size_t>(length)]);
+    for (size_t i = 0; i < cells; ++i) {
+      confidence[i] = uniform01(random);
+      prediction[i] = static_cast<int64_t>(3 * uniform01(random));
+      masked[i] = uniform01(random) < 0.7f;
+    }
+    const WindowPoolParams pool{batch, length, confidence.data(), masked.get(), 3,
+                                0.5f,  1,      marked.get()};
+    test::launch<bool>(
+        batch, row_threads(length), 1, static_cast<size_t>(length),
+        [&](FibreLane& lane, bool* shared) { window_pool_body(lane, shared, pool); });
+    const PositionalAmbiguityParams ambiguity{batch,
+                                              length,
+                                              prediction.data(),
+                                              confidence.data(),
+                                              masked.get(),
+                                              0.5f,
+                                              2,
+                                              TokenCluster::kRandom,
+                                              7,
+                                              rows.data(),
+                                              3,
+                                              chosen.get()};
+    test::launch<char>(batch, row_threads(length), 1, 1,
+                       [&](FibreLane& lane, char*) { positional_ambiguity_body(lane, ambiguity); });
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t first = b * length;
+      std::vector<bool> want_chosen(static_cast<size_t>(length));
+      const auto in_run = [&](int64_t i) { return masked[static_cast<size_t>(first + i)]; };
+      const auto id = [&](int64_t i) { return prediction[static_cast<size_t>(first + i)]; };
+      const auto p = [&](int64_t i) { return confidence[static_cast<size_t>(first + i)]; };
+      for (int64_t i = 0; i < length; ++i) {
+        bool inside = false;
+        for (int64_t start = std::max<int64_t>(0, i - 2); start <= std::min(i, length - 3);
+             ++start) {
+          inside |= window_passes(start, 3, 1, 0.5f, Rounding::kNone, in_run, p);
+        }
+        CHECK(marked[static_cast<size_t>(first + i)] == (inside && in_run(i)));
+        if (!begins_run(i, in_run, id)) continue;
+        const int64_t cell =
+            chosen_cell(i, run_from(i, length, in_run, id, p), 2, 0.5f, TokenCluster::kRandom, p,
+                        [&] { return uniform(7, rows[static_cast<size_t>(b)], 3, i, Draw::kRun); });
+        if (cell >= 0) want_chosen[static_cast<size_t>(cell)] = true;
+      }
+      for (int64_t i = 0; i < length; ++i) {
+        CHECK(chosen[static_cast<size_t>(first + i)] == want_chosen[static_cast<size_t>(i)]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() { return test::run_all(); }
