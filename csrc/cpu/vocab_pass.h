@@ -24,7 +24,7 @@ class VocabPass {
   int64_t argmax(int64_t row) const;  // lowest index on ties
   float probability(int64_t row, int64_t column) const;
   VocabStats token_stats(int64_t row, int64_t column) const;  // of that logit alone
-  double mass(int64_t row, int64_t column) const;  // 1 / probability, not rounded
+  double mass(int64_t row, int64_t column) const;             // 1 / probability, not rounded
 
   int64_t logit_bytes() const { return bytes_; }
   int64_t slices() const { return slices_; }
