@@ -134,7 +134,7 @@ def problems(kernel: Kernel, arch: str, code: list[str] | None) -> list[str]:
         found.append(f"{kernel.registers} registers, takes at most {limits.registers}")
     if kernel.spills and arch == "90":
         found.append(f"{kernel.spills} bytes of registers are spilled")
-    if limits.wide_loads and kernel.stack:
+    if kernel.stack:
         found.append(f"{kernel.stack} bytes of local memory")
     if code is not None and limits.wide_loads:
         if (burst := longest_burst(code)) < limits.wide_loads:

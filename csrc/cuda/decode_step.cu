@@ -87,7 +87,11 @@ void decode_step(const DecodeStepParams& params) {
   const bool judges_logits = params.statistics == nullptr && cells > 0;
   if (judges_logits) {
     const double scale = draws ? tempering(sampling) : 0.0;
-    launch_slices(logits, is_candidate, workspace.vocab, restricts(sampling) ? 0.0 : scale);
+    if (draws && !restricts(sampling)) {
+      launch_slices<true>(logits, is_candidate, workspace.vocab, scale);
+    } else {
+      launch_slices(logits, is_candidate, workspace.vocab);
+    }
     with_format(logits.type, [&](auto format) {
       using Format = decltype(format);
       if (draws && restricts(sampling)) {

@@ -97,30 +97,19 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
   const auto term = [&](float z) {
     return z >= lowest ? lane.exp2((z - merged.max) * static_cast<float>(scale)) : 0.0f;
   };
-  const int64_t first = begin * kSliceColumns<Format> + lane.thread() * kVector<Format>;
-  Words vectors[kLoads];
+  constexpr int64_t kStep = kSliceThreads * kVector<Format>;
+  const int64_t mine = begin * kSliceColumns<Format> + lane.thread() * kVector<Format>;
   R2D_UNROLL
   for (int g = 0; g < kLoads; ++g) {
-    vectors[g] = load_vector(lane, row, first + g * kSliceThreads * kVector<Format>);
-  }
-  double mass[kLoads];
-  R2D_UNROLL
-  for (int g = 0; g < kLoads; ++g) {
-    mass[g] = static_cast<double>(sum_of_terms<Format>(vectors[g], term));
-    const double of_warp = warp_sum(lane, mass[g]);
+    const Words vector = load_vector(lane, row, mine + g * kStep);
+    const double of_warp = warp_sum(lane, static_cast<double>(sum_of_terms<Format>(vector, term)));
     if (place_in_warp(lane) == 0) shared.mass[g * kWarps + warp_of(lane)] = of_warp;
   }
   lane.sync(kSliceThreads);
   const int run = choose_lane(lane, shared.mass[place_in_warp(lane)], target);
-  double my_mass = 0.0;
-  Words vector = vectors[0];
-  R2D_UNROLL
-  for (int g = 0; g < kLoads; ++g) {
-    if (g == run / kWarps) {
-      my_mass = mass[g];
-      vector = vectors[g];
-    }
-  }
+  const int64_t column = mine + run / kWarps * kStep;
+  const Words vector = load_vector(lane, row, column);
+  const auto my_mass = static_cast<double>(sum_of_terms<Format>(vector, term));
   const int place = choose_lane(lane, my_mass, target);
   if (warp_of(lane) != run % kWarps || place_in_warp(lane) != place) return {-1, 0.0f};
 
@@ -137,11 +126,7 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
       target -= static_cast<double>(m);
     }
   }
-  const int64_t column =
-      begin * kSliceColumns<Format> +
-      (static_cast<int64_t>(run / kWarps) * kSliceThreads + lane.thread()) * kVector<Format> +
-      chosen;
-  return {static_cast<int32_t>(column),
+  return {static_cast<int32_t>(column + chosen),
           static_cast<float>(weight(logit, merged.max, kLog2eWide) / merged.mass)};
 }
 

@@ -39,16 +39,15 @@ __global__ void __launch_bounds__(kSliceThreads, 8)
   slice_body<Format, kTempered>(lane, shared, logits, is_candidate, workspace, scale);
 }
 
-// `scale`: log2(e) / temperature if workspace.tempered is asked for here, else 0.
-template <class IsCandidate>
+// `scale`: log2(e) / temperature, if kTempered.
+template <bool kTempered = false, class IsCandidate>
 void launch_slices(const LogitsView& logits, const IsCandidate& is_candidate,
-                   const VocabWorkspace& workspace, double scale) {
+                   const VocabWorkspace& workspace, double scale = 0.0) {
   const Launch launch{logits.batch * logits.length * workspace.slices, kSliceThreads};
   with_format(logits.type, [&](auto format) {
     using Format = decltype(format);
-    launch(scale == 0.0 ? slice_kernel<Format, false, IsCandidate>
-                        : slice_kernel<Format, true, IsCandidate>,
-           logits, is_candidate, workspace, static_cast<float>(scale));
+    launch(slice_kernel<Format, kTempered, IsCandidate>, logits, is_candidate, workspace,
+           static_cast<float>(scale));
   });
 }
 

@@ -26,7 +26,7 @@ void vocab_statistics(const VocabStatisticsParams& params) {
   const Flagged is_candidate{params.candidates};
   const VocabWorkspace workspace{slices_of(params.logits),
                                  static_cast<SlicePartial*>(params.workspace), nullptr, nullptr};
-  launch_slices(params.logits, is_candidate, workspace, 0.0);
+  launch_slices(params.logits, is_candidate, workspace);
   Launch{blocks_for(cells, kCellsPerBlock), kCellThreads, 0, true}(statistics_kernel, params,
                                                                    is_candidate, workspace);
 }
