@@ -11,26 +11,31 @@ from importlib.util import find_spec
 from . import ledger, models, reference
 from ._version import __version__
 from .config import DecodeConfig, Rule
+from .corruption import Corruption, corrupt
 from .models import load_model
 from .state import DecodeState
 
 __all__ = [
+    "Corruption",
     "DecodeConfig",
     "DecodeState",
     "DecodeStep",
     "Generation",
     "NoProgressError",
+    "RedundancyScore",
     "Rule",
     "StepEvent",
     "Trace",
     "__version__",
     "build_info",
+    "corrupt",
     "decode_step",
     "generate",
     "ledger",
     "load_model",
     "models",
     "positional_ambiguity",
+    "redundancy_score",
     "reference",
     "select",
     "token_confidence",
@@ -52,6 +57,7 @@ if find_spec("._built_with", __name__) is not None:
         update_stability_,
         window_pool,
     )
+    from .redundancy import RedundancyScore, redundancy_score
     from .trace import Trace
 else:
 
