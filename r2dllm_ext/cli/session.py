@@ -66,7 +66,7 @@ class Session:
         # Before the weights: what can be wrong without them should be said without them.
         config = options.decode_config(args)
         self._args = args
-        self.model = _load(args.model, _device(args.device), args.dtype)
+        self.model = _load(args.model, options.device(args.device), args.dtype)
         self.is_ledger = text.speaks_ledger(self.model)
         self.config = config.replace(mask_id=self._mask_id())
         self.gen_length = args.gen_length or (ANSWER_LENGTH if self.is_ledger else _GEN_LENGTH)
@@ -175,13 +175,3 @@ def _load(name: str, device: torch.device, dtype: str | None):
         return load_model(name, device=device, dtype=dtype and getattr(torch, dtype))
     except SafetensorError as error:
         raise ValueError(f"the weights of {name!r} can't be read: {error}") from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch sees no CUDA device")
-    return device
