@@ -233,8 +233,8 @@ class Trainer:
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm):
             raise ValueError(
-                f"training: at step {self.step + 1} the gradient is {norm}, the loss {float(loss)}. "
-                "The last checkpoint is as it was; try a lower learning_rate"
+                f"training: at step {self.step + 1} the gradient is {norm}, the loss {float(loss)}"
+                ". The last checkpoint is as it was; try a lower learning_rate"
             )
         self.optimizer.step()
         self.step += 1
@@ -270,6 +270,7 @@ class Trainer:
 
     def load(self, folder: Path, step: int) -> None:
         """Goes on from what `save` wrote after `step` updates, on any number of processes."""
+        self.optimizer.zero_grad()  # or torch would not prepare its state to be filled
         state = self._state()
         with _alone_is_fine():
             dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world == 1)
