@@ -86,7 +86,7 @@ def decode(
             stop_id=stop_id,
             trace=True,
         )
-        nfe = trace.masked.any(-1).sum(0)  # [S, B, L] -> [B]
+        nfe = trace.row_nfe()
         parts.append(Answers(trace.sequences[:, prompts.shape[1] :], nfe, trace.commit_rule))
         on_batch(len(nfe))
     return Answers(*map(torch.cat, zip(*parts, strict=True)))
@@ -239,7 +239,8 @@ def open_model(path: str | None) -> Transformer:
 
     state = torch.load(state_file, map_location="cpu", weights_only=True)
     model = Transformer(model_config(TrainConfig(**state["config"]), Tokenizer())).eval()
-    model.load_state_dict(state["model"])
+    averaged = {k[len("module.") :]: v for k, v in state["average"].items() if "." in k}
+    model.load_state_dict(averaged)
     return model
 
 

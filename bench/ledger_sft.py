@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does training on lean decodes save forwards? `python bench/ledger_sft.py --out DIR`.
 
-The bundled model decodes prompts of the ledger task by the threshold alone. Of the answers that the
-verifier accepts, half are trained on. Five arms, with the same number of examples, tokens and steps:
+The bundled model decodes prompts of the ledger task by the threshold alone. Of the answers that
+the verifier accepts, half are trained on. Five arms, the same number of examples, tokens and steps:
 
     base      not trained
     real      answers of the task's generator: what more training alone does
@@ -291,7 +291,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     for number, record in zip(numbers, part, strict=True)
                 }
     return {
-        "success": [verdict(arm, results[JUDGED_BY], nfe) for arm in ("lean", "certain")],
+        "success": [verdict(arm, results[JUDGED_BY], nfe) for arm in ARMS[3:]],
         "results": results,
         "curves": curves(models, tests, args) if args.curve_prompts else {},
         "calibration": {
@@ -423,7 +423,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--autocast", action="store_true", help="train in bfloat16")
     parser.add_argument("--curve-prompts", type=int,
-                        help="for other thresholds; 0 = no curves; default 128, quick 0")  # fmt: skip
+                        help="for other thresholds; 0 = none; default 128, quick 0")  # fmt: skip
     parser.add_argument("--calibration", type=int, default=256, help="held-out answers for it")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")

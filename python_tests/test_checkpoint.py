@@ -251,6 +251,10 @@ def test_broken_folders_say_what_is_broken(tmp_path):
     index.unlink()
     with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
         load_model(folder)
+    for damaged in (b"", b"not safetensors at all", bytes(64)):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a safetensors file"):
+            load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
         load_model(folder)
@@ -313,7 +317,7 @@ def test_hub_id_goes_through_snapshot_download(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="'some/one' is neither .* 404 not found"):
         load_model("some/one")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+    with pytest.raises(ImportError, match="pip install 'r2dllm_ext\\[hub\\]'"):
         load_model("some/one")
     with pytest.raises(FileNotFoundError, match="no folder '/no/such/folder'"):
         load_model("/no/such/folder")
@@ -322,7 +326,7 @@ def test_hub_id_goes_through_snapshot_download(tmp_path, monkeypatch):
 def test_missing_safetensors_is_explained(tmp_path, monkeypatch):
     write(tmp_path, DREAM, random_weights(DREAM))
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match="pip install safetensors"):
+    with pytest.raises(ImportError, match=r"pip install .r2dllm_ext\[models\]"):
         load_model(tmp_path)
 
 

@@ -541,8 +541,9 @@ def test_no_mask_id_anywhere(run, tmp_path):
 
 def test_broken_weights(run, ledger, tmp_path):
     (tmp_path / "config.json").write_bytes(open(f"{ledger}/config.json", "rb").read())
-    (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
-    fails(run("generate", "first", "--model", tmp_path), f"the weights of '{tmp_path}'")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"not a tensor")
+    fails(run("generate", "first", "--model", tmp_path), f"{weights} is not a safetensors file")
 
 
 def test_a_stuck_decode(run, tmp_path):

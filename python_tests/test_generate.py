@@ -140,7 +140,20 @@ def test_trace_tells_every_step():
     assert trace.commit_rule[0].tolist() == [2, 2, 2, 5] * 2
     assert trace.commit_step[0].tolist() == [0, 1, 2, 2, 3, 4, 5, 5]
     assert trace.rule_counts()[r2.Rule.TEMPORAL] == 2
+    assert trace.row_nfe().tolist() == [6]
     assert trace.sequences.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 1]]
+
+
+def test_row_nfe_is_that_of_a_decode_alone():
+    # Row 0 is sure at once, row 1 takes a step a token: together as many steps as row 1 alone.
+    class Unequal(Scripted):
+        def logits(self, ids, first_position):
+            logits = super().logits(ids, first_position)
+            logits[1] /= 10
+            return logits
+
+    result = run(Unequal([[1] * 8, [1, 2] * 4], 1), torch.tensor([[0], [1]]), trace=True)
+    assert result.trace.row_nfe().tolist() == [2, result.nfe] and result.nfe > 2
 
 
 def test_no_progress_says_where_and_loses_nothing():
@@ -218,3 +231,11 @@ def test_bad_prompt_and_bad_model():
     short = lambda ids: SimpleNamespace(logits=torch.zeros(1, 3, VOCAB))  # noqa: E731
     with pytest.raises(ValueError, match=r"has to return logits \[1, 9, V\], got \[1, 3, 10\]"):
         run(short, torch.tensor([[0]]))
+
+
+def test_a_mask_id_beyond_the_embedding_is_named():
+    model = r2.load_model("ledger")
+    rows = model.get_input_embeddings().num_embeddings
+    config = r2.DecodeConfig(rows)
+    with pytest.raises(ValueError, match=rf"mask_id takes an id in \[0, {rows}\).*got {rows}"):
+        r2.generate(model, torch.tensor([[0]]), gen_length=32, config=config)

@@ -272,7 +272,7 @@ def test_missing_tqdm_is_explained(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
-    with pytest.raises(ImportError, match="pip install tqdm"):
+    with pytest.raises(ImportError, match=r"pip install .r2dllm_ext\[cli\]"):
         threads = str(torch.get_num_threads())
         main(["--out", str(tmp_path), "--no-compile", "--stop", "0", "--threads", threads])
 

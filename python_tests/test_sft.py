@@ -227,21 +227,24 @@ def test_a_log_that_lost_lines_is_refused(tmp_path):
         sft.train(trainer(), tmp_path, save_every=3)
 
 
-def test_adapters(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters(tmp_path, dtype):
     pytest.importorskip("peft")
-    base = tiny()
+    base = tiny().to(dtype)
     save_model(base, tmp_path / "base")
     one = trainer(load_model(tmp_path / "base"), lora_rank=4)
     for _ in range(3):
         one.update()
     weights = one.trained_weights()
     assert weights and all("lora_" in name for name in weights)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
     sft.export(load_model(tmp_path / "base"), weights, one.training, tmp_path / "merged")
     merged, ids = load_model(tmp_path / "merged"), torch.arange(3, 20)[None]
     with torch.no_grad():
-        got, adapted, old = (m(ids).logits for m in (merged, one.model.eval(), base))
-    torch.testing.assert_close(got, adapted, rtol=1e-4, atol=1e-5)
-    assert (got - old).abs().max() > 1e-2
+        got, adapted, old = (m(ids).logits.float() for m in (merged, one.model.eval(), base))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1  # merged weights are rounded again
+    torch.testing.assert_close(got, adapted, rtol=tolerance, atol=tolerance)
+    assert (got - old).abs().max() > 0.3
 
 
 # ---- several processes -----------------------------------------------------------------------

@@ -109,6 +109,7 @@ def generate(
     (torch.Size([1, 35]), True)
     """
     _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask)
+    _check_mask_id(model, config)
     device = getattr(model, "device", prompt.device)
     batch, prompt_length = prompt.shape
     sequences = torch.full(
@@ -230,6 +231,20 @@ def _progress_bar(total: int):
             "generate: progress=True needs tqdm. Fix: pip install 'r2dllm_ext[cli]'"
         ) from error
     return tqdm(total=total, unit="tok", desc="generate")
+
+
+def _check_mask_id(model: Any, config: DecodeConfig) -> None:
+    # decode_step checks the id against the logits, but the embedding of the first forward meets it
+    # before, with an IndexError (an assertion on a device) that names nothing.
+    embeddings = getattr(model, "get_input_embeddings", None)  # the transformers convention
+    if embeddings is None:
+        return
+    rows = embeddings().weight.shape[0]
+    if config.mask_id >= rows:
+        raise ValueError(
+            f"generate: config.mask_id takes an id in [0, {rows}), the rows of the model's "
+            f"embedding, got {config.mask_id}"
+        )
 
 
 def _check(

@@ -89,7 +89,7 @@ def redundancy_score(
     by_rule = trace.commit_rule >= Rule.WINDOW
     inside = torch.arange(answer.shape[1]) < length[:, None]
     counts = {name: part.sum((0, 2)) for name, part in parts.items()}
-    counts["nfe_per_token"] = trace.masked.any(-1).sum(0)
+    counts["nfe_per_token"] = trace.row_nfe()
     counts["rule_count"] = (by_rule & inside).sum(1)
     tokens = length.clamp(min=1).double()
     return RedundancyScore(**{name: count / tokens for name, count in counts.items()})

@@ -46,6 +46,10 @@ class Trace:
         """S, the number of forwards."""
         return len(self.block)
 
+    def row_nfe(self) -> torch.Tensor:
+        """[B] int64: forwards at which a row had masked cells, what a decode of it alone takes."""
+        return self.masked.any(-1).sum(0)
+
     def rule_counts(self) -> dict[Rule, int]:
         """Positions committed by each rule, over all rows."""
         counts = torch.bincount(self.commit_rule.flatten().long(), minlength=len(Rule))

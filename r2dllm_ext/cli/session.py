@@ -13,6 +13,7 @@ import torch
 from ..config import DecodeConfig, Rule
 from ..generation import generate
 from ..ledger import ANSWER_LENGTH, Tokenizer, Verdict, verify
+from ..models import load_model
 from ..trace import Trace
 from . import options, text
 
@@ -66,7 +67,8 @@ class Session:
         # Before the weights: what can be wrong without them should be said without them.
         config = options.decode_config(args)
         self._args = args
-        self.model = _load(args.model, options.device(args.device), args.dtype)
+        dtype = args.dtype and getattr(torch, args.dtype)
+        self.model = load_model(args.model, device=options.device(args.device), dtype=dtype)
         self.is_ledger = text.speaks_ledger(self.model)
         self.config = config.replace(mask_id=self._mask_id())
         self.gen_length = args.gen_length or (ANSWER_LENGTH if self.is_ledger else _GEN_LENGTH)
@@ -160,18 +162,3 @@ class Session:
         rows = self.model.config.embedding_size
         if i >= rows:
             raise ValueError(f"{name}: token id {i}, the model takes 0..{rows - 1}")
-
-
-def _load(name: str, device: torch.device, dtype: str | None):
-    try:
-        from safetensors import SafetensorError
-
-        from ..models import load_model
-    except ImportError as error:
-        raise ImportError(
-            "to load a model needs safetensors: pip install 'r2dllm_ext[models]'"
-        ) from error
-    try:
-        return load_model(name, device=device, dtype=dtype and getattr(torch, dtype))
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {name!r} can't be read: {error}") from error

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..models import ModelConfig, Transformer, save_model
 from .task import ANSWER_LENGTH, OPERATIONS, Sample, encode_sample, make_sample, verify
@@ -44,6 +45,7 @@ class TrainConfig:
     learning_rate: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.05
+    ema_decay: float = 0.998  # of the averaged weights, the ones that are evaluated and exported
     digit_weight: float = 4.0
     iid_share: float = 0.25  # rows masked over the whole answer rather than in one block
     frontier_share: float = 0.4  # rows masked like a half-decoded block, see mask_answers
@@ -172,6 +174,8 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.tokenizer, self.step = config, Tokenizer(), 0
         self.model = Transformer(model_config(config, self.tokenizer)).init_weights(config.seed)
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.average = AveragedModel(self.model, multi_avg_fn=average)
         hidden = [p for p in self.model.blocks.parameters() if p.dim() == 2]
         others = [p for p in self.model.parameters() if all(p is not h for h in hidden)]
         lr = config.learning_rate
@@ -227,6 +231,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
+        self.average.update_parameters(self.model)
         self.step += 1
         return float(loss.detach()), lr
 
@@ -236,6 +241,7 @@ class Trainer:
             "config": asdict(self.config),
             "step": self.step,
             "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": torch.get_rng_state(),
         }
@@ -249,6 +255,7 @@ class Trainer:
         state = torch.load(path, map_location="cpu", weights_only=True)
         trainer = cls(TrainConfig(**state["config"]))
         trainer.model.load_state_dict(state["model"])
+        trainer.average.load_state_dict(state["average"])
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
@@ -262,6 +269,7 @@ class Trainer:
         before = state["config"] | {"step": state["step"]}
         trainer = cls(replace(config, init=json.dumps(before)))
         trainer.model.load_state_dict(state["model"])
+        trainer.average.module.load_state_dict(state["model"])
         return trainer
 
 
@@ -309,7 +317,7 @@ def run(
                 if trainer.step % eval_every == 0 or trainer.step == stop:
                     with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
                         accuracy, _ = evaluate(
-                            trainer.model, held_out, answer_length=config.answer_length
+                            trainer.average.module, held_out, answer_length=config.answer_length
                         )
                     record["accuracy"] = accuracy
                 record["seconds"] = round(time.perf_counter() - began, 1)
@@ -323,7 +331,7 @@ def run(
 
 def export(trainer: Trainer, folder: Path) -> None:
     """Writes the model as a LLaDA checkpoint, with its vocabulary and how it was trained."""
-    save_model(trainer.model, folder)
+    save_model(trainer.average.module, folder)
     tokenizer = trainer.tokenizer
     description = {
         "type": "one id a word, words parted by white space, numbers digit by digit",
@@ -343,7 +351,7 @@ def _bar(progress: bool, start: int, stop: int):
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError(
-            "r2dllm_ext.ledger.train shows progress with tqdm: pip install tqdm"
+            "r2dllm_ext.ledger.train shows progress with tqdm: pip install 'r2dllm_ext[cli]'"
         ) from error
     return tqdm(initial=start, total=stop, disable=not progress, mininterval=5, desc="ledger")
 
@@ -354,6 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
     parser.add_argument("--stop", type=int, help="end at this step, schedule unchanged")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
+    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size)
     parser.add_argument("--learning-rate", type=float, default=TrainConfig.learning_rate)
     parser.add_argument("--iid-share", type=float, default=TrainConfig.iid_share)
     parser.add_argument("--frontier-share", type=float, default=TrainConfig.frontier_share)
@@ -376,6 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = TrainConfig(
             seed=args.seed,
             steps=args.steps,
+            batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             compile=not args.no_compile,
             iid_share=args.iid_share,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -69,8 +70,9 @@ def load_model(
 
     Tensors go one by one from the file to `device` and `dtype`, so that the peak is the weights
     and one tensor. Raises `ValueError` naming key, file and shapes if the weights do not fit the
-    config, or field and value for a config that is not supported; `FileNotFoundError` if there is
-    no checkpoint; `ImportError` without safetensors, or huggingface_hub for a hub id.
+    config, the file if it is damaged, field and value for a config that is not supported;
+    `FileNotFoundError` if there is no checkpoint; `ImportError` without safetensors, or
+    huggingface_hub for a hub id.
 
     >>> load_model("ledger", dtype=torch.bfloat16).dtype
     torch.bfloat16
@@ -88,7 +90,7 @@ def load_model(
     # The embedding comes first: where no dtype is asked for, its own decides for all.
     for key, name in names.items():
         # A file is opened anew for each tensor: an open map would keep every page read so far.
-        with _safetensors().safe_open(sources[key], framework="pt") as file:
+        with _open(sources[key]) as file:
             stored = file.get_tensor(key)
         dtype = dtype or stored.dtype
         _assign(model, name, stored.to(device, dtype, copy=True))
@@ -164,13 +166,24 @@ def published_key(family: str, name: str) -> str:
     return f"{_KEYS[family][pattern].format(number)}.{leaf}"
 
 
+@contextlib.contextmanager
+def _open(path: Path):
+    """A safetensors file, read lazily; a damaged one is a `ValueError` that names it."""
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"load_model: {path} is not a safetensors file: {error}") from error
+
+
 def _safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
             "r2dllm_ext.models reads and writes checkpoints with safetensors: "
-            "pip install safetensors"
+            "pip install 'r2dllm_ext[models]'"
         ) from error
     return safetensors
 
@@ -187,7 +200,7 @@ def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     except ImportError as error:
         raise ImportError(
             f"load_model: there is no folder {name!r}, and to fetch it from the hub needs "
-            "huggingface_hub: pip install huggingface_hub"
+            "huggingface_hub: pip install 'r2dllm_ext[hub]'"
         ) from error
     try:
         wanted = ["config.json", "*.safetensors", _INDEX]
@@ -201,7 +214,7 @@ def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
 def _sources(folder: Path) -> dict[str, Path]:
     """Published key -> the file that holds it."""
     if (folder / _SINGLE).is_file():
-        with _safetensors().safe_open(folder / _SINGLE, framework="pt") as file:
+        with _open(folder / _SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / _SINGLE)
     if not (folder / _INDEX).is_file():
         raise FileNotFoundError(f"load_model: neither {_SINGLE} nor {_INDEX} in {str(folder)!r}")
@@ -219,7 +232,7 @@ def _check(folder: Path, sources: dict[str, Path], expected: dict[str, nn.Parame
     for path in sorted(set(sources.values())):
         if not path.is_file():
             raise FileNotFoundError(f"load_model: {_INDEX} names {path}, which does not exist")
-        with _safetensors().safe_open(path, framework="pt") as file:
+        with _open(path) as file:
             held = set(file.keys())
             for key in (k for k, source in sources.items() if source == path):
                 if key not in held:

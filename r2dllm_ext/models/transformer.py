@@ -202,6 +202,10 @@ class Transformer(nn.Module):
     def eos_id(self) -> int | None:
         return self.config.eos_id
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding, under the name that transformers gives it."""
+        return self.embed
+
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size

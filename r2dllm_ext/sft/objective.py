@@ -142,5 +142,10 @@ class Objective(nn.Module):
         hidden, _ = self.model.hidden_states(batch.ids, attention_mask=batch.keys)
         hidden = hidden.flatten(0, 1).index_select(0, batch.rows)
         return r2.linear_sft_loss(
-            hidden, self.model.lm_head_weight, batch.targets, batch.weights, **self.options
+            hidden,
+            self.model.lm_head_weight,
+            batch.targets,
+            batch.weights,
+            max_rows=len(batch.targets),  # known here, so CUDA need not count
+            **self.options,
         )

@@ -160,7 +160,7 @@ def _records(
     judge = DecodeConfig.r2(rollout.config.mask_id)
     scores = redundancy_score(trace, judge, stop_id=stop_id)
     answers: Tensor = trace.sequences[:, trace.prompt_length :]
-    nfe = trace.masked.any(-1).sum(0)
+    nfe = trace.row_nfe()
     records = []
     for row, (p, s) in enumerate(batch):
         ids = answers[row].tolist()

@@ -118,14 +118,19 @@ def add_lora(model: Transformer, rank: int, alpha: float) -> Any:
     except ImportError as error:
         raise ImportError("lora_rank > 0 needs peft: pip install 'r2dllm_ext[lora]'") from error
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(_LORA_TARGETS))
-    return LoraModel(model, config, "default")
+    tuner = LoraModel(model, config, "default")
+    for weight in model.parameters():
+        if weight.requires_grad:  # peft makes adapters in the precision of what they adapt
+            weight.data = weight.data.float()
+    return tuner
 
 
 class Trainer:
     """Model, optimiser and step counter.
 
     Args:
-        model: its weights are trained in place. Floating point of 32 bits, adapters aside.
+        model: its weights are trained in place, and should be float32: a small update is lost on
+            bfloat16. Adapters are float32, whatever the frozen weights are.
         examples: at least one; every example is met once before any is met again.
         training: what the result depends on.
         mask_id, block_length, logits_shift: as in decoding.
