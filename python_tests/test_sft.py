@@ -242,9 +242,9 @@ def test_adapters(tmp_path, dtype):
     merged, ids = load_model(tmp_path / "merged"), torch.arange(3, 20)[None]
     with torch.no_grad():
         got, adapted, old = (m(ids).logits.float() for m in (merged, one.model.eval(), base))
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1  # merged weights are rounded again
-    torch.testing.assert_close(got, adapted, rtol=tolerance, atol=tolerance)
-    assert (got - old).abs().max() > 0.3
+    rounded = 1e-3 if dtype == torch.float32 else 0.2  # merged weights are rounded once more
+    assert (got - adapted).norm() < rounded * (adapted - old).norm()
+    assert (adapted - old).abs().max() > 0.3
 
 
 # ---- several processes -----------------------------------------------------------------------

@@ -98,13 +98,8 @@ def settle_lines(path: Path, records: list[dict[str, Any]]) -> None:
         )
 
 
-def replace_folder(part: Path, folder: Path) -> None:
-    """Moves a finished folder to its place, where there is none of that name."""
-    os.replace(part, folder)
-
-
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that a half-removed one is not taken for whole."""
+    """Removes a folder, if it is there, so that a half-removed one is not taken for whole."""
     if folder.exists():
         doomed = folder.with_name(folder.name + ".part")
         if doomed != folder and not doomed.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from .artefacts import (
     read_json,
     read_lines,
     remove_folder,
-    replace_folder,
     settle,
     settle_lines,
     write_json,
@@ -118,6 +118,9 @@ def run(
             Example(prompts[r["prompt"]].ids, r["token_ids"], r["commit_step"]) for r in selected
         ]
         _train(load, examples, recipe, folder, micro_batch_size, parallel, save_every, progress)
+    if ranks.is_first:  # here, as a run may have been killed right after its last export
+        for checkpoint in (folder / "train").glob("step-*"):
+            remove_folder(checkpoint)
     tuned = load(folder / "model")
     _evaluate(tuned, "tuned", recipe, evaluate_on, folder, decoding)
     summary = {
@@ -215,8 +218,6 @@ def _train(
     gc.collect()
     if ranks.is_first:
         export(load.plain(), weights, training, folder / "model")
-        for checkpoint in (folder / "train").glob("step-*"):
-            remove_folder(checkpoint)
     ranks.wait()
 
 
@@ -233,7 +234,7 @@ def export(
     part = folder.with_name(folder.name + ".part")
     remove_folder(part)
     save_model(model, part)
-    replace_folder(part, folder)
+    os.replace(part, folder)
 
 
 def _evaluate(

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..models import Transformer
-from .artefacts import remove_folder, replace_folder, write_text
+from .artefacts import remove_folder, write_text
 from .objective import Batch, Example, Masking, Objective, make_batch
 from .progress import bar
 from .ranks import current_ranks
@@ -270,7 +271,7 @@ class Trainer:
             dcp.save(self._state(), checkpoint_id=part, no_dist=self.ranks.world == 1)
         self.ranks.wait()
         if self.ranks.is_first:
-            replace_folder(part, folder)
+            os.replace(part, folder)
         self.ranks.wait()
 
     def load(self, folder: Path, step: int) -> None:
