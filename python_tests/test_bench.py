@@ -286,6 +286,9 @@ def test_quick_run(r2, tmp_path):
         ("ledger_decode", ("--model", "no/such/folder/here"), "no folder"),
         ("ledger_decode", ("--prompts", "1"), "--prompts takes"),
         ("ledger_decode", ("--prompts", "8", "--curve-prompts", "9"), "--curve-prompts takes"),
+        ("ledger_sft", (), "--out"),
+        ("ledger_sft", ("--out", "x", "--steps", "0"), "--steps takes"),
+        ("ledger_sft", ("--out", "x", "--seeds", "3", "--prompts", "5"), "--prompts takes"),
     ],
 )
 def test_errors_are_one_line(r2, monkeypatch, capsys, script, arguments, message):
@@ -375,3 +378,73 @@ def test_presets_lie_on_their_curves():
     assert [name for name, _, preset in settings(True) if preset] == list(METHODS)
     assert all(preset for *_, preset in settings(False))
     assert OFF.items() <= vars(DecodeConfig.vanilla(2)).items()
+
+
+# ---- fine-tuning on the ledger ---------------------------------------------------------------
+
+
+def test_seeds_share_out_the_test_prompts():
+    from ledger_sft import share
+
+    parts = [share(10, seed, 3) for seed in range(3)]
+    assert sorted(sum(parts, [])) == list(range(10))
+    assert [len(part) for part in parts] == [4, 3, 3]
+
+
+def test_all_arms_train_alike_but_for_the_certainty():
+    from ledger_sft import ARMS, parse, training_of
+
+    args = parse(["--out", "x"])
+    plain = {arm: training_of(arm, 2, args) for arm in ARMS[1:]}
+    assert plain["real"] == plain["random"] == plain["lean"]
+    assert plain["certain"].entropy_weight > 0 and plain["lean"].entropy_weight == 0
+    assert (args.seeds, args.prompts) == (3, 512)
+
+
+def test_calibration_error():
+    from ledger_sft import reliability
+
+    confidence = torch.tensor([0.95] * 10 + [0.5] * 4 + [1.0])
+    right = torch.tensor([True] * 8 + [False] * 2 + [True, False, True, False] + [True])
+    got = reliability(confidence, right)
+    # Bins of 1/15: [0.933, 1] holds 11 cells of mean 0.9545 with 9 right, [0.467, 0.533) four.
+    assert got["bins"] == [[4, 0.5, 0.5], [11, 0.9545, 0.8182]]
+    assert got["ece"] == pytest.approx(11 / 15 * (0.9545 - 0.8182), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "lean_nfe, lean_right, random_nfe, failed",
+    [
+        (7.0, 60, 9.0, None),
+        (9.0, 60, 9.5, "saves_20_percent"),
+        (7.0, 40, 9.0, "accuracy_within_base_interval"),
+        (7.0, 60, 7.0, "fewer_forwards_than_random"),
+    ],
+)
+def test_success_is_what_was_stated(lean_nfe, lean_right, random_nfe, failed):
+    from harness import wilson
+    from ledger_sft import verdict
+
+    n = 100
+    results = {
+        "base": {"nfe": 10.0, "accuracy": 0.6, "wilson95": wilson(60, n)},
+        "lean": {"nfe": lean_nfe, "accuracy": lean_right / n},
+    }
+    nfe = {"lean": {i: lean_nfe + i % 2 for i in range(n)},
+           "random": {i: random_nfe + i % 2 - 0.5 * (i % 3 == 0) for i in range(n)}}  # fmt: skip
+    if failed == "fewer_forwards_than_random":
+        nfe["random"] = nfe["lean"]
+    got = verdict("lean", results, nfe)
+    checks = ("saves_20_percent", "accuracy_within_base_interval", "fewer_forwards_than_random")
+    assert {name: got[name] for name in checks} == {name: name != failed for name in checks}
+    assert got["success"] == (failed is None)
+
+
+def test_calibration_reads_the_cells_that_are_masked(r2):
+    from ledger_sft import calibration
+
+    from r2dllm_ext.ledger import ANSWER_LENGTH, load
+
+    confidence, right = calibration(load(), 2)
+    assert len(confidence) == len(right) == 2 * 32 and ANSWER_LENGTH == 96
+    assert ((confidence > 0) & (confidence <= 1)).all() and 0.3 < right.double().mean() < 1

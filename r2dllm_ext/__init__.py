@@ -11,15 +11,18 @@ from importlib.util import find_spec
 from . import ledger, models, reference
 from ._version import __version__
 from .config import DecodeConfig, Rule
+from .corruption import Corruption, corrupt
 from .models import load_model
 from .state import DecodeState
 
 __all__ = [
+    "Corruption",
     "DecodeConfig",
     "DecodeState",
     "DecodeStep",
     "Generation",
     "NoProgressError",
+    "RedundancyScore",
     "RowStats",
     "Rule",
     "StepEvent",
@@ -28,6 +31,7 @@ __all__ = [
     "__version__",
     "all_gather_statistics",
     "build_info",
+    "corrupt",
     "decode_step",
     "generate",
     "ledger",
@@ -36,6 +40,7 @@ __all__ = [
     "merge_statistics",
     "models",
     "positional_ambiguity",
+    "redundancy_score",
     "reference",
     "row_stats",
     "select",
@@ -68,6 +73,7 @@ if find_spec("._built_with", __name__) is not None:
         vocab_statistics,
         window_pool,
     )
+    from .redundancy import RedundancyScore, redundancy_score
     from .trace import Trace
 else:
 

@@ -19,6 +19,7 @@ examples:
   r2dllm generate --file prompts.txt --preset budget --error-budget 0.2 --json
   r2dllm generate --model GSAI-ML/LLaDA-8B-Instruct --device cuda --chat 'Why is the sky blue?'
   r2dllm trace --preset fast_dllm --out fast.png
+  r2dllm sft --out run --learning-rate 3e-4 --steps 200
 """
 
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import demo, generate, trace
+    from . import demo, generate, sft, trace
 
     parser = _Parser(
         prog="r2dllm",
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"r2dllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in (demo, generate, trace):
+    for command in (demo, generate, trace, sft):
         command.add_parser(commands)
     return parser
 

@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..config import DecodeConfig
 from ..model_driver import CACHES
 
@@ -40,6 +42,17 @@ def reader(kind: type, *, optional: bool = False) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"takes {takes}, got {text!r}") from None
 
     return read
+
+
+def device(name: str) -> torch.device:
+    """The device of that name; ValueError if there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch sees no CUDA device")
+    return device
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, text: bool = True) -> None:

@@ -68,7 +68,7 @@ class Session:
         config = options.decode_config(args)
         self._args = args
         dtype = args.dtype and getattr(torch, args.dtype)
-        self.model = load_model(args.model, device=_device(args.device), dtype=dtype)
+        self.model = load_model(args.model, device=options.device(args.device), dtype=dtype)
         self.is_ledger = text.speaks_ledger(self.model)
         self.config = config.replace(mask_id=self._mask_id())
         self.gen_length = args.gen_length or (ANSWER_LENGTH if self.is_ledger else _GEN_LENGTH)
@@ -162,13 +162,3 @@ class Session:
         rows = self.model.config.embedding_size
         if i >= rows:
             raise ValueError(f"{name}: token id {i}, the model takes 0..{rows - 1}")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch sees no CUDA device")
-    return device

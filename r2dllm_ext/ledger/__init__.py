@@ -15,6 +15,7 @@ from .task import (
     make_sample,
     parse_prompt,
     verify,
+    verify_record,
 )
 from .tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ __all__ = [
     "make_sample",
     "parse_prompt",
     "verify",
+    "verify_record",
 ]
 
 MODEL_PATH = Path(__file__).parent / "model"

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .tokenizer import END, ORDINALS, Tokenizer
 
@@ -175,6 +175,11 @@ def verify(problem: Problem | str, answer: str) -> Verdict:
     if final != values[-1]:
         return Verdict(False, steps, f"final value is {final}, expected {values[-1]}")
     return Verdict(True)
+
+
+def verify_record(record: dict[str, Any], answer: str) -> bool:
+    """`verify` as a verifier of `r2dllm sft`: `record["prompt"]` is the text of a prompt."""
+    return verify(record["prompt"], answer).correct
 
 
 def _pick(rng: Random, options: Sequence[T]) -> T:

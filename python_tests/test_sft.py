@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fine-tuning pipeline: its parts, a whole run, a killed one, several processes, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from r2dllm_ext import DecodeConfig, generate, load_model, sft
+from r2dllm_ext.cli import main
+from r2dllm_ext.ledger import Tokenizer
+from r2dllm_ext.models import ModelConfig, Transformer, save_model
+from r2dllm_ext.sft.artefacts import read_lines
+from r2dllm_ext.sft.selection import spearman
+from r2dllm_ext.sft.training import example_order, last_step
+
+WORDS = Tokenizer()
+MASK, END, VOCAB, L = WORDS.mask_id, WORDS.end_id, len(WORDS), 8
+
+
+def tiny(family: str = "llada", seed: int = 5, **changes) -> Transformer:
+    """A random model with the ledger's vocabulary."""
+    shape = {
+        "vocab_size": VOCAB, "width": 32, "layers": 2, "heads": 2, "mlp_width": 32,
+        "mask_id": MASK, "eos_id": END, "pad_id": WORDS.pad_id, "max_length": 64,
+    }  # fmt: skip
+    config = ModelConfig(family, **{**shape, **changes})
+    return Transformer(config).init_weights(seed, std=0.3)
+
+
+def examples(n: int = 5, answer: int = 16) -> list[sft.Example]:
+    """Prompts of different lengths and random answers."""
+    g = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, VOCAB, (length,), generator=g).tolist()
+
+    steps = torch.randint(0, 12, (n, answer), generator=g).tolist()
+    return [sft.Example(ids(3 + i % 3), ids(answer), steps[i]) for i in range(n)]
+
+
+def trainer(model=None, data=None, *, micro_batch_size=None, parallel="ddp", **changes):
+    options = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup": 2} | changes
+    return sft.Trainer(
+        model or tiny(), data or examples(), sft.Training(**options), mask_id=MASK,
+        block_length=L, micro_batch_size=micro_batch_size, parallel=parallel,
+    )  # fmt: skip
+
+
+def gradients(one: sft.Trainer) -> dict[str, torch.Tensor]:
+    """By names of the model's weights, whole."""
+    one.gradients()
+    found = {}
+    for name, weight in one.objective.named_parameters():
+        gradient = weight.grad
+        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        found[name.removeprefix("module.").removeprefix("model.")] = gradient.detach().clone()
+    return found
+
+
+# ---- select ----------------------------------------------------------------------------------
+
+
+def rollout(prompt, sample, total, *, correct=True, complete=True, length=10, nfe=5):
+    score = {"total": total, "temporal": total, "window": 0.0, "ambiguity": 0.0,
+             "nfe_per_token": nfe / length, "rule_count": 0.0}  # fmt: skip
+    return {"prompt": prompt, "sample": sample, "score": score, "correct": correct,
+            "complete": complete, "length": length, "nfe": nfe}  # fmt: skip
+
+
+POOL = [
+    rollout(0, 0, 3.0), rollout(0, 1, 1.0, nfe=8), rollout(1, 0, 0.1, correct=False),
+    rollout(1, 1, 2.0, length=4), rollout(2, 0, 0.2, complete=False), rollout(3, 0, 1.5),
+    rollout(4, 0, 1.0), rollout(5, 0, 4.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, chosen",
+    [
+        ({}, [(0, 1), (4, 0), (3, 0)]),  # 5 prompts are left, half of them rounded up
+        ({"quantile": 0.2}, [(0, 1)]),
+        ({"quantile": 1.0}, [(0, 1), (4, 0), (3, 0), (1, 1), (5, 0)]),
+        ({"filter": "none", "quantile": 0.2}, [(1, 0)]),
+        ({"order": "length", "quantile": 0.2}, [(1, 1)]),
+        ({"order": "nfe", "quantile": 1.0}, [(0, 0), (1, 1), (3, 0), (4, 0), (5, 0)]),
+    ],
+)
+def test_selection(options, chosen):
+    records, report = sft.select_rollouts(POOL, sft.Selection(**options))
+    assert [(r["prompt"], r["sample"]) for r in records] == chosen
+    assert report["selected"] == len(chosen) and report["answers"] == 8
+
+
+def test_random_selection_hangs_on_seed_and_answer_alone():
+    def chosen(pool, seed):
+        records, _ = sft.select_rollouts(pool, sft.Selection(order="random", seed=seed))
+        return {(r["prompt"], r["sample"]) for r in records}
+
+    assert chosen(POOL, 0) == chosen(POOL[::-1], 0)
+    assert len({frozenset(chosen(POOL, seed)) for seed in range(8)}) > 1
+
+
+@pytest.mark.parametrize(
+    "pool, options, message",
+    [
+        ([], {}, "nothing to train on: of 0 answers 0 are complete"),
+        ([rollout(0, 0, 1.0, correct=False)], {}, "1 are complete and 0 of these correct"),
+        ([rollout(0, 0, 1.0, correct=None)], {}, "There was no verifier"),
+        ([rollout(0, 0, 1.0, complete=False)], {"filter": "none"}, "of 1 answers 0 are complete"),
+    ],
+)
+def test_empty_pool(pool, options, message):
+    with pytest.raises(ValueError, match=message):
+        sft.select_rollouts(pool, sft.Selection(**options))
+
+
+def test_rank_correlation_with_ties():
+    assert spearman([1, 2, 2, 3], [1, 5, 5, 9]) == 1
+    assert spearman([1, 2, 3], [3, 2, 1]) == -1
+    assert spearman([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487)  # ranks 1.5 1.5 3 4
+    assert spearman([1, 1], [1, 2]) is None
+
+
+# ---- batches and loss ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["block", "trajectory"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_batch(shift, mode):
+    data = examples(4)
+    masking = sft.Training(mode=mode, iid_share=0.25, ratio=(0.5, 0.5)).masking(MASK, L)
+    batch = sft.make_batch(data, range(4), 7, masking, logits_shift=shift, pad_id=0)
+    assert batch.ids.shape == (8, 5 + 16) and batch.keys.shape == batch.ids.shape
+    place = batch.rows + shift
+    assert (batch.ids.flatten()[place] == MASK).all() and (batch.weights == 1).all()
+    # The last of four is masked all over; pairs of views complement each other.
+    by_view = [place[place // 21 == view] % 21 for view in range(8)]
+    for b, example in enumerate(data):
+        cells = sorted(by_view[b].tolist() + by_view[b + 4].tolist())
+        start = 5 + (16 if b == 3 else L) * (cells[0] != 5)
+        assert cells == list(range(5, 21) if b == 3 else range(start, start + L))
+        for view in (b, b + 4):
+            learned = batch.targets[place // 21 == view].tolist()
+            assert learned == [example.answer_ids[i - 5] for i in by_view[view].tolist()]
+            assert batch.ids[view, :5].tolist()[5 - len(example.prompt_ids) :] == example.prompt_ids
+            assert batch.keys[view].tolist() == [
+                i >= 5 - len(example.prompt_ids) for i in range(21)
+            ]
+
+
+def test_loss_is_that_of_all_logits():
+    model, data = tiny(), examples(3)
+    masking = sft.Training().masking(MASK, L)
+    batch = sft.make_batch(data, range(3), 0, masking, logits_shift=1, pad_id=0)
+    logits = model(batch.ids, attention_mask=batch.keys).logits
+    wanted = F.cross_entropy(logits.flatten(0, 1)[batch.rows], batch.targets)
+    assert sft.Objective(model)(batch).item() == pytest.approx(wanted.item(), rel=1e-5)
+    # A row left of a masked cell predicts it; padding in front changes nothing.
+    assert (batch.ids.flatten()[batch.rows + 1] == MASK).all()
+    alone = sft.make_batch(data[:1], [0], 0, masking, logits_shift=1, pad_id=0)
+    assert alone.keys is None and len(alone.ids[0]) == 19
+    padded = sft.Objective(model)(alone._replace(ids=F.pad(alone.ids, (2, 0)),
+        keys=F.pad(torch.ones_like(alone.ids, dtype=torch.bool), (2, 0)),
+        rows=alone.rows + 2 * (alone.rows // 19 + 1)))  # fmt: skip
+    assert padded.item() == pytest.approx(sft.Objective(model)(alone).item(), rel=1e-4)
+
+
+def test_every_example_is_met_once_before_any_is_met_again():
+    order = example_order(5, 0, 15, 3)
+    assert [sorted(order[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
+    assert order == list(itertools.chain(*(example_order(5, i, 3, 3) for i in range(0, 15, 3))))
+    assert order != example_order(5, 0, 15, 4)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_accumulated_gradients_are_those_of_the_batch(micro):
+    whole, parts = gradients(trainer()), gradients(trainer(micro_batch_size=micro))
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+    assert any(gradient.abs().max() > 1e-3 for gradient in whole.values())
+
+
+def test_training_teaches_an_answer_and_saves_forwards():
+    data = examples(1)
+    model = tiny()
+    options = {"gen_length": 16, "block_length": L, "config": DecodeConfig.fast_dllm(MASK)}
+    prompt = torch.tensor([data[0].prompt_ids])
+    before = generate(model, prompt, **options)
+    one = trainer(model, data, steps=150, iid_share=0.0, entropy_weight=0.5)
+    losses = [one.update()["loss"] for _ in range(150)]
+    after = generate(model.eval(), prompt, **options)
+    assert losses[-1] < 0.1 < 2 < losses[0]
+    assert after.sequences[0, len(data[0].prompt_ids) :].tolist() == data[0].answer_ids
+    assert after.nfe < before.nfe
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path):
+    whole, first, second = trainer(), trainer(), trainer()
+    entries = [whole.update() for _ in range(6)]
+    assert [first.update() for _ in range(3)] == entries[:3]
+    first.save(tmp_path / "step-3")
+    assert last_step(tmp_path) == 3
+    second.load(tmp_path / "step-3", 3)
+    assert [second.update() for _ in range(3)] == entries[3:]
+    for name, weight in whole.trained_weights().items():
+        assert torch.equal(second.trained_weights()[name], weight)
+
+
+def test_a_log_that_lost_lines_is_refused(tmp_path):
+    one = trainer()
+    sft.train(one, tmp_path, save_every=3)
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has 0 whole lines, but step-6 was reached"):
+        sft.train(trainer(), tmp_path, save_every=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters(tmp_path, dtype):
+    pytest.importorskip("peft")
+    base = tiny().to(dtype)
+    save_model(base, tmp_path / "base")
+    one = trainer(load_model(tmp_path / "base"), lora_rank=4)
+    for _ in range(3):
+        one.update()
+    weights = one.trained_weights()
+    assert weights and all("lora_" in name for name in weights)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    sft.export(load_model(tmp_path / "base"), weights, one.training, tmp_path / "merged")
+    merged, ids = load_model(tmp_path / "merged"), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        got, adapted, old = (m(ids).logits.float() for m in (merged, one.model.eval(), base))
+    rounded = 1e-3 if dtype == torch.float32 else 0.2  # merged weights are rounded once more
+    assert (got - adapted).norm() < rounded * (adapted - old).norm()
+    assert (adapted - old).abs().max() > 0.3
+
+
+# ---- several processes -----------------------------------------------------------------------
+
+
+def _worker(rank: int, folder: str) -> None:
+    """Gradients of both kinds of parallelism, and a checkpoint that one process wrote."""
+    torch.set_num_threads(1)
+    path = Path(folder)
+    dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    for parallel in ("ddp", "fsdp"):
+        one = trainer(parallel=parallel, micro_batch_size=1)
+        found = gradients(one)
+        one.load(path / "step-2", 2)
+        entries = [one.update() for _ in range(2)]
+        one.save(path / parallel / "step-4")
+        weights = one.trained_weights()
+        if rank == 0:
+            torch.save((found, entries, weights), path / f"{parallel}.pt")
+    answers = sft.roll_out(tiny(), prompts(), ROLLOUT, path / "rollouts", decode=WORDS.decode)
+    assert len(answers) == 5
+    with pytest.raises(ValueError, match="batch_size takes a multiple of the 2 processes, got 3"):
+        trainer(batch_size=3)
+    dist.destroy_process_group()
+
+
+ROLLOUT = sft.Rollout(DecodeConfig.fast_dllm(MASK), gen_length=16, block_length=L, batch_size=2)
+
+
+def prompts(n: int = 5) -> list[sft.Prompt]:
+    return [sft.Prompt({"prompt_ids": e.prompt_ids}, e.prompt_ids) for e in examples(n)]
+
+
+def test_two_processes_equal_one(tmp_path):
+    reference = trainer()
+    expected = gradients(reference)
+    for _ in range(2):
+        reference.update()
+    reference.save(tmp_path / "step-2")
+    entries = [reference.update() for _ in range(2)]
+    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    for parallel in ("ddp", "fsdp"):
+        found, logged, weights = torch.load(tmp_path / f"{parallel}.pt")
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        for ours, theirs in zip(entries, logged, strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-4)
+        for name, weight in reference.trained_weights().items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+        alone = trainer()
+        alone.load(tmp_path / parallel / "step-4", 4)
+        for name, weight in alone.trained_weights().items():
+            assert torch.equal(weight, weights[name])
+    mine = sft.roll_out(tiny(), prompts(), ROLLOUT, tmp_path / "alone", decode=WORDS.decode)
+    assert mine == [r for f in sorted((tmp_path / "rollouts").glob("*")) for r in read_lines(f)]
+
+
+# ---- a whole run -----------------------------------------------------------------------------
+
+VERIFIER = """
+import os, signal
+def check(record, answer):
+    if os.environ.get("KILL_AT") == str(record["prompt_ids"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return record["good"]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A checkpoint, prompts and a verifier that knows some of them as good."""
+    folder = tmp_path_factory.mktemp("sft")
+    save_model(tiny(), folder / "checkpoint")
+    lines = [{"prompt_ids": e.prompt_ids, "good": i % 4 > 0} for i, e in enumerate(examples(8))]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "prompts.jsonl").write_text(text)
+    (folder / "few.jsonl").write_text("".join(text.splitlines(keepends=True)[:3]))
+    (folder / "judge_for_test.py").write_text(VERIFIER)
+    return folder
+
+
+@pytest.fixture
+def arguments(place, monkeypatch):
+    """The command of a run into a folder; changes win."""
+    monkeypatch.syspath_prepend(str(place))
+
+    def command(out: Path, **changes) -> list[str]:
+        options = {
+            "model": place / "checkpoint", "out": out, "prompts": place / "prompts.jsonl",
+            "eval_prompts": place / "few.jsonl", "verifier": "judge_for_test:check",
+            "gen_length": 16, "block_length": L, "rollout_batch": 2, "steps": 30, "batch_size": 2,
+            "learning_rate": 1e-3, "save_every": 2, "stop_id": "none", "threshold": 0.5,
+            "samples": 2, "temperature": 0.7,
+        }  # fmt: skip
+        words = ["sft", "--ids"]
+        for name, value in (options | changes).items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        return words
+
+    return command
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in sorted(found.items())}
+
+
+def test_run_and_killed_run(place, arguments, tmp_path, capsys):
+    """Killed by SIGKILL while rolling out and while training: the same files in the end."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(arguments(whole)) == 0
+    assert "the fine-tuned model" in capsys.readouterr().out
+    expected = files(whole)
+    assert [name for name in expected if name.startswith("rollouts/")] == [
+        f"rollouts/{n:06}.jsonl" for n in range(8)
+    ]
+    selection = json.loads(expected["selection.json"])
+    assert selection["answers"] == 16 and selection["pool"] == 12 and selection["selected"] == 3
+    assert len(expected["selected.jsonl"].splitlines()) == 3
+    log = [json.loads(line) for line in expected["train/log.jsonl"].splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, 31))
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert load_model(whole / "model").mask_id == MASK
+    evaluation = json.loads(expected["evaluation.json"])["evaluation"]
+    assert set(evaluation) == {"fast_dllm", "r2"} and evaluation["r2"]["tuned"]["answers"] == 3
+    assert not any(".part" in name or "step-" in name for name in expected)
+
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(place), *sys.path]))
+    command = [sys.executable, "-m", "r2dllm_ext", *arguments(killed)]
+    third = json.dumps(examples(8)[2].prompt_ids)
+    done = subprocess.run(command, env=environment | {"KILL_AT": third}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(p.name for p in (killed / "rollouts").iterdir()) == [
+        "000000.jsonl", "000001.jsonl",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    while not last_step(killed / "train") and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (killed / "model").exists()
+    assert main(arguments(killed)) == 0
+    assert files(killed) == expected
+
+    before = {p: p.stat().st_mtime_ns for p in (whole / "rollouts").iterdir()}
+    weights = (whole / "model" / "model.safetensors").stat().st_mtime_ns
+    assert main(arguments(whole)) == 0  # finished: nothing is computed again
+    assert before == {p: p.stat().st_mtime_ns for p in (whole / "rollouts").iterdir()}
+    assert weights == (whole / "model" / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+
+    changed = {"steps": 31}, {"quantile": 0.4}, {"prompts": place / "few.jsonl"}
+    for change, word in zip(changed, ("training.steps was 30, is 31", "selection.quantile was 0.5",
+                                      "other prompts (line 4"), strict=True):  # fmt: skip
+        assert main(arguments(whole, **change)) == 2
+        assert word in capsys.readouterr().err
+    damaged = whole / "rollouts" / "000003.jsonl"
+    damaged.write_bytes(expected["rollouts/000003.jsonl"][:-30])
+    assert main(arguments(whole)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "000003.jsonl: line 2 is not JSON" in error and "delete the file" in error
+    damaged.unlink()
+    assert main(arguments(whole)) == 0
+    assert files(whole) == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompts": "no/such/file.jsonl"}, "no/such/file.jsonl: No such file"),
+        ({"prompts": ""}, "there is no prompt in it"),
+        ({"prompts": '{"prompt_ids": [1]}\n{"prompt_ids": [1'}, "line 2 is not JSON"),
+        ({"prompts": "[1]"}, "line 1 takes a JSON object"),
+        ({"prompts": '{"text": "hello"}'}, 'prompt 1: takes a text "prompt" or a list'),
+        ({"prompts": '{"prompt_ids": [1, "a"]}'}, "prompt 1: prompt_ids takes a list of integers"),
+        ({"prompts": json.dumps({"prompt_ids": [3] * 60})}, "more than the model's context of 64"),
+        ({"prompts": '{"prompt_ids": [9999]}'}, "token id 9999, the model takes 0.."),
+        ({"verifier": "judge"}, "verifier takes module:function, got 'judge'"),
+        ({"verifier": "no_such_module:check"}, "can't be imported"),
+        ({"verifier": "os:sep"}, "is no function but a str"),
+        ({"verifier": "json:loads"}, "the verifier failed on prompt 1"),
+        ({"verifier": "none", "filter": "correct"}, "There was no verifier"),
+        ({"stop_id": MASK}, "of 16 answers 0 are complete"),
+        ({"temperature": 0}, "all samples of a prompt are the same"),
+        ({"quantile": 0}, "Selection.quantile: got 0"),
+        ({"order": "best"}, "Selection.order: got 'best'"),
+        ({"steps": 0}, "Training.steps: got 0"),
+        ({"iid_share": 2}, "Training.iid_share: got 2"),
+        ({"learning_rate": "1e30"}, "try a lower learning_rate"),
+        ({"gen_length": 12}, "takes a multiple of block_length"),
+    ],
+)
+def test_errors_are_one_line(arguments, tmp_path, capsys, change, message):
+    if "\n" in (text := str(change.get("prompts", "no/"))) or "/" not in text:
+        (tmp_path / "given.jsonl").write_text(change["prompts"])
+        change = {"prompts": tmp_path / "given.jsonl"}
+    assert main(arguments(tmp_path / "out", **change)) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("r2dllm: error: ") and message in error
+
+
+def test_no_mask_id(arguments, tmp_path, capsys):
+    save_model(tiny(mask_id=None), tmp_path / "checkpoint")
+    assert main(arguments(tmp_path / "out", model=tmp_path / "checkpoint")) == 2
+    assert "names no mask_token_id: give --mask-id" in capsys.readouterr().err
+
+
+def test_ledger_needs_no_prompts(tmp_path, capsys):
+    """With the ledger's vocabulary, prompts and verifier are the task's own."""
+    save_model(tiny(max_length=512), tmp_path / "checkpoint")
+    command = ["sft", "--model", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"),
+               "--draw", "2", "--eval-draw", "2", "--gen-length", "32"]  # fmt: skip
+    assert main(command) == 2  # a random model is never right
+    assert "nothing to train on: of 2 answers" in capsys.readouterr().err
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert recipe["verifier"] == "r2dllm_ext.ledger:verify_record"
+    assert recipe["selection"]["filter"] == "correct"
+    record = json.loads((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()[0])
+    assert WORDS.encode(record["prompt"]) == record["prompt_ids"]

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`r2dllm sft`: fine-tune a model to decode in fewer steps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import DecodeConfig
+from ..ledger import make_sample
+from . import options
+from .session import Session
+
+if TYPE_CHECKING:
+    from ..sft import Prompt, Recipe
+
+_NOTES = """\
+Prompts are JSON lines: an object with a text "prompt" or a list of token ids "prompt_ids", and what
+else the verifier wants. A verifier is a function of that object and the text of an answer.
+OUT holds recipe.json, prompts.jsonl, rollouts/, selected.jsonl, selection.json, train/, model/,
+evaluation/ and evaluation.json. Killed, the same command goes on. On several processes:
+  torchrun --nproc-per-node 2 -m r2dllm_ext sft --out OUT ...
+"""
+_LEDGER_VERIFIER = "r2dllm_ext.ledger:verify_record"
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "sft",
+        help="fine-tune a model to decode in fewer steps",
+        description="Roll out prompts, score how redundant each decode was, fine-tune on the lean "
+        "ones, and compare the model with what it was.",
+        epilog=_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _add_data_options(parser.add_argument_group("prompts and answers"))
+    _add_training_options(parser.add_argument_group("training"))
+    options.add_model_options(parser)
+    options.add_decode_options(parser)
+    parser.set_defaults(run=run, preset="fast_dllm")
+
+
+def _add_data_options(group) -> None:
+    def add(name: str, help: str, **settings: Any) -> None:
+        group.add_argument(name, help=help, **settings)
+
+    add("--prompts", "JSON lines (default: prompts of the ledger task, if it is the model's)",
+        type=Path, metavar="FILE")  # fmt: skip
+    add("--eval-prompts", "JSON lines for the comparison (default: unseen ledger prompts, or none)",
+        type=Path, metavar="FILE")  # fmt: skip
+    add("--draw", "ledger prompts to draw (default: %(default)s)",
+        type=options.count, default=1024, metavar="N")  # fmt: skip
+    add("--eval-draw", "and for the comparison (default: %(default)s)",
+        type=options.count, default=128, metavar="N")  # fmt: skip
+    add("--verifier", "module:function, or none (default: the ledger's with its vocabulary)",
+        metavar="NAME")  # fmt: skip
+    add("--samples", "answers to a prompt (default: %(default)s)",
+        type=options.count, default=1, metavar="N")  # fmt: skip
+    add("--rollout-batch", "answers decoded together (default: %(default)s)",
+        type=options.count, default=32, metavar="N")  # fmt: skip
+    add("--order", "what is low in a good answer: total, temporal, window, ambiguity, "
+        "nfe_per_token, rule_count, length, nfe or random (default: %(default)s)",
+        default="total", metavar="NAME")  # fmt: skip
+    add("--filter", "train on correct answers alone, or on all (default: correct with a verifier)",
+        choices=("correct", "none"))  # fmt: skip
+    add("--quantile", "share of the best answers to train on (default: %(default)s)",
+        type=options.reader(float), default=0.5, metavar="X")  # fmt: skip
+    add("--decoders", "presets to compare with (default: fast_dllm r2)",
+        choices=options.PRESETS, nargs="+", default=["fast_dllm", "r2"],
+        metavar="NAME")  # fmt: skip
+
+
+def _add_training_options(group) -> None:
+    from ..sft.training import Training
+
+    def add(name: str, kind: type, help: str, **settings: Any) -> None:
+        default = getattr(Training, name)
+        settings = {"type": options.reader(kind), "metavar": "N" if kind is int else "X"} | settings
+        shown = f"{help} (default: {default})"
+        group.add_argument(f"--{name.replace('_', '-')}", default=default, help=shown, **settings)
+
+    add("steps", int, "updates")
+    add("batch_size", int, "examples in an update, over all processes")
+    add("learning_rate", float, "highest one")
+    add("warmup", int, "updates in which it rises")
+    add("weight_decay", float, "of AdamW")
+    add("mode", str, "block: masks drawn in one block; trajectory: states of the decode",
+        choices=("block", "trajectory"), metavar="NAME")  # fmt: skip
+    add("iid_share", float, "share of examples masked over the whole answer")
+    add("ratio", float, "bounds of the masked share", nargs=2)
+    add("weighting", str, "of masked tokens: flat or elbo", choices=("flat", "elbo"),
+        metavar="NAME")  # fmt: skip
+    add("entropy_weight", float, "of the certainty term")
+    add("entropy_temperature", float, "its temperature")
+    add("lora_rank", int, "of adapters (peft); 0 = train all weights")
+    add("lora_alpha", float, "their scale")
+    group.add_argument(
+        "--complementary", action=argparse.BooleanOptionalAction, default=Training.complementary,
+        help="also train on the complement of each mask",
+    )  # fmt: skip
+    group.add_argument(
+        "--autocast", action=argparse.BooleanOptionalAction, default=Training.autocast,
+        help="compute in bfloat16",
+    )  # fmt: skip
+    group.add_argument(
+        "--micro-batch-size", type=options.count, metavar="N",
+        help="examples in one forward (default: all of a process)",
+    )  # fmt: skip
+    group.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="ddp",
+        help="with torchrun: each process holds all weights, or a share (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-every", type=options.count, default=100, metavar="N",
+        help="updates between checkpoints (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    from .. import sft
+
+    with sft.process_group(options.device(args.device)) as device:
+        args.device = str(device)
+        session = Session(args)
+        prompts, evaluate_on = _prompts(args, session)
+        recipe = _recipe(args, session)
+        verifier = None if recipe.verifier is None else sft.load_verifier(recipe.verifier)
+        summary = sft.run(
+            recipe,
+            prompts,
+            args.out,
+            decode=session.codec.decode,
+            evaluate_on=evaluate_on,
+            verifier=verifier,
+            device=device,
+            dtype=session.model.dtype,
+            micro_batch_size=args.micro_batch_size,
+            parallel=args.parallel,
+            save_every=args.save_every,
+            model=session.model,
+        )
+        if sft.current_ranks().is_first:
+            _report(summary, args.out)
+
+
+def _prompts(args: argparse.Namespace, session: Session) -> tuple[list[Prompt], list[Prompt]]:
+    from ..sft import Prompt, read_prompts
+
+    def drawn(split: str, n: int) -> list[Prompt]:
+        texts = [make_sample(session.config.seed, i, split=split).prompt for i in range(n)]
+        return [Prompt({"prompt": text}, session.codec.encode(text)) for text in texts]
+
+    draws = session.is_ledger and not args.ids
+    if args.prompts is None and not draws:
+        raise ValueError("sft needs --prompts FILE: only ledger models have prompts of their own")
+    encode = session.codec.encode
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts, encode)
+    else:
+        prompts = drawn("train", args.draw)
+    if args.eval_prompts is not None:
+        return prompts, read_prompts(args.eval_prompts, encode)
+    return prompts, drawn("test", args.eval_draw) if args.prompts is None else []
+
+
+def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
+    from ..sft import Recipe, Rollout, Selection, Training
+
+    verifier = args.verifier
+    if verifier is None and session.is_ledger and not args.ids:
+        verifier = _LEDGER_VERIFIER
+    if verifier is not None and verifier.lower() == "none":
+        verifier = None
+    names = (
+        "steps", "batch_size", "learning_rate", "warmup", "weight_decay", "mode", "iid_share",
+        "complementary", "weighting", "entropy_weight", "entropy_temperature", "lora_rank",
+        "lora_alpha", "autocast",
+    )  # fmt: skip
+    seed, mask_id = session.config.seed, session.config.mask_id
+    return Recipe(
+        model=args.model,
+        rollout=Rollout(
+            config=session.config,
+            gen_length=session.gen_length,
+            block_length=session.block_length,
+            cache=session.cache,
+            logits_shift=session.logits_shift,
+            stop_id=session.stop_id,
+            samples=args.samples,
+            batch_size=args.rollout_batch,
+        ),
+        selection=Selection(
+            order=args.order,
+            filter=args.filter or ("none" if verifier is None else "correct"),
+            quantile=args.quantile,
+            seed=seed,
+        ),
+        training=Training(
+            ratio=tuple(args.ratio), seed=seed, **{name: getattr(args, name) for name in names}
+        ),
+        decoders={name: getattr(DecodeConfig, name)(mask_id) for name in args.decoders},
+        verifier=verifier,
+    )
+
+
+def _report(summary: dict[str, Any], out: Path) -> None:
+    selection = summary["selection"]
+    print(
+        f"{selection['selected']} of {selection['answers']} answers selected "
+        f"({selection['pool']} fit to train on)"
+    )
+    for name, pair in summary["evaluation"].items():
+        for which, result in pair.items():
+            right = "" if result["correct"] is None else f", {result['accuracy']:.1%} correct"
+            print(f"{name:>10} {which:<5}  NFE {result['nfe']:.2f}{right}")
+    print(f"{out / 'model'}: the fine-tuned model")

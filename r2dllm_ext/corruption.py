@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`corrupt`: clean sequences to masked views, targets and weights for fine-tuning."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .philox import Draw, uniform
+
+MODES = ("block", "iid", "trajectory")
+WEIGHTINGS = ("elbo", "mean", "flat")
+IGNORE_INDEX = -100
+_LEAST_RATIO = 1e-3  # LLaDA's eps: no cell weighs more than 1000
+
+
+class Corruption(NamedTuple):
+    """Result of `corrupt`: one view, or two that complement each other (C)."""
+
+    views: Tensor  # [C, B, T] int64, what the model is given
+    targets: Tensor  # [C, B, T] int64, the token to learn, IGNORE_INDEX = -100 elsewhere
+    weights: Tensor  # [C, B, T] float32, of the target's negative log-likelihood; 0 elsewhere
+
+
+def corrupt(
+    tokens: Tensor,
+    answer_mask: Tensor,
+    *,
+    mask_id: int,
+    block_length: int,
+    mode: str,
+    ratio: float | tuple[float, float] | Tensor,
+    seed: int,
+    complementary: bool,
+    commit_step: Tensor | None = None,
+    weighting: str = "elbo",
+    row: Tensor | None = None,
+    step: int = 0,
+) -> Corruption:
+    """Mask answers the way that decoding meets them.
+
+    The answer of a row is cut into blocks of `block_length` cells, the last of which may be
+    shorter. What is not answer is never masked.
+
+    Args:
+        tokens: [B, T] int64, clean sequences.
+        answer_mask: [B, T] bool, the cells that may be masked. They need not be adjacent, so
+            padding on either side changes nothing.
+        mask_id: the token that hides a cell.
+        block_length: L >= 1, as in decoding (release: 32).
+        mode: "block": one block, drawn evenly, is active; its cells are masked with probability
+            `ratio`, the blocks before it are clean, those behind it all masked. "iid": every cell
+            of the answer is masked with that probability (LLaDA). "trajectory": as "block", but the
+            active block is in the state in which a recorded decode left it: the cells of its
+            latest commit steps are masked, no fewer than `ratio` of them.
+        ratio: t, a number in [0, 1]; or (low, high), from which each row draws its own; or [B]
+            float, one a row.
+        seed: a 64-bit integer.
+        complementary: also return the view in which exactly the other cells of the active block
+            (of the answer, with "iid") are masked, so that each of them is learned once.
+        commit_step: [B, T] int64, "trajectory" only: the step that committed a cell
+            (`Trace.commit_step`); -1, never committed, counts as the last.
+        weighting: "elbo" weighs the masked cells of a view by 1 / t and those of its complement by
+            1 / (1 - t), t never below 1e-3 (LLaDA): each view's sum of weighted losses is an
+            unbiased estimate of that over all its cells. "mean" divides by the number of masked
+            cells in the row of the view (dParallel), "flat" weighs all by 1. Where the cells are
+            not drawn one by one ("trajectory"), t is the share that is masked.
+        row: [B] int64, identity of the random numbers beside `seed` and `step`; None = 0 .. B - 1.
+        step: of training, say; another one gives other numbers.
+
+    Returns:
+        Corruption: views, targets, weights. A row without a masked cell in a view has no target
+        and no weight there.
+
+    Raises:
+        TypeError, ValueError: name the argument, what it got and what it takes.
+
+    A row depends on its own cells, `seed`, `row` and `step` alone, and is the same on every
+    device. No host synchronisation on CUDA, where the values of tensors are not checked.
+
+    >>> tokens = torch.tensor([[7, 7, 1, 2, 3, 4, 5]])
+    >>> answer = torch.tensor([[0, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    >>> views, targets, weights = corrupt(tokens, answer, mask_id=9, block_length=3, mode="block",
+    ...     ratio=0.5, seed=1, complementary=True)
+    >>> views[:, 0]
+    tensor([[7, 7, 9, 9, 3, 9, 9],
+            [7, 7, 1, 2, 9, 9, 9]])
+    >>> targets[:, 0]
+    tensor([[-100, -100,    1,    2, -100, -100, -100],
+            [-100, -100, -100, -100,    3, -100, -100]])
+    """
+    _check(tokens, answer_mask, mask_id, block_length, mode, seed, commit_step, weighting, row)
+    B = tokens.shape[0]
+    row = torch.arange(B, device=tokens.device) if row is None else row
+    t = _ratio(ratio, seed, row, step)[:, None]  # [B, 1] float64
+    rank = answer_mask.cumsum(1) - 1  # place within the answer, whatever stands around it
+    active, behind = answer_mask, torch.zeros_like(answer_mask)
+    if mode != "iid":
+        block = rank.div(block_length, rounding_mode="floor")
+        blocks = (answer_mask.sum(1) + block_length - 1).div(block_length, rounding_mode="floor")
+        chosen = (uniform(seed, row, step, 0, Draw.BLOCK) * blocks).long()[:, None]
+        active, behind = answer_mask & (block == chosen), answer_mask & (block > chosen)
+    if mode == "trajectory":
+        cell = (rank - chosen * block_length).clamp(0, block_length - 1)
+        masked = _latest(commit_step, active, cell, t, block_length)
+        t = masked.sum(1, keepdim=True).double() / active.sum(1, keepdim=True).clamp(min=1)
+    else:
+        masked = active & (uniform(seed, row[:, None], step, rank, Draw.MASK) < t)
+    chosen_cells, shares = [masked], [t]
+    if complementary:
+        chosen_cells.append(active & ~masked)
+        shares.append(1 - t)
+    learned = torch.stack(chosen_cells)  # [C, B, T]
+    return Corruption(
+        views=tokens.masked_fill(learned | behind, mask_id),
+        targets=torch.where(learned, tokens, IGNORE_INDEX),
+        weights=learned * _weights(learned, torch.stack(shares), weighting),
+    )
+
+
+def _ratio(ratio, seed: int, row: Tensor, step: int) -> Tensor:
+    """t of every row, [B] float64."""
+    if isinstance(ratio, Tensor):
+        if ratio.shape != row.shape or not ratio.is_floating_point():
+            raise ValueError(
+                f"corrupt: ratio takes [B] = {list(row.shape)} floating point, got {ratio.dtype} "
+                f"{list(ratio.shape)}"
+            )
+        if ratio.device != row.device:
+            raise ValueError(
+                f"corrupt: ratio takes the device of tokens ({row.device}), got {ratio.device}"
+            )
+        if ratio.device.type == "cpu" and not ((ratio >= 0) & (ratio <= 1)).all():
+            raise ValueError("corrupt: ratio takes numbers in [0, 1], got others among them")
+        return ratio.double()
+    bounds = ratio if isinstance(ratio, tuple) else (ratio, ratio)
+    takes = f"takes a number in [0, 1], (low, high) or a tensor [B], got {ratio!r}"
+    if len(bounds) != 2 or not all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) for x in bounds
+    ):
+        raise TypeError(f"corrupt: ratio {takes}")
+    low, high = bounds
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"corrupt: ratio {takes}")
+    if low == high:
+        return torch.full(row.shape, low, dtype=torch.float64, device=row.device)
+    return low + (high - low) * uniform(seed, row, step, 0, Draw.RATIO)
+
+
+def _latest(
+    commit_step: Tensor, active: Tensor, cell: Tensor, t: Tensor, block_length: int
+) -> Tensor:
+    """Active cells committed in the latest steps: whole steps, until a share t is reached."""
+    never = torch.iinfo(torch.int64).max
+    when = torch.where(commit_step < 0, never, commit_step)
+    # By cell of the block: [B, L]; -1 where a short block has none. Cells outside of the active
+    # block go into a column of their own.
+    block = torch.full((len(active), block_length + 1), -1, device=active.device)
+    where = torch.where(active, cell, block_length)
+    block = block.scatter(1, where, torch.where(active, when, -1))[:, :block_length]
+    later = (block[:, None, :] > block[:, :, None]).sum(-1)  # [B, L], cells committed after it
+    wanted = (t * active.sum(1, keepdim=True)).ceil().long()
+    return active & (later < wanted).gather(1, cell)
+
+
+def _weights(learned: Tensor, share: Tensor, weighting: str) -> Tensor:
+    """[C, B, 1] or [C, B, T] float32."""
+    if weighting == "elbo":
+        return (1 / share.clamp(min=_LEAST_RATIO)).float()
+    if weighting == "mean":
+        return 1 / learned.sum(-1, keepdim=True).clamp(min=1).float()
+    return torch.ones_like(share, dtype=torch.float32)
+
+
+def _check(
+    tokens, answer_mask, mask_id, block_length, mode, seed, commit_step, weighting, row
+) -> None:  # fmt: skip
+    same_shape = {"answer_mask": (answer_mask, torch.bool)}
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"corrupt: tokens takes a torch.Tensor, got {type(tokens).__name__}")
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"corrupt: tokens takes [B, T] torch.int64, got {list(tokens.shape)} {tokens.dtype}"
+        )
+    for name, value, choices in (("mode", mode, MODES), ("weighting", weighting, WEIGHTINGS)):
+        if value not in choices:
+            raise ValueError(f"corrupt: {name} takes one of {choices}, got {value!r}")
+    for name, value, least in (("mask_id", mask_id, 0), ("block_length", block_length, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"corrupt: {name} takes an integer >= {least}, got {value!r}")
+        if value < least:
+            raise ValueError(f"corrupt: {name} takes an integer >= {least}, got {value}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"corrupt: seed takes an integer, got {seed!r}")
+    if (commit_step is not None) != (mode == "trajectory"):
+        raise ValueError(
+            f"corrupt: commit_step belongs to mode 'trajectory' and only there, got "
+            f"{'none' if commit_step is None else 'one'} with {mode!r}"
+        )
+    if commit_step is not None:
+        same_shape["commit_step"] = (commit_step, torch.int64)
+    for name, (tensor, dtype) in same_shape.items():
+        _check_like(name, tensor, tokens.shape, dtype, tokens.device)
+    if row is not None:
+        _check_like("row", row, tokens.shape[:1], torch.int64, tokens.device)
+
+
+def _check_like(name: str, tensor, shape, dtype, device) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"corrupt: {name} takes a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(
+            f"corrupt: {name} takes {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"corrupt: {name} takes the device of tokens ({device}), got {tensor.device}"
+        )

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`redundancy_score`: how often a decode recomputed what it could have committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import DecodeConfig, Rule
+from .ops import positional_ambiguity, window_pool
+from .trace import Trace
+
+_R2 = DecodeConfig.r2(0)  # what judges a rule that is off
+
+
+class RedundancyScore(NamedTuple):
+    """Result of `redundancy_score`. All [B] float64, per answer token."""
+
+    total: Tensor  # cells recomputed needlessly, whatever the reason: the score
+    temporal: Tensor  # of these: already predicted the final token, and stayed with it
+    window: Tensor  # in a window that is confident on average
+    ambiguity: Tensor  # in a confident run of equal predictions, and not its best
+    nfe_per_token: Tensor  # forwards
+    rule_count: Tensor  # tokens that the rules of R2-dLLM committed: a share
+
+
+def redundancy_score(
+    trace: Trace,
+    config: DecodeConfig,
+    *,
+    stop_id: int | None = None,
+    exclude_ids: Sequence[int] = (),
+) -> RedundancyScore:
+    """Score every row of a decode; low is lean.
+
+    A slot is a cell of the active block that is still masked after a step: it will be computed
+    again. A slot is redundant
+      temporally, if its prediction already is the token that will be committed and does not change
+      until then;
+      by a window, if some `confidence_cluster_size` cells of the block, at most
+      `confidence_cluster_unmasked` of which are no slots, have slots of mean confidence >=
+      `spatial_threshold`;
+      by ambiguity, if it belongs to a run of at least `token_cluster_size` (and 2) neighbouring
+      slots with one prediction whose best confidence exceeds `spatial_threshold`, and is not the
+      best.
+    The total counts a slot once. Everything is divided by the answer's tokens: dividing by slots
+    would favour slow decodes.
+
+    Compare decodes of one kind only: where the rules of R2-dLLM were on they have removed the
+    redundancy. To select training data, score decodes by the base rule (`DecodeConfig.fast_dllm`).
+
+    Args:
+        trace: of `generate(..., trace=True)`.
+        config: whose windows, runs and thresholds judge. A rule that is off is judged by its
+            default, so that a base decode's own config will do.
+        stop_id: the answer ends with the first one, itself included: cells behind it do not count,
+            and it makes no run. Default: the answer is all G positions.
+        exclude_ids: further predictions that make no run (a newline, say).
+
+    Returns:
+        RedundancyScore of tensors [B] float64 on the CPU; zeros for an empty answer.
+
+    Raises:
+        TypeError, ValueError: name the argument, what it got and what it takes.
+
+    >>> model, config = load_model("ledger"), DecodeConfig.fast_dllm(2)
+    >>> out = generate(model, torch.tensor([[33, 14]]), gen_length=32, config=config, trace=True)
+    >>> score = redundancy_score(out.trace, config, stop_id=model.eos_id)
+    >>> bool(score.total <= score.temporal + score.window + score.ambiguity)
+    True
+    """
+    _check(trace, config, stop_id, exclude_ids)
+    answer = trace.sequences[:, trace.prompt_length :]
+    length = _answer_length(answer, stop_id)  # [B]
+    L = trace.block_length
+    position = trace.block[:, None] * L + torch.arange(L)  # [S, L], of a block's cells
+    slot = trace.masked & (trace.rule == Rule.NONE)
+    slot &= position[:, None] < length[:, None]  # [S, B, L]
+
+    parts = {
+        "temporal": slot & _stalled(trace, answer, position),
+        "window": _window(trace, slot, config),
+        "ambiguity": _ambiguity(trace, slot, config, [stop_id, *exclude_ids]),
+    }
+    parts["total"] = parts["temporal"] | parts["window"] | parts["ambiguity"]
+    by_rule = trace.commit_rule >= Rule.WINDOW
+    inside = torch.arange(answer.shape[1]) < length[:, None]
+    counts = {name: part.sum((0, 2)) for name, part in parts.items()}
+    counts["nfe_per_token"] = trace.row_nfe()
+    counts["rule_count"] = (by_rule & inside).sum(1)
+    tokens = length.clamp(min=1).double()
+    return RedundancyScore(**{name: count / tokens for name, count in counts.items()})
+
+
+def _answer_length(answer: Tensor, stop_id: int | None) -> Tensor:
+    """Tokens up to the first stop token, itself included; [B]."""
+    B, G = answer.shape
+    if stop_id is None or G == 0:
+        return torch.full((B,), G)
+    stops = answer == stop_id
+    return torch.where(stops.any(1), stops.int().argmax(1) + 1, G)
+
+
+def _stalled(trace: Trace, answer: Tensor, position: Tensor) -> Tensor:
+    """[S, B, L]: from this step to its commit the cell predicts the token it will get."""
+    step = torch.arange(trace.nfe)[:, None, None]
+    commit = trace.commit_step[:, position].transpose(0, 1)  # [S, B, L]
+    final = answer[:, position].transpose(0, 1)
+    settled = (trace.prediction == final) | (step > commit)
+    stalled = torch.zeros_like(trace.masked)
+    for block in trace.block.unique():
+        own = trace.block == block
+        until_commit = settled[own].flip(0).cummin(0).values.flip(0)
+        stalled[own] = until_commit
+    return stalled & (step < commit)
+
+
+def _window(trace: Trace, slot: Tensor, config: DecodeConfig) -> Tensor:
+    pooled = window_pool(
+        trace.confidence.flatten(0, 1),
+        slot.flatten(0, 1),
+        window=config.confidence_cluster_size or _R2.confidence_cluster_size,
+        min_confidence=config.spatial_threshold,
+        max_unmasked=config.confidence_cluster_unmasked,
+    )
+    return pooled.view_as(slot)
+
+
+def _ambiguity(
+    trace: Trace, slot: Tensor, config: DecodeConfig, exclude_ids: list[int | None]
+) -> Tensor:
+    excluded = torch.tensor([i for i in exclude_ids if i is not None], dtype=torch.int64)
+    belongs = slot & (trace.prediction >= 0) & trace.confidence.isfinite()
+    belongs = (belongs & ~torch.isin(trace.prediction, excluded)).flatten(0, 1)
+    prediction = trace.prediction.flatten(0, 1)
+    best = positional_ambiguity(
+        prediction,
+        trace.confidence.flatten(0, 1),
+        belongs,
+        min_confidence=config.spatial_threshold,
+        min_run=max(2, config.token_cluster_size),
+        mode="confidence",
+    )
+    # Number the runs of a row; all cells of a run that has a best one are in it.
+    begins = torch.ones_like(belongs)
+    same = (prediction[:, 1:] == prediction[:, :-1]) & (belongs[:, 1:] == belongs[:, :-1])
+    begins[:, 1:] = ~same
+    run = begins.cumsum(1) - 1
+    has_best = torch.zeros_like(run).scatter_add(1, run, best.long()) > 0
+    return (belongs & has_best.gather(1, run) & ~best).view_as(slot)
+
+
+def _check(trace, config, stop_id, exclude_ids) -> None:
+    for name, value, kind in (("trace", trace, Trace), ("config", config, DecodeConfig)):
+        if not isinstance(value, kind):
+            got = type(value).__name__
+            raise TypeError(f"redundancy_score: {name} takes a {kind.__name__}, got {got}")
+    named = [("stop_id", i) for i in [stop_id] if i is not None]
+    for name, i in named + [("exclude_ids", i) for i in exclude_ids]:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise TypeError(f"redundancy_score: {name} takes token ids, got {i!r}")
+        if i < 0:
+            raise ValueError(f"redundancy_score: {name} takes token ids >= 0, got {i}")

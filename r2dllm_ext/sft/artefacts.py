@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a run: written whole or not at all, and named by whoever can't read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, also after a crash of the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not whole: {error}; delete it to have it made anew") from error
+
+
+def read_lines(path: Path, *, hint: str = "") -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; ValueError names the line that is none."""
+    records = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error}{hint}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: line {number} takes a JSON object, got {line.strip()}{hint}")
+        records.append(record)
+    return records
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def settle(path: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a run, or checks that they are those that it was begun with."""
+    settings = json.loads(json.dumps(settings))  # as they will be read: tuples are lists
+    if not path.exists():
+        write_json(path, settings)
+        return
+    differences = _differences(read_json(path), settings)
+    if differences:
+        raise ValueError(
+            f"{path}: this run was begun with other settings: {'; '.join(differences)}. Take them, "
+            "or another folder"
+        )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        inner = (_differences(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
+        return [difference for found in inner for difference in found]
+    return [] if before == now else [f"{name} was {before!r}, is {now!r}"]
+
+
+def settle_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """The same for a file of JSON lines."""
+    if not path.exists():
+        write_lines(path, records)
+        return
+    before = read_lines(path, hint="; delete it to have it made anew")
+    now = [json.loads(json.dumps(record)) for record in records]
+    if before != now:
+        pairs = enumerate(zip(before, now, strict=False), start=1)
+        line = next((n for n, (a, b) in pairs if a != b), min(len(before), len(now)) + 1)
+        raise ValueError(
+            f"{path}: this run was begun with other prompts (line {line} is the first). Take them, "
+            "or another folder"
+        )
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, if it is there, so that a half-removed one is not taken for whole."""
+    if folder.exists():
+        doomed = folder.with_name(folder.name + ".part")
+        if doomed != folder and not doomed.exists():
+            os.replace(folder, doomed)
+            folder = doomed
+        shutil.rmtree(folder)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Roll out: decode prompts with a trace, score and judge the answers, keep them as JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DecodeConfig, Rule
+from ..generation import generate
+from ..redundancy import redundancy_score
+from ..trace import Trace
+from .artefacts import read_lines, write_lines
+from .progress import bar
+from .prompts import Prompt, Verifier, left_padded
+from .ranks import current_ranks
+
+Item = tuple[int, int]  # prompt, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """How prompts are decoded. The fields are those of `generate`, and
+
+    samples: answers to a prompt; more than one need config.temperature > 0.
+    batch_size: answers decoded together, and lines of a file.
+    """
+
+    config: DecodeConfig
+    gen_length: int
+    block_length: int = 32
+    cache: str = "none"
+    logits_shift: int = 0
+    stop_id: int | None = None
+    samples: int = 1
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("gen_length", "block_length", "samples", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Rollout.{name}: got {value!r}, takes an integer >= 1")
+        if self.gen_length % self.block_length:
+            raise ValueError(
+                f"Rollout.gen_length: got {self.gen_length}, takes a multiple of block_length "
+                f"({self.block_length})"
+            )
+        if self.samples > 1 and self.config.temperature == 0:
+            raise ValueError(
+                f"Rollout.samples: got {self.samples}, but without temperature all samples of a "
+                "prompt are the same"
+            )
+
+
+def roll_out(
+    model: Any,
+    prompts: Sequence[Prompt],
+    rollout: Rollout,
+    folder: Path,
+    *,
+    decode: Callable[[list[int]], str],
+    pad_id: int = 0,
+    verifier: Verifier | None = None,
+    progress: bool = False,
+    name: str = "roll out",
+) -> list[dict[str, Any]]:
+    """Answers to `prompts`, one record each, in the order of the prompts.
+
+    A batch of answers is a file of `folder`, written whole when it is done: a killed run goes on
+    with the next one, and any number of processes (`torchrun`) share the batches. A batch depends
+    on its number alone, not on who decodes it.
+
+    Args:
+        model: of `generate`.
+        decode: ids to the text that the verifier is shown, and that the record holds.
+        verifier: called with the prompt's JSON object and the text; None = nobody knows.
+
+    Returns:
+        Records with prompt and sample (numbers from 0), token_ids (all G), text (up to the stop
+        token), length (tokens up to it, itself included), complete (it is there, or none was asked
+        for), nfe (forwards in which the row had masked cells), commit_step (a token's forward; -1 =
+        filled up), rule_counts (of the answer's tokens), score (`RedundancyScore`, judged by the
+        rules of `DecodeConfig.r2`), correct (None without a verifier).
+
+    Raises:
+        ValueError: a file of `folder` that is not whole or not of this run.
+        NoProgressError: see `generate`; the files written so far stay.
+    """
+    ranks = current_ranks()
+    items = [(p, s) for p in range(len(prompts)) for s in range(rollout.samples)]
+    size = rollout.batch_size
+    batches = [items[i : i + size] for i in range(0, len(items), size)]
+    files = [folder / f"{number:06}.jsonl" for number in range(len(batches))]
+    # What is there is read first: a damaged file should not cost the work that comes before it.
+    for file, batch in zip(files, batches, strict=True):
+        if file.exists():
+            _read(file, batch)
+    # Shared evenly among those that are left, the same way in every process.
+    todo = [number for number, file in enumerate(files) if not file.exists()]
+    ranks.wait()
+    mine = todo[ranks.rank :: ranks.world]
+    with bar(progress and ranks.is_first, name, sum(len(batches[n]) for n in mine), "answer") as b:
+        for number in mine:
+            batch = batches[number]
+            trace = _decode(model, [prompts[p].ids for p, _ in batch], rollout, number, pad_id)
+            records = _records(trace, batch, prompts, rollout, decode, verifier)
+            write_lines(files[number], records)
+            b.update(len(batch))
+    ranks.wait()
+    return [
+        record for file, batch in zip(files, batches, strict=True) for record in _read(file, batch)
+    ]
+
+
+def _read(file: Path, batch: list[Item]) -> list[dict[str, Any]]:
+    hint = "; delete the file to have it made anew"
+    records = read_lines(file, hint=hint)
+    found = [(record.get("prompt"), record.get("sample")) for record in records]
+    if found != batch:
+        raise ValueError(
+            f"{file}: {len(found)} answers, takes {len(batch)} to (prompt, sample) "
+            f"{batch[0]} .. {batch[-1]}{hint}"
+        )
+    return records
+
+
+def _decode(model: Any, ids: list[list[int]], rollout: Rollout, number: int, pad_id: int) -> Trace:
+    tokens, real = left_padded(ids, pad_id)
+    device = getattr(model, "device", tokens.device)
+    # A seed for each batch: within it, random numbers differ by row and step.
+    seed = (rollout.config.seed * 1_000_003 + number) % 2**63
+    return generate(
+        model,
+        tokens.to(device),
+        gen_length=rollout.gen_length,
+        block_length=rollout.block_length,
+        config=rollout.config.replace(seed=seed),
+        cache=rollout.cache,
+        logits_shift=rollout.logits_shift,
+        attention_mask=real.to(device),
+        stop_id=rollout.stop_id,
+        trace=True,
+    ).trace
+
+
+def _records(
+    trace: Trace,
+    batch: list[Item],
+    prompts: Sequence[Prompt],
+    rollout: Rollout,
+    decode: Callable[[list[int]], str],
+    verifier: Verifier | None,
+) -> list[dict[str, Any]]:
+    stop_id = rollout.stop_id
+    judge = DecodeConfig.r2(rollout.config.mask_id)
+    scores = redundancy_score(trace, judge, stop_id=stop_id)
+    answers: Tensor = trace.sequences[:, trace.prompt_length :]
+    nfe = trace.row_nfe()
+    records = []
+    for row, (p, s) in enumerate(batch):
+        ids = answers[row].tolist()
+        ended = stop_id is not None and stop_id in ids
+        words = ids.index(stop_id) if ended else len(ids)
+        text = decode(ids[:words])
+        rules = torch.bincount(trace.commit_rule[row, : words + ended].long(), minlength=len(Rule))
+        records.append(
+            {
+                "prompt": p,
+                "sample": s,
+                "text": text,
+                "correct": None if verifier is None else _verdict(verifier, prompts[p], p, text),
+                "complete": ended or stop_id is None,
+                "length": words + ended,
+                "nfe": int(nfe[row]),
+                "score": {name: float(x[row]) for name, x in scores._asdict().items()},
+                "rule_counts": {r.name.lower(): int(rules[r]) for r in Rule if r},
+                "token_ids": ids,
+                "commit_step": trace.commit_step[row].tolist(),
+            }
+        )
+    return records
+
+
+def _verdict(verifier: Verifier, prompt: Prompt, number: int, text: str) -> bool:
+    try:
+        return bool(verifier(prompt.record, text))
+    except Exception as error:
+        raise ValueError(
+            f"the verifier failed on prompt {number + 1} and the answer {text!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error

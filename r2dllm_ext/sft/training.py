@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train: fine-tune a model on chosen answers, on one process or on many."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from ..models import Transformer
+from .artefacts import remove_folder, write_text
+from .objective import Batch, Example, Masking, Objective, make_batch
+from .progress import bar
+from .ranks import current_ranks
+
+PARALLEL = ("ddp", "fsdp")
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the weights depend on; a resumed run must agree on all of it.
+
+    steps, batch_size: updates, and examples in each of them (over all processes); with
+        `complementary` an example is two sequences.
+    learning_rate, warmup, weight_decay, clip_norm: of AdamW; linear warm-up, then half a cosine
+        down to zero.
+    mode, iid_share, ratio, complementary, weighting: of `corrupt`. A share of the examples is
+        masked over the whole answer: training on the states of confident decoding alone is known to
+        teach confidence where it is not due.
+    entropy_weight, entropy_temperature, entropy_gate: of `linear_sft_loss`.
+    lora_rank, lora_alpha: 0 = all weights are trained.
+    autocast: forward and backward in bfloat16; the weights stay float32.
+    """
+
+    steps: int = 500
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    warmup: int = 20
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    mode: str = "block"
+    iid_share: float = 0.25
+    ratio: tuple[float, float] = (0.001, 0.999)
+    complementary: bool = True
+    weighting: str = "flat"
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 1.0
+    entropy_gate: str = "correct"
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    autocast: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("lora_rank", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Training.{name}: got {value!r}, takes an integer >= {least}")
+        for name in ("learning_rate", "clip_norm", "entropy_temperature", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"Training.{name}: got {getattr(self, name)!r}, takes a number > 0"
+                )
+        if self.mode not in ("block", "trajectory"):
+            raise ValueError(
+                f"Training.mode: got {self.mode!r}, takes 'block' or 'trajectory' (see iid_share)"
+            )
+        if self.weighting not in ("flat", "elbo"):
+            raise ValueError(
+                f"Training.weighting: got {self.weighting!r}, takes 'flat' or 'elbo': the loss is "
+                "a mean over rows, not over sequences"
+            )
+        if not 0 <= self.iid_share <= 1:
+            raise ValueError(f"Training.iid_share: got {self.iid_share!r}, takes 0 .. 1")
+
+    def masking(self, mask_id: int, block_length: int) -> Masking:
+        return Masking(
+            mask_id=mask_id,
+            block_length=block_length,
+            mode=self.mode,
+            iid_share=self.iid_share,
+            ratio=tuple(self.ratio),
+            complementary=self.complementary,
+            weighting=self.weighting,
+            seed=self.seed,
+        )
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """Of the update `step`, counted from 0."""
+    if step < training.warmup:
+        return training.learning_rate * (step + 1) / training.warmup
+    done = (step - training.warmup) / max(1, training.steps - training.warmup)
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def add_lora(model: Transformer, rank: int, alpha: float) -> Any:
+    """Puts adapters into `model`, freezes the rest; the result has `merge_and_unload()`."""
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError as error:
+        raise ImportError("lora_rank > 0 needs peft: pip install 'r2dllm_ext[lora]'") from error
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(_LORA_TARGETS))
+    tuner = LoraModel(model, config, "default")
+    for weight in model.parameters():
+        if weight.requires_grad:  # peft makes adapters in the precision of what they adapt
+            weight.data = weight.data.float()
+    return tuner
+
+
+class Trainer:
+    """Model, optimiser and step counter.
+
+    Args:
+        model: its weights are trained in place, and should be float32: a small update is lost on
+            bfloat16. Adapters are float32, whatever the frozen weights are.
+        examples: at least one; every example is met once before any is met again.
+        training: what the result depends on.
+        mask_id, block_length, logits_shift: as in decoding.
+        pad_id: fills prompts up on the left.
+        micro_batch_size: examples in one forward; None = all of a process' share.
+        parallel: how several processes work together: "ddp" (each holds all weights) or "fsdp"
+            (each holds a share, FSDP2).
+
+    The gradient of a step is that of one process on the whole batch: every micro-batch counts
+    by its share of the rows that carry loss, over all micro-batches and processes. (The entropy
+    term is a mean over the rows that pass its gate in each micro-batch, weighted alike.)
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        examples: Sequence[Example],
+        training: Training,
+        *,
+        mask_id: int,
+        block_length: int,
+        logits_shift: int = 0,
+        pad_id: int = 0,
+        micro_batch_size: int | None = None,
+        parallel: str = "ddp",
+    ) -> None:
+        if not examples:
+            raise ValueError("Trainer: examples takes at least one, got none")
+        if parallel not in PARALLEL:
+            raise ValueError(f"Trainer: parallel takes one of {PARALLEL}, got {parallel!r}")
+        self.ranks = current_ranks()
+        if training.batch_size % self.ranks.world:
+            raise ValueError(
+                f"Trainer: batch_size takes a multiple of the {self.ranks.world} processes, got "
+                f"{training.batch_size}"
+            )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"Trainer: micro_batch_size takes >= 1, got {micro_batch_size}")
+        self.training, self.examples, self.step = training, examples, 0
+        self.device = model.device
+        self._masking = training.masking(mask_id, block_length)
+        self._layout = {"logits_shift": logits_shift, "pad_id": pad_id}
+        self._micro = micro_batch_size or training.batch_size
+        if training.lora_rank:
+            # The same adapters everywhere, whatever random numbers were drawn before.
+            with torch.random.fork_rng():
+                torch.manual_seed(training.seed)
+                add_lora(model, training.lora_rank, training.lora_alpha)
+        self.model = model.train()
+        objective = Objective(
+            model,
+            entropy_weight=training.entropy_weight,
+            entropy_temperature=training.entropy_temperature,
+            entropy_gate=training.entropy_gate,
+        )
+        self.objective = _distributed(objective, parallel) if self.ranks.world > 1 else objective
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.objective.parameters() if p.requires_grad],
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+        )
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches that this process computes in an update."""
+        whole = self.training.batch_size
+        places = range(whole)[self.ranks.rank :: self.ranks.world]
+        chosen = example_order(len(self.examples), step * whole, whole, self.training.seed)
+        return [
+            make_batch(
+                [self.examples[chosen[place]] for place in places[i : i + self._micro]],
+                places[i : i + self._micro],
+                step,
+                self._masking,
+                **self._layout,
+            )
+            for i in range(0, len(places), self._micro)
+        ]
+
+    def gradients(self) -> tuple[Tensor, int]:
+        """Sets the gradients of the next update; returns its loss and the rows that carried it."""
+        batches = self.batches(self.step)
+        mine = sum(len(batch.targets) for batch in batches)
+        total = self.ranks.sum(torch.tensor([mine], dtype=torch.float32, device=self.device))[0]
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        for number, batch in enumerate(batches):
+            with self._sync(number == len(batches) - 1):
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.training.autocast
+                ):
+                    mean = self.objective(batch.to(self.device))
+                part = mean * (len(batch.targets) / total.clamp(min=1))
+                # DDP and FSDP average over the processes; the sum is wanted.
+                (part * self.ranks.world).backward()
+            loss += part.detach()
+        return self.ranks.sum(loss), int(total)
+
+    def update(self) -> dict[str, Any]:
+        """One update; returns what the log says about it."""
+        lr = learning_rate(self.training, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, rows = self.gradients()
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.training.clip_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"training: at step {self.step + 1} the gradient is {norm}, the loss {float(loss)}"
+                ". The last checkpoint is as it was; try a lower learning_rate"
+            )
+        self.optimizer.step()
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": float(f"{float(loss):.6g}"),
+            "rows": rows,
+            "gradient_norm": float(f"{norm:.6g}"),
+            "learning_rate": float(f"{lr:.6g}"),
+        }
+
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are exchanged once, with the last micro-batch."""
+        if hasattr(self.objective, "set_requires_gradient_sync"):
+            self.objective.set_requires_gradient_sync(last)
+        elif not last and hasattr(self.objective, "no_sync"):
+            return self.objective.no_sync()
+        return contextlib.nullcontext()
+
+    def save(self, folder: Path) -> None:
+        """Writes weights (those that are trained) and optimiser, each process its share."""
+        part = folder.with_name(folder.name + ".part")
+        if self.ranks.is_first:
+            remove_folder(part)
+            part.parent.mkdir(parents=True, exist_ok=True)
+        self.ranks.wait()
+        with _alone_is_fine():
+            dcp.save(self._state(), checkpoint_id=part, no_dist=self.ranks.world == 1)
+        self.ranks.wait()
+        if self.ranks.is_first:
+            os.replace(part, folder)
+        self.ranks.wait()
+
+    def load(self, folder: Path, step: int) -> None:
+        """Goes on from what `save` wrote after `step` updates, on any number of processes."""
+        self.optimizer.zero_grad()  # or torch would not prepare its state to be filled
+        state = self._state()
+        with _alone_is_fine():
+            dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world == 1)
+        set_state_dict(
+            self.objective,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False, ignore_frozen_params=True),
+        )
+        self.step = step
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(
+            self.objective, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
+        )
+        return {"model": model, "optimizer": optimizer}
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The weights that were trained, whole, on the CPU of the first process; by their names in
+        the model. All processes have to call it."""
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
+        state = get_model_state_dict(self.objective, options=options)
+        return {name.removeprefix("model."): weight for name, weight in state.items()}
+
+
+@contextlib.contextmanager
+def _alone_is_fine():
+    """Without the warning that a process without others checkpoints by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
+        yield
+
+
+def example_order(count: int, start: int, number: int, seed: int) -> list[int]:
+    """Examples `start` .. `start + number` of an endless sequence of shuffles of all `count`."""
+    chosen: list[int] = []
+    while len(chosen) < number:
+        epoch, place = divmod(start + len(chosen), count)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(count, generator=generator)[place:]
+        chosen += order.tolist()
+    return chosen[:number]
+
+
+def _distributed(objective: Objective, parallel: str) -> nn.Module:
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = objective.model.device.type
+    mesh = init_device_mesh(device, (current_ranks().world,))
+    for block in objective.model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(objective, mesh=mesh)
+
+
+def train(trainer: Trainer, folder: Path, *, save_every: int = 100, progress: bool = False) -> None:
+    """Trains to the last step, with a checkpoint every `save_every` and a line of log a step.
+
+    `folder` gets `log.jsonl` and, as the last one, `step-N`. A run that was killed goes on from its
+    last checkpoint and writes the lines of the log that it had lost; the result is the same.
+
+    Raises ValueError if the log has fewer lines than the checkpoint has steps.
+    """
+    if save_every < 1:
+        raise ValueError(f"train: save_every takes an integer >= 1, got {save_every}")
+    log, first, steps = folder / "log.jsonl", trainer.ranks.is_first, trainer.training.steps
+    done = last_step(folder)
+    if done:
+        trainer.load(folder / f"step-{done}", done)
+    if first:
+        lines = log.read_text(encoding="utf-8").splitlines()[:done] if log.exists() else []
+        if len(lines) < done:
+            raise ValueError(
+                f"{log} has {len(lines)} whole lines, but step-{done} was reached; delete the "
+                "folder to train anew"
+            )
+        write_text(log, "".join(line + "\n" for line in lines))
+    trainer.ranks.wait()
+    with contextlib.ExitStack() as stack:
+        b = stack.enter_context(bar(progress and first, "train", steps, "step", done))
+        file = stack.enter_context(open(log, "a", encoding="utf-8")) if first else None
+        while trainer.step < steps:
+            entry = trainer.update()
+            if file is not None:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+            b.update()
+            b.set_postfix(loss=entry["loss"], refresh=False)
+            if trainer.step % save_every == 0 or trainer.step == steps:
+                trainer.save(folder / f"step-{trainer.step}")
+                if first and done:
+                    remove_folder(folder / f"step-{done}")
+                done = trainer.step
+
+
+def last_step(folder: Path) -> int:
+    """The step of the latest whole checkpoint in `folder`; 0 = none."""
+    names = [path.name for path in folder.glob("step-*")] if folder.is_dir() else []
+    return max((int(n[5:]) for n in names if re.fullmatch(r"step-\d+", n)), default=0)
