@@ -6,7 +6,7 @@
 
 #include "backend.h"
 #include "checks.h"
-#include "token_confidence.h"
+#include "vocab_pass.h"
 
 namespace r2dllm {
 
