@@ -223,7 +223,23 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 
 def weights_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return flat(trainer.model)
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_what_is_exported_is_the_average_of_the_weights(tmp_path):
+    trainer = Trainer(dataclasses.replace(TINY, ema_decay=0.75))
+    seen = []
+    for _ in range(3):
+        trainer.train_step()
+        seen.append(weights_of(trainer).clone())
+    export(trainer, tmp_path)
+    average = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
+    assert torch.allclose(flat(load_model(tmp_path)), average, atol=1e-7)
+    assert not torch.allclose(average, seen[2], atol=1e-4)
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
@@ -239,6 +255,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     resumed = Trainer.resume(tmp_path / "parts" / "checkpoint.pt")
     run(resumed, tmp_path / "parts", **options)
     assert torch.equal(weights_of(resumed), weights_of(whole))
+    assert torch.equal(flat(resumed.average), flat(whole.average))
     assert not torch.equal(weights_of(whole), start)
     logs = [
         [
@@ -283,6 +300,6 @@ def test_missing_tqdm_is_explained(tmp_path, monkeypatch):
 def test_bundled_model_answers_unseen_prompts():
     model = ledger.load()
     assert model.config.vocab_size == len(Tokenizer())
-    # 70 % of 64 prompts at the end of training; half of 32 is 3.3 standard errors below.
-    accuracy, texts = evaluate(model, samples(32, "test", seed=4), batch=32)
-    assert accuracy >= 0.5, texts[:3]
+    # 84 % of 64 prompts at the end of training; this bound is 3 standard errors below.
+    accuracy, texts = evaluate(model, samples(64, "test", seed=4))
+    assert accuracy >= 0.7, texts[:3]

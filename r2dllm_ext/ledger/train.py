@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the bundled ledger model: `python -m r2dllm_ext.ledger.train --out DIR`.
+r"""Train the bundled ledger model: `python -m r2dllm_ext.ledger.train --out DIR`.
 
 Every batch, mask and initial weight is a function of (seed, step) alone, so a run that was killed
-and resumed ends in the same weights as one that was not. `--init` begins a run with the weights of
-another one's checkpoint. The bundled weights come from three runs (A, B, C; all settings in
-`model/train_config.json`, the logs beside it):
+and resumed ends in the same weights as one that was not. What is evaluated and exported is an
+exponential average of the weights: at a learning rate worth having, the weights of a single step
+answer far worse. `--init` begins a run with the weights of another one's checkpoint. The bundled
+model comes from four runs (all settings in `model/train_config.json`, the logs beside it):
 
     --out A
     --out B --init A/checkpoint.pt --seed 1 --steps 2200 --learning-rate 8e-4 STAGE
     --out C --init B/checkpoint.pt --seed 2 --steps 1200 --learning-rate 4e-4 STAGE
+    --out D --init C/checkpoint.pt --seed 3 --steps 6000 --batch-size 64 --learning-rate 1e-3 \
+        --iid-share 0.15 --frontier-share 0.5
 
 with STAGE = --iid-share 0.15 --frontier-share 0.6 --frontier-digits 3.
 """
@@ -267,6 +270,7 @@ class Trainer:
         """A new run whose weights, and nothing else, are those of another run's checkpoint."""
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["config"] | {"step": state["step"]}
+        before["init"] = json.loads(before.get("init") or "null")
         trainer = cls(replace(config, init=json.dumps(before)))
         trainer.model.load_state_dict(state["model"])
         trainer.average.module.load_state_dict(state["model"])
