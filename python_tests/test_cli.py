@@ -269,11 +269,12 @@ def test_pretrained_tokenizer(run, foreign, monkeypatch):
 
 
 def test_dtype_reaches_the_model(run, ledger, monkeypatch):
-    seen = []
     from r2dllm_ext.cli import session
 
-    real = session.load_model
-    monkeypatch.setattr(session, "load_model", lambda *a, **k: seen.append(k) or real(*a, **k))
+    seen = []
+    monkeypatch.setattr(
+        session, "load_model", lambda *a, **k: seen.append(k) or load_model(*a, **k)
+    )
     json_lines(run("generate", SHORT, "--model", ledger, "--dtype", "bfloat16", "--json"))
     assert seen == [{"device": torch.device("cpu"), "dtype": torch.bfloat16}]
 
