@@ -39,7 +39,7 @@ LIMITS = {
     "slice_kernel": Limits(64, 8),
     "row_kernel": Limits(64),
     "cutoff_kernel": Limits(64),
-    "draw_kernel": Limits(128),
+    "draw_kernel": Limits(64),
 }
 DEFAULT = Limits(255)
 
