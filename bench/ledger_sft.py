@@ -420,7 +420,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--quantile", type=float, default=0.5, help="share of it that is trained on"
     )
     parser.add_argument("--steps", type=int, help="of training; default 120, quick 20")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--autocast", action="store_true", help="train in bfloat16")
     parser.add_argument("--curve-prompts", type=int,
                         help="for other thresholds; 0 = none; default 128, quick 0")  # fmt: skip
