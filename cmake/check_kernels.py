@@ -4,7 +4,7 @@
     python cmake/check_kernels.py [--arch 80 --arch 90 ...] [--require]
 
 Holds registers, spills and local memory against the limits below, and the loads of the pass over V:
-16 bytes wide, all of a thread's issued before the first is looked at. csrc/cuda includes nothing of
+16 bytes wide, all of a thread's issued before the first is looked at; and the gradient's stores. csrc/cuda includes nothing of
 torch, so nvcc is all that is needed, and cuobjdump or nvdisasm for the machine code (the toolkit's,
 or those in the triton package). What is missing is said; with --require that is a failure.
 """
@@ -31,6 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v")  # as setup.py
 class Limits(NamedTuple):
     registers: int
     wide_loads: int = 0  # this many loads of 16 bytes, issued together
+    wide_stores: int = 0  # this many stores of 16 bytes
 
 
 # By a word of the kernel's name. With 64 registers a block of 1024 threads starts at all, and 8
@@ -40,6 +41,7 @@ LIMITS = {
     "row_kernel": Limits(64),
     "cutoff_kernel": Limits(64),
     "draw_kernel": Limits(128),
+    "gradient_kernel": Limits(64, 8, 8),
 }
 DEFAULT = Limits(255)
 
@@ -141,6 +143,9 @@ def problems(kernel: Kernel, arch: str, code: list[str] | None) -> list[str]:
             found.append(f"{burst} loads of 16 bytes in a row, takes {limits.wide_loads}")
         if local := sum(word.startswith(("LDL", "STL")) for word in code):
             found.append(f"{local} accesses to local memory")
+        stores = sum(word.startswith("STG") and ".128" in word for word in code)
+        if stores < limits.wide_stores:
+            found.append(f"{stores} stores of 16 bytes, takes {limits.wide_stores}")
     return found
 
 

@@ -6,7 +6,8 @@
 
 #include "backend.h"
 #include "checks.h"
-#include "token_confidence.h"
+#include "target_rows.h"
+#include "vocab_pass.h"
 
 namespace r2dllm {
 
