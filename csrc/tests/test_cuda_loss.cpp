@@ -504,7 +504,6 @@ TEST(packing_rounds_as_the_cpu_does) {
       cpu.store(&want, 0, static_cast<double>(value));
       same = same && round_to_format<Format>(value) == want;
     }
-    CHECK(Format::value(round_to_format<Format>(NAN)) != 0.0f);
     const float nan = Format::value(round_to_format<Format>(NAN));
     CHECK(nan != nan);
   });
