@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 template <class Format>
-__global__ void __launch_bounds__(kSliceThreads, 8)
+__global__ void __launch_bounds__(kSliceThreads, 5)
     gradient_kernel(RowStatsBackwardParams params, int64_t slices, double scale) {
   __shared__ RowGradient shared;
   CudaLane lane;

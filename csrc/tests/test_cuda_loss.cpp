@@ -138,7 +138,7 @@ Exact exact(const Logits<Format>& logits, int64_t cell, int64_t target, double t
     if (term > 0.0L) moment += u * term;
   }
   row.log_sum = std::log(sum);
-  row.nll = row.log_sum + row.max - logits.get(cell, target);
+  row.nll = row.log_sum + (row.max - logits.get(cell, target));
   if (temperature != 0.0) {
     row.log_mass = std::log(mass);
     row.entropy = row.log_mass - moment / mass;
