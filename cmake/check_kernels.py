@@ -5,9 +5,9 @@
 
 Holds registers, spills and local memory against the limits below, and the loads of the pass over V:
 16 bytes wide, all of a thread's issued before the first is looked at; and the gradient's stores.
-csrc/cuda includes nothing of torch, so nvcc is all that is needed, and cuobjdump or nvdisasm for the
-machine code (the toolkit's, or those in the triton package). What is missing is said; with --require
-that is a failure.
+csrc/cuda includes nothing of torch, so nvcc is all that is needed, and cuobjdump or nvdisasm for
+the machine code (the toolkit's, or those in the triton package). What is missing is said; with
+--require that is a failure.
 """
 
 from __future__ import annotations
