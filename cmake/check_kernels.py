@@ -41,7 +41,7 @@ LIMITS = {
     "slice_kernel": Limits(64, 8),
     "row_kernel": Limits(64),
     "cutoff_kernel": Limits(64),
-    "draw_kernel": Limits(128),
+    "draw_kernel": Limits(64),
     "gradient_kernel": Limits(96, 8, 8),
 }
 DEFAULT = Limits(255)

@@ -269,12 +269,11 @@ def test_pretrained_tokenizer(run, foreign, monkeypatch):
 
 
 def test_dtype_reaches_the_model(run, ledger, monkeypatch):
-    seen = []
-    import r2dllm_ext.models
+    from r2dllm_ext.cli import session
 
-    real = r2dllm_ext.models.load_model
+    seen = []
     monkeypatch.setattr(
-        r2dllm_ext.models, "load_model", lambda *a, **k: seen.append(k) or real(*a, **k)
+        session, "load_model", lambda *a, **k: seen.append(k) or load_model(*a, **k)
     )
     json_lines(run("generate", SHORT, "--model", ledger, "--dtype", "bfloat16", "--json"))
     assert seen == [{"device": torch.device("cpu"), "dtype": torch.bfloat16}]

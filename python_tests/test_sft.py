@@ -184,6 +184,19 @@ def test_every_example_is_met_once_before_any_is_met_again():
     assert order != example_order(5, 0, 15, 4)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("steps", 0), ("batch_size", True), ("learning_rate", 0), ("mode", "iid"),
+        ("ratio", (0.6, 0.4)), ("ratio", (0.5,)), ("weighting", "mean"), ("entropy_weight", -1),
+        ("entropy_gate", "wrong"), ("weight_decay", float("nan")), ("iid_share", 1.5),
+    ],
+)  # fmt: skip
+def test_training_is_validated_when_it_is_built(field, value):
+    with pytest.raises(ValueError, match=f"Training.{field}: got "):
+        sft.Training(**{field: value})
+
+
 @pytest.mark.parametrize("micro", [1, 3])
 def test_accumulated_gradients_are_those_of_the_batch(micro):
     whole, parts = gradients(trainer()), gradients(trainer(micro_batch_size=micro))

@@ -140,12 +140,13 @@ R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logi
   const SlicePartial* partial = workspace.partial + cell * slices;
   const SlicePartial merged = merge_slices(lane, partial, slices);
   if (!(merged.mass > 0.0)) return;
-  const int64_t* counter = counters + cell / logits.length * kCounters;
-  const Drawn result = draw<Format>(
-      lane, shared, row_of<Format>(logits, cell), merged, partial,
-      workspace.tempered + cell * slices, slices,
-      workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX, scale,
-      uniform(seed, counter[kRowId], counter[kStep], cell % logits.length, Draw::kToken));
+  const auto length = static_cast<uint32_t>(logits.length), c = static_cast<uint32_t>(cell);
+  const int64_t* counter = counters + int64_t{c / length} * kCounters;
+  const Drawn result =
+      draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
+                   workspace.tempered + cell * slices, slices,
+                   workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX, scale,
+                   uniform(seed, counter[kRowId], counter[kStep], c % length, Draw::kToken));
   if (result.id >= 0) drawn[cell] = result;
 }
 

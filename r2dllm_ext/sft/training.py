@@ -88,6 +88,17 @@ class Training:
                 f"Training.weighting: got {self.weighting!r}, takes 'flat' or 'elbo': the loss is "
                 "a mean over rows, not over sequences"
             )
+        if len(self.ratio) != 2 or not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
+            raise ValueError(f"Training.ratio: got {self.ratio!r}, takes 0 <= low <= high <= 1")
+        for name in ("weight_decay", "entropy_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"Training.{name}: got {getattr(self, name)!r}, takes a number >= 0"
+                )
+        if self.entropy_gate not in ("correct", "all"):
+            raise ValueError(
+                f"Training.entropy_gate: got {self.entropy_gate!r}, takes 'correct' or 'all'"
+            )
         if not 0 <= self.iid_share <= 1:
             raise ValueError(f"Training.iid_share: got {self.iid_share!r}, takes 0 .. 1")
 
@@ -330,6 +341,8 @@ def _distributed(objective: Objective, parallel: str) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # The views are the keys and values of a layer, which nothing in training touches.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     device = objective.model.device.type
     mesh = init_device_mesh(device, (current_ranks().world,))
     for block in objective.model.blocks:
