@@ -4,9 +4,10 @@
     python cmake/check_kernels.py [--arch 80 --arch 90 ...] [--require]
 
 Holds registers, spills and local memory against the limits below, and the loads of the pass over V:
-16 bytes wide, all of a thread's issued before the first is looked at. csrc/cuda includes nothing of
-torch, so nvcc is all that is needed, and cuobjdump or nvdisasm for the machine code (the toolkit's,
-or those in the triton package). What is missing is said; with --require that is a failure.
+16 bytes wide, all of a thread's issued before the first is looked at; and the gradient's stores.
+csrc/cuda includes nothing of torch, so nvcc is all that is needed, and cuobjdump or nvdisasm for
+the machine code (the toolkit's, or those in the triton package). What is missing is said; with
+--require that is a failure.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ class Limits(NamedTuple):
     registers: int
     local: int  # bytes of local memory; on sm_90 nothing is spilled in any case
     wide_loads: int = 0  # this many loads of 16 bytes, issued together
+    wide_stores: int = 0  # this many stores of 16 bytes
 
 
 # By a word of the kernel's name. With 64 registers a block of 1024 threads starts at all, and 8
-# blocks of 128 share a multiprocessor.
+# blocks of 128 share a multiprocessor; with 96, 5 do.
 LIMITS = {
     "slice_kernel": Limits(64, 0, 8),
     "row_kernel": Limits(64, 0),
     "cutoff_kernel": Limits(64, 8),  # a register saved over the call of a double division
     "draw_kernel": Limits(64, 8),
+    "gradient_kernel": Limits(96, 0, 8, 8),
 }
 DEFAULT = Limits(255, 1024)
 
@@ -142,6 +145,9 @@ def problems(kernel: Kernel, arch: str, code: list[str] | None) -> list[str]:
             found.append(f"{burst} loads of 16 bytes in a row, takes {limits.wide_loads}")
         if local := sum(word.startswith(("LDL", "STL")) for word in code):
             found.append(f"{local} accesses to local memory")
+        stores = sum(word.startswith("STG") and ".128" in word for word in code)
+        if stores < limits.wide_stores:
+            found.append(f"{stores} stores of 16 bytes, takes {limits.wide_stores}")
     return found
 
 

@@ -40,6 +40,20 @@ struct CudaLane {
         : "l"(p));
     return words;
   }
+  __device__ Words load_own(const void* p) const {
+    Words words;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]),
+                   "=r"(words.word[3])
+                 : "l"(p)
+                 : "memory");
+    return words;
+  }
+  __device__ void store(void* p, const Words& words) const {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words.word[0]),
+                 "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
+                 : "memory");
+  }
 
   // Programmatic dependent launch; both do nothing in a launch without it.
   __device__ void release_next() const {

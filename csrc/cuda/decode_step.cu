@@ -88,7 +88,7 @@ void decode_step(const DecodeStepParams& params) {
   if (judges_logits) {
     const double scale = draws ? tempering(sampling) : 0.0;
     if (draws && !restricts(sampling)) {
-      launch_slices<true>(logits, is_candidate, workspace.vocab, scale);
+      launch_slices<Tempered::kMass>(logits, is_candidate, workspace.vocab, scale);
     } else {
       launch_slices(logits, is_candidate, workspace.vocab);
     }

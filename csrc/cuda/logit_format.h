@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Logits as they lie in 32-bit words: one float32 or a pair of 16-bit numbers.
+// Logits as they lie in 32-bit words: one float32 or a pair of 16-bit numbers. Format::pack rounds
+// float32 numbers to a word, to nearest even.
 #pragma once
 
 #include <cmath>
@@ -19,6 +20,7 @@ struct Float32 {
 
   static R2D_DEVICE float value(Bits bits) { return bit_cast<float>(bits); }
   static R2D_DEVICE float value(uint32_t word, int) { return value(word); }
+  static R2D_DEVICE uint32_t pack(const float* z) { return bit_cast<uint32_t>(z[0]); }
   static R2D_DEVICE uint32_t max(uint32_t a, uint32_t b) {
     return bit_cast<uint32_t>(fmaxf(value(a), value(b)));
   }
@@ -45,6 +47,19 @@ struct BFloat16 {
   }
   static R2D_DEVICE float value(uint32_t word, int i) {
     return bit_cast<float>(i == 0 ? word << 16 : word & 0xFFFF0000u);
+  }
+  static R2D_DEVICE uint32_t pack(const float* z) {
+#if defined(__CUDA_ARCH__)
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(z[1]), "f"(z[0]));
+    return word;
+#else
+    const auto round = [](float x) -> uint32_t {
+      const uint32_t bits = bit_cast<uint32_t>(x);
+      return x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    };
+    return round(z[0]) | round(z[1]) << 16;
+#endif
   }
   static R2D_DEVICE uint32_t max(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
@@ -78,6 +93,25 @@ struct Half {
   static R2D_DEVICE float value(uint32_t word, int i) {
     return value(static_cast<Bits>(i == 0 ? word : word >> 16));
   }
+  static R2D_DEVICE uint32_t pack(const float* z) {
+#if defined(__CUDA_ARCH__)
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(z[1]), "f"(z[0]));
+    return word;
+#else
+    const auto round = [](float x) -> uint32_t {
+      const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000;
+      const uint32_t magnitude = bits & 0x7FFFFFFF;
+      if (x != x) return 0x7FFF;
+      if (magnitude >= 0x477FF000) return sign | 0x7C00;  // 65520 and more
+      if (magnitude < 0x38800000) {                       // subnormals: multiples of 2^-24
+        return sign | static_cast<uint32_t>(rintf(fabsf(x) * 0x1p24f));
+      }
+      return sign | (((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10));
+    };
+    return round(z[0]) | round(z[1]) << 16;
+#endif
+  }
   static R2D_DEVICE uint32_t max(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
     uint32_t greater;
@@ -108,12 +142,25 @@ R2D_DEVICE float value(const Words& vector, int i) {
 }
 
 template <class Format>
+R2D_DEVICE typename Format::Bits bits(const Words& vector, int i) {
+  constexpr int width = 8 * sizeof(typename Format::Bits);
+  return static_cast<typename Format::Bits>(vector.word[i / kPair<Format>] >>
+                                            (i % kPair<Format> * width % 32));
+}
+
+template <class Format>
 R2D_DEVICE void put(Words& vector, int i, typename Format::Bits bits) {
   constexpr int width = 8 * sizeof(bits);
   const int shift = i % kPair<Format> * width % 32;
   const uint32_t field = (0xFFFFFFFFu >> (32 - width)) << shift;
   uint32_t& word = vector.word[i / kPair<Format>];
   word = (word & ~field) | static_cast<uint32_t>(bits) << shift;
+}
+
+template <class Format>
+R2D_DEVICE typename Format::Bits round_to_format(float x) {
+  const float pair[] = {x, x};
+  return static_cast<typename Format::Bits>(Format::pack(pair));
 }
 
 template <class Format>

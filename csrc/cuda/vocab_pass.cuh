@@ -30,7 +30,7 @@ inline int64_t slices_of(const LogitsView& logits) {
   return slices;
 }
 
-template <class Format, bool kTempered, class IsCandidate>
+template <class Format, Tempered kTempered, class IsCandidate>
 __global__ void __launch_bounds__(kSliceThreads, 8)
     slice_kernel(LogitsView logits, IsCandidate is_candidate, VocabWorkspace workspace,
                  float scale) {
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kSliceThreads, 8)
   slice_body<Format, kTempered>(lane, shared, logits, is_candidate, workspace, scale);
 }
 
-// `scale`: log2(e) / temperature, if kTempered.
-template <bool kTempered = false, class IsCandidate>
+// `scale`: log2(e) / temperature, if anything is tempered.
+template <Tempered kTempered = Tempered::kNone, class IsCandidate>
 void launch_slices(const LogitsView& logits, const IsCandidate& is_candidate,
                    const VocabWorkspace& workspace, double scale = 0.0) {
   const Launch launch{logits.batch * logits.length * workspace.slices, kSliceThreads};

@@ -28,6 +28,8 @@ struct VocabWorkspace {
   // At temperature > 0:
   double* tempered;  // [rows, slices], sum of exp((z - slice's max) / temperature)
   float* cutoff;     // [rows], least logit that top-k and top-p keep; null: all are kept
+  // For an entropy, beside `tempered`: the other of a slice's TemperedSums.
+  double* moment = nullptr;  // [rows, slices]
 };
 
 template <class Format>

@@ -6,6 +6,7 @@
 // and NaN lead to the right sums (0, NaN, NaN) without a branch.
 #pragma once
 
+#include "../rules/row_loss.h"
 #include "vocab_row.h"
 
 namespace r2dllm::cuda {
@@ -14,8 +15,11 @@ struct SliceShared {
   float max[kSliceThreads / kWarp];
   int32_t first[kSliceThreads / kWarp];
   double mass[kSliceThreads / kWarp];
-  double tempered[kSliceThreads / kWarp];
+  TemperedSums tempered[kSliceThreads / kWarp];
 };
+
+// Which of a slice's TemperedSums are wanted; the moment comes with the mass.
+enum class Tempered { kNone, kMass, kMoment };
 
 template <class Format, class Lane>
 R2D_DEVICE void load_slice(Lane& lane, const VocabRow<Format>& row, int64_t begin,
@@ -38,8 +42,8 @@ R2D_DEVICE void load_slice(Lane& lane, const VocabRow<Format>& row, int64_t begi
 
 // In float32, as a tree: no chain of roundings.
 template <class Format, class Term>
-R2D_DEVICE float sum_of_terms(const Words& vector, Term term) {
-  float terms[kVector<Format>];
+R2D_DEVICE auto sum_of_terms(const Words& vector, Term term) {
+  decltype(term(0.0f)) terms[kVector<Format>];
   R2D_UNROLL
   for (int i = 0; i < kVector<Format>; ++i) terms[i] = term(value<Format>(vector, i));
   R2D_UNROLL
@@ -52,11 +56,25 @@ R2D_DEVICE float sum_of_terms(const Words& vector, Term term) {
 
 constexpr float kLog2eFloat = 1.44269502f;
 
-// Thread 0 gets the partial, and the tempered mass if kTempered. `scale` = log2(e) / temperature.
-template <class Format, bool kTempered, class Lane>
+struct FloatSums {
+  float mass, moment;
+  R2D_DEVICE void operator+=(const FloatSums& other) {
+    mass += other.mass;
+    moment += other.moment;
+  }
+};
+
+// 2^x is 0 in float32 from here on down, and x * 2^x no NaN.
+constexpr float kLeastExponent = -200.0f;
+
+// Thread 0 gets the partial, and of `tempered` what kTempered says. `scale` = log2(e) /
+// temperature.
+template <class Format, Tempered kTempered, class Lane>
 R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const VocabRow<Format>& row,
-                                      int64_t begin, float scale, double* tempered) {
+                                      int64_t begin, float scale, TemperedSums* tempered) {
   constexpr int kWarps = kSliceThreads / kWarp;
+  constexpr bool kIsTempered = kTempered != Tempered::kNone;
+  constexpr bool kMoment = kTempered == Tempered::kMoment;
   Words vectors[kLoads];
   load_slice(lane, row, begin, vectors);
   lane.release_next();
@@ -78,13 +96,23 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
   // If all is -inf, z - zero is not NaN but -inf.
   const float zero = fmaxf(max, -FLT_MAX);
   const auto term = [&](float z) { return lane.exp2((z - zero) * kLog2eFloat); };
-  double mass = 0.0, tempered_mass = 0.0;
+  const auto tempered_term = [&](float z) {
+    if constexpr (kMoment) {
+      const float u = fmaxf((z - zero) * scale, kLeastExponent), power = lane.exp2(u);
+      return FloatSums{power, power * u};
+    } else {
+      return FloatSums{lane.exp2((z - zero) * scale), 0.0f};
+    }
+  };
+  double mass = 0.0;
+  TemperedSums sums{0.0, 0.0};
   R2D_UNROLL
   for (int g = 0; g < kLoads; ++g) {
     mass += static_cast<double>(sum_of_terms<Format>(vectors[g], term));
-    if constexpr (kTempered) {
-      tempered_mass += static_cast<double>(
-          sum_of_terms<Format>(vectors[g], [&](float z) { return lane.exp2((z - zero) * scale); }));
+    if constexpr (kIsTempered) {
+      const FloatSums of_vector = sum_of_terms<Format>(vectors[g], tempered_term);
+      sums.mass += static_cast<double>(of_vector.mass);
+      if constexpr (kMoment) sums.moment += static_cast<double>(of_vector.moment);
     }
   }
 
@@ -105,22 +133,27 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
     // The vector with the greatest term again, in double: there a rounding of float32 would be as
     // large as the last bit of the result.
     mass -= static_cast<double>(sum_of_terms<Format>(winner, term));
+    if constexpr (kMoment) {
+      sums.mass -= static_cast<double>(sum_of_terms<Format>(winner, tempered_term).mass);
+    }
     const int32_t column = (found * kSliceThreads + lane.thread()) * kVector<Format>;
     R2D_UNROLL
     for (int i = kVector<Format> - 1; i >= 0; --i) {
       const float z = value<Format>(winner, i);
       mass += static_cast<double>(term(z));
+      if constexpr (kMoment) sums.mass += static_cast<double>(tempered_term(z).mass);
       if (z == max) first = column + i;
     }
   }
 
   mass = warp_sum(lane, mass);
   first = -lane.max(-first);
-  if constexpr (kTempered) tempered_mass = warp_sum(lane, tempered_mass);
+  if constexpr (kIsTempered) sums.mass = warp_sum(lane, sums.mass);
+  if constexpr (kMoment) sums.moment = warp_sum(lane, sums.moment);
   if (place_in_warp(lane) == 0) {
     shared.mass[warp_of(lane)] = mass;
     shared.first[warp_of(lane)] = first;
-    if constexpr (kTempered) shared.tempered[warp_of(lane)] = tempered_mass;
+    if constexpr (kIsTempered) shared.tempered[warp_of(lane)] = sums;
   }
   lane.sync(kSliceThreads);
   if (lane.thread() != 0) return {};
@@ -128,14 +161,15 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
   for (int w = 1; w < kWarps; ++w) {
     mass += shared.mass[w];
     first = shared.first[w] < first ? shared.first[w] : first;
-    if constexpr (kTempered) tempered_mass += shared.tempered[w];
+    if constexpr (kIsTempered) sums.mass += shared.tempered[w].mass;
+    if constexpr (kMoment) sums.moment += shared.tempered[w].moment;
   }
-  if constexpr (kTempered) *tempered = tempered_mass;
+  if constexpr (kIsTempered) *tempered = sums;
   return {mass, max, static_cast<int32_t>(begin) + first};
 }
 
 // Block `cell * slices + slice`. `is_candidate(cell)`: rows that are none are not read.
-template <class Format, bool kTempered, class Lane, class IsCandidate>
+template <class Format, Tempered kTempered, class Lane, class IsCandidate>
 R2D_DEVICE void slice_body(Lane& lane, SliceShared& shared, const LogitsView& logits,
                            const IsCandidate& is_candidate, const VocabWorkspace& workspace,
                            float scale) {
@@ -143,12 +177,13 @@ R2D_DEVICE void slice_body(Lane& lane, SliceShared& shared, const LogitsView& lo
              slices = static_cast<uint32_t>(workspace.slices);
   const int64_t cell = block / slices, slice = block % slices;
   if (!is_candidate(cell)) return;
-  double tempered;
+  TemperedSums tempered;
   const SlicePartial partial = slice_partial<Format, kTempered>(
       lane, shared, row_of<Format>(logits, cell), slice * kSliceColumns<Format>, scale, &tempered);
   if (lane.thread() != 0) return;
   workspace.partial[lane.block()] = partial;
-  if constexpr (kTempered) workspace.tempered[lane.block()] = tempered;
+  if constexpr (kTempered != Tempered::kNone) workspace.tempered[lane.block()] = tempered.mass;
+  if constexpr (kTempered == Tempered::kMoment) workspace.moment[lane.block()] = tempered.moment;
 }
 
 }  // namespace r2dllm::cuda

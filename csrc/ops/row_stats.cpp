@@ -6,6 +6,7 @@
 
 #include "backend.h"
 #include "checks.h"
+#include "target_rows.h"
 #include "vocab_pass.h"
 
 namespace r2dllm {

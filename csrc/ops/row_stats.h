@@ -3,8 +3,6 @@
 // the first two.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include "../rules/logits_view.h"
 #include "../rules/row_loss.h"
 
@@ -20,7 +18,7 @@ struct RowStatsParams {
   float* confidence;
   int64_t* prediction;
   RowState* state;
-  void* workspace;  // CUDA: vocab_pass_workspace
+  void* workspace;  // CUDA: row_stats_bytes
 };
 
 struct RowStatsBackwardParams {
@@ -44,17 +42,5 @@ int64_t row_stats_bytes(const LogitsView& logits);
 void row_stats(const RowStatsParams& params);
 void row_stats_backward(const RowStatsBackwardParams& params);
 }  // namespace cuda
-
-// What ops on rows with targets share: checks of the arguments, and the pass itself.
-struct RowStats {
-  at::Tensor nll, entropy, confidence, prediction, state;
-};
-void check_rows(const char* op, const at::Tensor& logits, const at::Tensor& targets,
-                int64_t ignore_index);
-void check_temperature(const char* op, const char* name, double temperature);
-RowStats row_stats(const at::Tensor& logits, const at::Tensor& targets, double temperature,
-                   int64_t ignore_index);
-
-RowValues row_values(const at::Tensor& values);
 
 }  // namespace r2dllm

@@ -9,7 +9,7 @@
 
 #include "backend.h"
 #include "checks.h"
-#include "row_stats.h"
+#include "target_rows.h"
 
 namespace r2dllm {
 namespace {

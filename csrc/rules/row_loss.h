@@ -26,6 +26,12 @@ R2D_HOST_DEVICE TemperedSums rebased(const TemperedSums& slice, double shift) {
   return {slice.mass * factor, (slice.moment + shift * slice.mass) * factor};
 }
 
+// `mass` = sum of exp(z - max). The exponent is that of the maximum itself, no integer near it: for
+// what follows that is all the same.
+R2D_HOST_DEVICE VocabStats stats_of(double max, double mass) {
+  return {max, max * kLog2eWide, mass};
+}
+
 R2D_HOST_DEVICE double entropy(const TemperedSums& row) {
   return log(row.mass) - kLn2 * (row.moment / row.mass);
 }

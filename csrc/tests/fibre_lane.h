@@ -65,18 +65,25 @@ class FibreLane {
   }
   float exp2(float x) const { return exp2f(x); }
   cuda::Words load(const void* p) const {
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) {
-      std::puts("a 16-byte load is not aligned");
-      std::abort();
-    }
+    check_aligned(p);
     cuda::Words words;
     std::memcpy(&words, p, sizeof words);
     return words;
+  }
+  cuda::Words load_own(const void* p) const { return load(p); }
+  void store(void* p, const cuda::Words& words) const {
+    check_aligned(p);
+    std::memcpy(p, &words, sizeof words);
   }
   void release_next() const {}
   void await_previous() const {}
 
  private:
+  static void check_aligned(const void* p) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return;
+    std::puts("16 bytes are not aligned");
+    std::abort();
+  }
   // All lanes of the warp put x down; then each reads what it needs.
   template <class T, class Read>
   T exchange(T x, Read read);

@@ -13,87 +13,16 @@
 #include "../cuda/row_step.h"
 #include "../rules/exp2_term.h"
 #include "check.h"
+#include "cuda_logits.h"
 #include "fibre_lane.h"
 
 using namespace r2dllm;
 using namespace r2dllm::cuda;
 using test::FibreLane;
+using test::for_each_format;
+using test::Logits;
 
 namespace {
-
-// ---- logits
-// --------------------------------------------------------------------------------------
-
-uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
-
-// Rounded towards zero; values that the format has stay as they are.
-template <class Format>
-typename Format::Bits encode(float x);
-template <>
-uint32_t encode<Float32>(float x) {
-  return bits_of(x);
-}
-template <>
-uint16_t encode<BFloat16>(float x) {
-  return x != x ? 0x7FC0 : static_cast<uint16_t>(bits_of(x) >> 16);
-}
-template <>
-uint16_t encode<cuda::Half>(float x) {
-  const auto sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000);
-  const uint32_t magnitude = bits_of(x) & 0x7FFFFFFF;
-  if (x != x) return 0x7E00;
-  if (magnitude >= 0x47800000) return sign | (magnitude == 0x7F800000 ? 0x7C00 : 0x7BFF);
-  if (magnitude < 0x38800000) return sign;
-  return sign | static_cast<uint16_t>((magnitude >> 13) - (112 << 10));
-}
-
-constexpr LogitType type_of(Float32) { return LogitType::kFloat; }
-constexpr LogitType type_of(BFloat16) { return LogitType::kBFloat16; }
-constexpr LogitType type_of(cuda::Half) { return LogitType::kHalf; }
-
-// [batch, length, vocab] logits in a heap block that ends with the last one. `offset`: elements
-// before the first; `pad`: between rows.
-template <class Format>
-struct Logits {
-  using Bits = typename Format::Bits;
-  int64_t batch, length, vocab, offset, pitch;
-  std::unique_ptr<Bits[]> memory;
-  int64_t excluded = -1, shift = 0;
-
-  Logits(int64_t batch, int64_t length, int64_t vocab, int64_t offset = 0, int64_t pad = 0)
-      : batch(batch),
-        length(length),
-        vocab(vocab),
-        offset(offset),
-        pitch(vocab + pad),
-        memory(new Bits[static_cast<size_t>(offset + (batch * length - 1) * pitch + vocab)]) {}
-
-  void set(int64_t cell, int64_t column, float z) {
-    memory[static_cast<size_t>(offset + cell * pitch + column)] = encode<Format>(z);
-  }
-  double get(int64_t cell, int64_t column) const {
-    if (column == excluded) return -INFINITY;
-    return Format::value(memory[static_cast<size_t>(offset + cell * pitch + column)]);
-  }
-  LogitsView view() const {
-    return {memory.get() + offset,
-            type_of(Format()),
-            batch,
-            length,
-            vocab,
-            length * pitch,
-            pitch,
-            excluded,
-            shift};
-  }
-  int64_t slices() const { return (vocab + kSliceColumns<Format> - 1) / kSliceColumns<Format>; }
-  void fill(std::mt19937& random, float spread = 3.0f) {
-    std::normal_distribution<float> normal(0.0f, spread);
-    for (int64_t cell = 0; cell < batch * length; ++cell) {
-      for (int64_t i = 0; i < vocab; ++i) set(cell, i, normal(random));
-    }
-  }
-};
 
 // ---- the oracle
 // ----------------------------------------------------------------------------------
@@ -155,7 +84,7 @@ struct Workspace {
   }
 };
 
-template <class Format, bool kTempered = false, class IsCandidate>
+template <class Format, Tempered kTempered = Tempered::kNone, class IsCandidate>
 void run_slices(const Logits<Format>& logits, const IsCandidate& is_candidate,
                 const VocabWorkspace& workspace, unsigned seed, double scale = 0.0) {
   test::launch<SliceShared>(logits.batch * logits.length * workspace.slices, kSliceThreads, seed,
@@ -201,13 +130,6 @@ void check_confidence(const Logits<Format>& logits, const Confidences& got) {
     CHECK(got.prediction[static_cast<size_t>(cell)] == want.id);
     CHECK(close(got.confidence[static_cast<size_t>(cell)], want.confidence));
   }
-}
-
-template <class F>
-void for_each_format(F f) {
-  f(Float32());
-  f(BFloat16());
-  f(cuda::Half());
 }
 
 // ---- the pass over V
@@ -439,7 +361,7 @@ void run_step(const Logits<Format>& logits, StepMemory& memory, const StepOption
   const bool draws = sampling.temperature > 0.0;
   const double scale = draws ? tempering(sampling) : 0.0;
   if (draws && workspace.view.cutoff == nullptr) {
-    run_slices<Format, true>(logits, is_candidate, workspace.view, seed, scale);
+    run_slices<Format, Tempered::kMass>(logits, is_candidate, workspace.view, seed, scale);
   } else {
     run_slices(logits, is_candidate, workspace.view, seed);
   }
