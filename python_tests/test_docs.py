@@ -39,9 +39,10 @@ def test_readme_examples():
     if not readme.exists():
         pytest.skip("needs the source tree beside the tests")
     blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert not (scope["x"] == scope["model"].mask_id).any()
     assert scope["out"].nfe < 96
+    assert scope["hidden"].grad.shape == scope["hidden"].shape
