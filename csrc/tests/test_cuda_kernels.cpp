@@ -11,7 +11,6 @@
 #include "../cuda/row_confidence.h"
 #include "../cuda/row_rules.h"
 #include "../cuda/row_step.h"
-#include "../rules/exp2_term.h"
 #include "check.h"
 #include "cuda_logits.h"
 #include "fibre_lane.h"
