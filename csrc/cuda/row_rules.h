@@ -53,17 +53,7 @@ R2D_DEVICE void positional_ambiguity_body(Lane& lane, const PositionalAmbiguityP
 template <class Lane>
 R2D_DEVICE void update_stability_body(const Lane& lane, const UpdateStabilityParams& params) {
   const int64_t i = lane.block() * lane.threads() + lane.thread();
-  if (i >= params.cells) return;
-  Streak streak{params.streak_count[i], params.streak_id[i], params.streak_sum[i],
-                params.streak_max[i]};
-  params.stable[i] = advance(
-      streak,
-      {params.was_masked[i], params.is_masked[i], params.prediction[i], params.confidence[i]},
-      params.steps, params.min_confidence, params.eval);
-  params.streak_count[i] = streak.count;
-  params.streak_id[i] = streak.id;
-  params.streak_sum[i] = streak.sum;
-  params.streak_max[i] = streak.max;
+  if (i < params.cells) advance_cell(params, i);
 }
 
 }  // namespace r2dllm::cuda

@@ -22,6 +22,19 @@ struct UpdateStabilityParams {
   bool* stable;  // [B, L], out
 };
 
+R2D_HOST_DEVICE void advance_cell(const UpdateStabilityParams& params, int64_t i) {
+  Streak streak{params.streak_count[i], params.streak_id[i], params.streak_sum[i],
+                params.streak_max[i]};
+  params.stable[i] = advance(
+      streak,
+      {params.was_masked[i], params.is_masked[i], params.prediction[i], params.confidence[i]},
+      params.steps, params.min_confidence, params.eval);
+  params.streak_count[i] = streak.count;
+  params.streak_id[i] = streak.id;
+  params.streak_sum[i] = streak.sum;
+  params.streak_max[i] = streak.max;
+}
+
 namespace cpu {
 void update_stability(const UpdateStabilityParams& params);
 }

@@ -253,8 +253,7 @@ TEST(rows_that_are_no_candidates_are_not_read) {
   CHECK(got.prediction[3] == exact(logits, 3).id);
 }
 
-// ---- a whole step
-// --------------------------------------------------------------------------------
+// ---- a whole step ---------------------------------------------------------------------------
 
 constexpr int64_t kMask = 3;
 
