@@ -3,6 +3,7 @@
 // verdict.
 #pragma once
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -33,10 +34,12 @@ inline int run_all() {
   int failed = 0;
   for (const Case& test : cases()) {
     const int before = failures();
+    const auto began = std::chrono::steady_clock::now();
     test.body();
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
     const bool ok = failures() == before;
     failed += ok ? 0 : 1;
-    std::printf("%s  %s\n", ok ? "ok  " : "FAIL", test.name);
+    std::printf("%s %6.2f s  %s\n", ok ? "ok  " : "FAIL", took.count(), test.name);
   }
   std::printf("%zu passed, %d failed\n", cases().size() - failed, failed);
   return failed == 0 ? 0 : 1;

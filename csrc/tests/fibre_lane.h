@@ -90,6 +90,7 @@ class FibreLane {
 
   Block& block_;
   int thread_;
+  bool second_ = false;
 };
 
 class Block {
@@ -98,7 +99,7 @@ class Block {
       : number_(number),
         random_(random),
         fibres_(static_cast<size_t>(threads)),
-        slots_(static_cast<size_t>(threads)),
+        slots_(2 * static_cast<size_t>(threads)),
         warps_(static_cast<size_t>(threads / kWarp)) {}
 
   // body(lane) on every lane.
@@ -123,7 +124,7 @@ class Block {
 
   int threads() const { return static_cast<int>(fibres_.size()); }
   int64_t number() const { return number_; }
-  uint64_t& slot(int thread) { return slots_[static_cast<size_t>(thread)]; }
+  uint64_t* slots(bool second) { return slots_.data() + (second ? fibres_.size() : 0); }
 
   void wait_for_block(int n) {
     if (n % kWarp != 0 || n > threads() || running_ >= n) fail("a barrier of the wrong threads");
@@ -250,16 +251,16 @@ inline void FibreLane::sync(int n) {
 template <class T, class Read>
 T FibreLane::exchange(T x, Read read) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  std::memcpy(&block_.slot(thread_), &x, sizeof x);
+  // The next exchange uses the other slots; the one after it begins when all have read these.
+  uint64_t* slots = block_.slots(second_ = !second_);
+  std::memcpy(&slots[thread_], &x, sizeof x);
   block_.wait_for_warp();
   const int first = thread_ / kWarp * kWarp;
-  const T result = read([&](int lane) {
+  return read([&](int lane) {
     T other;
-    std::memcpy(&other, &block_.slot(first + lane), sizeof other);
+    std::memcpy(&other, &slots[first + lane], sizeof other);
     return other;
   });
-  block_.wait_for_warp();  // before the slots are used again
-  return result;
 }
 
 // A launch: body(lane, shared) on all blocks, in random order. Shared memory begins as garbage.

@@ -618,9 +618,9 @@ std::pair<int64_t, long double> exact_draw(const Logits<Format>& logits, int64_t
 }
 
 template <class Format>
-void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, unsigned seed) {
+void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, unsigned seed,
+                 int64_t batch = 2, int64_t length = 2) {
   std::mt19937 random(seed);
-  constexpr int64_t batch = 2, length = 2;
   Logits<Format> logits(batch, length, vocab, seed % 2);
   logits.fill(random, spread);
   logits.excluded = kMask;
@@ -630,7 +630,7 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
   options.threshold = 0.0f;
   options.seed = seed;
   StepMemory memory(batch, length);
-  memory.counters[kStep] = memory.counters[kCounters + kStep] = 9;
+  for (int64_t b = 0; b < batch; ++b) memory.counters[b * kCounters + kStep] = 9;
   const Workspace workspace(batch * length, logits.slices(), sampling);
   run_step(logits, memory, options, sampling, workspace, seed);
   for (int64_t cell = 0; cell < batch * length; ++cell) {
@@ -660,15 +660,15 @@ TEST(more_slices_than_a_warp_has_lanes) {
 }
 
 TEST(top_k_and_top_p_keep_what_sorting_keeps) {
-  unsigned seed = 60;
+  unsigned seed = 60;  // one cell each: these are blocks of 1024 fibres
   for (int64_t top_k : {0, 1, 5, 5000}) {
     for (double top_p : {0.05, 0.9, 1.0}) {
       if (top_k == 0 && top_p == 1.0) continue;
-      check_draws<BFloat16>({0.8, top_k, top_p}, 500, 2.0f, ++seed);
+      check_draws<BFloat16>({0.8, top_k, top_p}, 500, 2.0f, ++seed, 1, 1);
     }
   }
-  check_draws<cuda::Half>({0.8, 20, 0.9}, 9000, 2.0f, ++seed);
-  check_draws<Float32>({1.5, 3, 0.7}, 5000, 2.0f, ++seed);
+  check_draws<cuda::Half>({0.8, 20, 0.9}, 9000, 2.0f, ++seed, 1, 2);
+  check_draws<Float32>({1.5, 3, 0.7}, 5000, 2.0f, ++seed, 2, 1);
 }
 
 // ---- the rules alone
