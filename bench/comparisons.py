@@ -17,6 +17,7 @@ from baselines import (
     vectorised_step,
     windows,
 )
+from gpu_kernels import other_ways
 from harness import Variant
 from shapes import Block, Shape, spiked_block
 
@@ -43,8 +44,7 @@ class Case(NamedTuple):
 def decode_step_case(block: Block, compiled: bool | str, cache: str = "warm") -> Case:
     """`compiled`: True, or the reason to leave that column out."""
     turns = block.turns(cache)
-    variants, tokens = _step_variants(turns)
-    skipped = {}
+    variants, tokens, skipped = _step_variants(turns)
     if compiled is True:
         own = _siblings(turns)
         torch.compiler.reset()
@@ -79,7 +79,9 @@ def step_variants(block: Block) -> list[Variant]:
     return _step_variants([block])[0]
 
 
-def _step_variants(turns: list[Block]) -> tuple[list[Variant], dict[str, list[Block]]]:
+def _step_variants(
+    turns: list[Block],
+) -> tuple[list[Variant], dict[str, list[Block]], dict[str, str]]:
     config = turns[0].config()
     ways: dict[str, Callable[[Block], Any]] = {
         "ours": lambda b: r2.decode_step(b.logits, b.tokens, b.state, config),
@@ -89,7 +91,20 @@ def _step_variants(turns: list[Block]) -> tuple[list[Variant], dict[str, list[Bl
     # The authors' way takes long enough to be timed alone.
     own = {name: _siblings(turns[:1] if name == "authors" else turns) for name in ways}
     variants = [_on(name, own[name], way) for name, way in ways.items()]
-    return [*variants, _on("softmax", turns, lambda b: softmax_max(b.logits))], own
+    passes, skipped = _passes(turns)
+    return variants + passes, own, skipped
+
+
+def _passes(turns: list[Block]) -> tuple[list[Variant], dict[str, str]]:
+    """The pass over V alone, as others do it, and why some are left out."""
+    ways, skipped = other_ways(turns[0].logits.device.type)
+    want, _ = softmax_max(turns[0].logits)
+    for name, way in ways.items():
+        if not torch.allclose(way(turns[0].logits)[0], want, rtol=1e-4):
+            raise Disagreement(f"{name}: confidences differ from those of softmax")
+    ways = {"softmax": softmax_max} | ways
+    calls = [_on(name, turns, lambda b, way=way: way(b.logits)) for name, way in ways.items()]
+    return calls, skipped
 
 
 def _siblings(turns: list[Block]) -> list[Block]:
@@ -126,13 +141,13 @@ def token_confidence_case(block: Block, cache: str = "warm") -> Case:
     variants = [
         _on("ours", turns, lambda b: r2.token_confidence(b.logits)),
         _on("authors", turns[:1], authors),
-        _on("softmax", turns, lambda b: softmax_max(b.logits)),
     ]
+    passes, skipped = _passes(turns)
     prediction, confidence = variants[0].call()
     wide, p = authors(block)
     if not (torch.equal(prediction, wide) and torch.allclose(confidence, p.float(), rtol=1e-6)):
         raise Disagreement("token_confidence: ours and float64 softmax differ")
-    return Case(variants, logits.nbytes, {}, [])
+    return Case(variants + passes, logits.nbytes, skipped, [])
 
 
 def rule_case(op: str, shape: Shape, device: str) -> Case:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import os
 import platform
 import random
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -150,6 +152,18 @@ def cache_state(kind: str, logits: Tensor) -> Callable[[], Any]:
     return lambda: words.amax()
 
 
+# ---- what may be missing ----------------------------------------------------------------------
+
+
+def optional(module: str) -> str | None:
+    """Why a library can't be compared, or None."""
+    return None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def on_cuda(device: str) -> str | None:
+    return None if device == "cuda" else "runs on CUDA only"
+
+
 # ---- reading every byte ----------------------------------------------------------------------
 
 
@@ -167,8 +181,8 @@ def _read(turns: list[Tensor], reduction: str) -> Callable[[], Any]:
 
 
 def fastest_read(*turns: Tensor) -> tuple[str, Callable[[], Any]]:
-    """The plain torch reduction that reads the buffers, all alike, fastest on this machine, and its
-    name.
+    """What reads the buffers, all alike, fastest on this machine, and its name: a plain torch
+    reduction, or on CUDA, where there is an nvcc, read_words.cu.
 
     A sum over bfloat16 would be bound by the conversion; the same bytes as wider words are not.
     """
@@ -184,6 +198,10 @@ def fastest_read(*turns: Tensor) -> tuple[str, Callable[[], Any]]:
     if logits.nbytes % 4 == 0:
         single = [x.reshape(-1).view(torch.float32) for x in turns]
         reads["float32 sum"] = _read(single, "sum")
+    if logits.is_cuda and shutil.which("nvcc"):
+        from gpu_kernels import read_bytes
+
+        reads["read_words.cu"] = read_bytes(turns)
     if len(reads) == 1:
         return next(iter(reads.items()))
     variants = [Variant(name, read) for name, read in reads.items()]

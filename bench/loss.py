@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from comparisons import Case, Disagreement
-from harness import Variant
+from harness import Variant, on_cuda, optional
 from shapes import Shape
 from torch import Tensor
 
@@ -36,11 +35,6 @@ def loss_targets(rows: int, vocab: int, share: int, device: str) -> Tensor:
 
 def differentiate(loss: Tensor, *inputs: Tensor) -> Result:
     return Result(loss.detach(), torch.autograd.grad(loss, inputs))
-
-
-def optional(module: str) -> str | None:
-    """Why a library can't be compared, or None."""
-    return None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
 # ---- from logits -----------------------------------------------------------------------------
@@ -196,10 +190,6 @@ def linear_sft_loss_case(
 
 
 # ---- both ------------------------------------------------------------------------------------
-
-
-def on_cuda(device: str) -> str | None:
-    return None if device == "cuda" else "runs on CUDA only"
 
 
 def add_compiled(variants, skipped, compiled, variant, function) -> None:

@@ -37,7 +37,7 @@ from loss import CASES, LOSSES, SHARES, WIDTH, returned_bytes
 from memory import peak_memory
 from shapes import DTYPES, NAMED, TINY, Shape, parse_shape, spiked_block
 
-COLUMNS = ("ours", "authors", "vectorised", "compiled", "softmax", "read")
+COLUMNS = ("ours", "authors", "vectorised", "compiled", "softmax", "triton", "flashinfer", "read")
 RULES = ("window_pool", "positional_ambiguity", "update_stability")
 OPS = ("decode_step", "token_confidence", *RULES, "overhead", *LOSSES)
 FULL = tuple(f"{model}-{B}" for model in ("llada", "dream") for B in (1, 4, 32))
@@ -232,13 +232,18 @@ def _holds(value: float, relation: str, least: float) -> bool:
 
 # ---- the table -------------------------------------------------------------------------------
 
-HEADER = (
-    "op", "B", "L", "V", "dtype", "ours", "IQR", "GB/s", "of read",
-    *(word for name in COLUMNS[1:-1] for word in (name, "x")), "read", "peak MiB", "authors MiB",
-)  # fmt: skip
+
+def step_table(records: list[dict[str, Any]]) -> str:
+    """Without the columns that no record has."""
+    there = [name for name in COLUMNS[1:-1] if any(name in r.get("columns", {}) for r in records)]
+    header = (
+        "op", "B", "L", "V", "dtype", "ours", "IQR", "GB/s", "of read",
+        *(word for name in there for word in (name, "x")), "read", "peak MiB", "authors MiB",
+    )  # fmt: skip
+    return table(header, [line(record, there) for record in records], left=1)
 
 
-def line(record: dict[str, Any]) -> list[str]:
+def line(record: dict[str, Any], others: list[str]) -> list[str]:
     columns, ratio = record.get("columns", {}), record.get("ratio", {})
     ours = columns.get("ours")
     cells = [record["op"], *(str(n or "-") for n in record["shape"].values()), record["dtype"]]
@@ -247,7 +252,7 @@ def line(record: dict[str, Any]) -> list[str]:
     )
     for key, digits in (("gb_per_s", 1), ("fraction_of_read", 2)):
         cells.append(f"{record[key]:.{digits}f}" if key in record else "-")
-    for name in COLUMNS[1:]:
+    for name in (*others, "read"):
         there = name in columns
         cells.append(duration(columns[name]["median_us"]) if there else "-")
         if name != "read":
@@ -279,7 +284,7 @@ def loss_lines(record: dict[str, Any]) -> Iterator[list[str]]:
 def report(records: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
     steps = [record for record in records if record["op"] not in LOSSES]
     if steps:
-        print(table(HEADER, map(line, steps), left=1))
+        print(step_table(steps))
     if len(steps) < len(records):
         print(table(LOSS_HEADER, (x for r in records if r not in steps for x in loss_lines(r)), 5))
     for record in records:

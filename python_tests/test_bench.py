@@ -4,6 +4,8 @@
 import importlib
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +283,43 @@ def test_quick_run(r2, tmp_path):
         assert order == sorted(order) and column["n"] >= 1
         ours = step["columns"]["ours"]["median_us"]
         assert step["ratio"][name] == pytest.approx(column["median_us"] / ours, rel=1e-3)
+
+
+# ---- what only a GPU runs --------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_read_kernel_compiles(tmp_path):
+    from gpu_kernels import compile_read
+
+    assert compile_read("90", tmp_path).stat().st_size > 0
+
+
+def test_the_triton_kernel_is_right_in_triton_s_interpreter():
+    pytest.importorskip("triton")
+    code = """
+import torch
+from triton_confidence import triton_confidence
+logits = torch.randn(2, 3, 9001, generator=torch.Generator().manual_seed(0)) * 3
+logits[0, 0, [17, 4113]] = 20
+confidence, prediction = triton_confidence(logits)
+want, at = torch.softmax(logits, -1).max(-1)
+assert torch.equal(prediction, at) and torch.allclose(confidence, want, rtol=1e-5)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCH)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=environment)
+
+
+def test_other_gpu_packages_are_columns_or_reasons(monkeypatch):
+    from gpu_kernels import other_ways
+
+    assert other_ways("cpu") == ({}, {})
+    monkeypatch.setattr("gpu_kernels.optional", lambda name: f"{name} is not installed")
+    reasons = {name: f"{name} is not installed" for name in ("triton", "flashinfer")}
+    assert other_ways("cuda") == ({}, reasons)
+
+
+# ---- the command line ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_block_without_a_valid_row(r2, device, base):
     step = r2.decode_step(logits, tokens, state, config)
     assert (tokens == 3).all() and not step.rule.any() and step.confidence.isnan().all()
     assert step.remaining.tolist() == [4, 4]
-    assert state.counters[:, 1:].tolist() == [[1, 1, 4]] * 2
+    assert state.counters[:, 1:].tolist() == [[1, 1, 4, 0]] * 2
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])

@@ -280,6 +280,26 @@ def test_the_loop_over_graphs_decodes_the_same_tokens(graphs_on_cpu, temperature
     assert graph.nfe == len(model.calls) == plain.nfe + 2  # one forward in vain per block
 
 
+@pytest.mark.parametrize("preset", ["vanilla", "r2"])
+def test_graphs_stop_where_the_plain_loop_stops(graphs_on_cpu, preset):
+    """Equal tokens, though a finished row stays in the batch; no graph once all are finished."""
+    answers = [[1, 2, STOP, 4, 5, 6, 7, 1], [1, 2, 3, 4, STOP, 5, 5, 5], [7, STOP, 1, 2] * 3]
+    prompt = torch.tensor([[0], [1], [2]])
+    options = {
+        "gen_length": 12,
+        "stop_id": STOP,
+        "config": getattr(r2.DecodeConfig, preset)(MASK, threshold=0.5),
+    }
+
+    plain = run(Scripted(answers, 1), prompt, **options)
+    graph = run(Scripted(answers, 1), prompt, cuda_graph=True, **options)
+    assert torch.equal(graph.sequences, plain.sequences)
+    assert graph.sequences[0].tolist()[1:] == [1, 2, STOP] + (
+        [STOP] * 9 if preset == "vanilla" else [4] + [STOP] * 8
+    )
+    assert graphs_on_cpu.made == 2 and graph.nfe == plain.nfe + 2
+
+
 def test_a_graph_that_makes_no_progress_is_noticed(graphs_on_cpu):
     model = Scripted([[1] * 8], 1, logit=torch.nan)
     with pytest.raises(r2.NoProgressError, match="non-finite") as error:
@@ -292,7 +312,7 @@ def test_cuda_graph_errors():
     with pytest.raises(ValueError, match="cuda_graph takes False on cpu"):
         run(model, prompt, cuda_graph=True)
     model.device = "cuda"
-    for options in ({"stop_id": STOP}, {"on_step": print}, {"trace": True}, {"progress": True}):
+    for options in ({"on_step": print}, {"trace": True}, {"progress": True}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} takes its default"):
             run(model, prompt, cuda_graph=True, **options)
     assert model.calls == []
@@ -301,11 +321,14 @@ def test_cuda_graph_errors():
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_graphs_on_the_ledger_model(cuda, cache, shift, temperature):
+@pytest.mark.parametrize("stop", [False, True])
+def test_graphs_on_the_ledger_model(cuda, cache, shift, temperature, stop):
     model = r2.load_model("ledger", device=cuda)
     prompt = torch.randint(1, 20, (2, 24), generator=torch.Generator().manual_seed(1)).to(cuda)
     config = r2.DecodeConfig(model.mask_id, temperature=temperature, seed=5)
     options = {"gen_length": 64, "config": config, "cache": cache, "logits_shift": shift}
+    if stop:
+        options["stop_id"] = r2.ledger.Tokenizer().end_id
     plain = r2.generate(model, prompt, **options)
     graph = r2.generate(model, prompt, **options, cuda_graph=True)
     assert torch.equal(graph.sequences, plain.sequences)

@@ -16,7 +16,6 @@ from r2dllm_ext.ledger.train import (
     TrainConfig,
     Trainer,
     collate,
-    evaluate,
     export,
     learning_rate,
     main,

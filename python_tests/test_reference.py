@@ -251,7 +251,7 @@ def test_schedule_over_a_block(implementation):
         step = ops.decode_step(broken, tokens, state, config)
         seen.append((rules_of(step), step.remaining.item()))
     assert seen == [("...fff..", 4), (".ff.....", 2), ("........", 2), ("......ff", 0)]
-    assert state.counters.tolist() == [[0, 4, 4, 7]]
+    assert state.counters.tolist() == [[0, 4, 4, 7, 0]]
 
 
 # ---- decode_step -----------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_select_leaves_tokens(implementation):
     done = ops.decode_step(logits, tokens, twin, config)
     assert_same(chosen, done)
     assert_same(state_tensors(state), state_tensors(twin))
-    assert chosen.rule.any() and state.counters.tolist() == [[0, 1, 1, 3]]
+    assert chosen.rule.any() and state.counters.tolist() == [[0, 1, 1, 3, 0]]
 
 
 def test_explicit_candidates(implementation):
@@ -462,7 +462,7 @@ def test_state_reset():
     state.reset(rows=torch.tensor([1]))
     assert state.streak_count.tolist() == [[7, 7], [0, 0], [7, 7]]
     assert state.streak_id.tolist() == [[7, 7], [-1, -1], [7, 7]]
-    assert state.counters.tolist() == [[10, 7, 7, 7], [11, 7, 0, -1], [12, 7, 7, 7]]
+    assert state.counters.tolist() == [[10, 7, 7, 7, 7], [11, 7, 0, -1, 7], [12, 7, 7, 7, 7]]
     whole.reset()
-    assert whole.counters.tolist() == [[10 + row, 7, 0, -1] for row in range(3)]
+    assert whole.counters.tolist() == [[10 + row, 7, 0, -1, 7] for row in range(3)]
     assert not whole.streak_sum.any() and not whole.streak_max.any()

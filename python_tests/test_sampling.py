@@ -20,7 +20,7 @@ BAND = 1e-6  # of the total mass, around a step of the cumulative distribution
 TRUNCATIONS = [(None, None), (20, None), (None, 0.8), (50, 0.9)]
 
 
-def draw(ops, logits, config, *, rows=None, steps=1, device="cpu"):
+def draw(ops, logits, config, *, rows=None, seeds=None, steps=1, device="cpu"):
     """`steps` draws of every cell: tokens, confidences [steps, B, L], on the CPU.
 
     base="first" and no other rule: the tokens of the cells stay mask, so all of them draw again.
@@ -30,6 +30,8 @@ def draw(ops, logits, config, *, rows=None, steps=1, device="cpu"):
     state = DecodeState(*shape, device=device)
     if rows is not None:
         state.counters[:, 0] = torch.as_tensor(rows)
+    if seeds is not None:
+        state.counters[:, 4] = torch.as_tensor(seeds)
     tokens = torch.full(shape, config.mask_id, device=device)
     made = [ops.select(logits.to(device), tokens, state, config) for _ in range(steps)]
     return tuple(torch.stack([step[i] for step in made]).cpu() for i in (0, 1))
@@ -168,6 +170,30 @@ def test_numbers_depend_on_seed_row_step_and_position(r2, device):
     assert torch.equal(batch[0, 1], base[0, 0]) and torch.equal(batch[0, 2], row[0, 0])
 
 
+def test_a_row_may_have_its_own_seed(implementation):
+    """The state's seed is added to the config's, modulo 2^64, for tokens and for runs."""
+    ops, device = implementation
+    config = DecodeConfig(0, temperature=1.0, seed=-1)
+    logits = torch.zeros(1, 32, 97).expand(3, 32, 97)
+    mixed, _ = draw(ops, logits, config, rows=[0, 0, 0], seeds=[1, 6, 2**62], device=device)
+    for b, seed in enumerate([0, 5, 2**62 - 1]):
+        alone, _ = draw(ops, logits[:1], config.replace(seed=seed), device=device)
+        assert torch.equal(mixed[0, b], alone[0, 0])
+    config = DecodeConfig(15, token_cluster="random", temporal_steps=0, threshold=1.0)
+    config = config.replace(confidence_cluster_size=0)
+    one = sure_logits([(4, 0.98), *[(3, 0.9)] * 5]).to(device)
+
+    def run_cell(seed, row_seed):
+        state = DecodeState(1, 6, device=device)
+        state.counters[:, 4] = row_seed
+        tokens = torch.full((1, 6), 15, device=device)
+        return ops.decode_step(one, tokens, state, config.replace(seed=seed)).rule.tolist()
+
+    found = [run_cell(7, row_seed) for row_seed in range(8)]
+    assert found == [run_cell(7 + row_seed, 0) for row_seed in range(8)]
+    assert len({str(rule) for rule in found}) > 1
+
+
 def test_steps_go_on_across_blocks(r2, device):
     """`reset` keeps counting steps, so that a new block draws fresh numbers."""
     config = DecodeConfig(0, temperature=1.0, base="first", **OFF)
@@ -177,7 +203,7 @@ def test_steps_go_on_across_blocks(r2, device):
     first = r2.select(logits, tokens, state, config).prediction
     state.reset()
     second = r2.select(logits, tokens, state, config).prediction
-    assert state.counters.tolist() == [[0, 2, 1, 32]]
+    assert state.counters.tolist() == [[0, 2, 1, 32, 0]]
     assert (first != second).float().mean() > 0.9
 
 

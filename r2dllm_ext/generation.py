@@ -95,9 +95,10 @@ def generate(
         cuda_graph: True captures forward and decode step of a block as one CUDA graph and replays
             it; with a cache, a block's full pass comes before. The host reads what remains one
             step late, so that the device never waits for it; in exchange the last forward of each
-            block is in vain (it counts in `nfe`; the tokens are the same). Takes a model on CUDA
-            whose forward can be captured, and no `stop_id`, `on_step`, `progress` or `trace`,
-            which look at every step.
+            block is in vain (it counts in `nfe`; the tokens are the same). With `stop_id` a
+            finished row stays in the batch until all are finished. Takes a model on CUDA
+            whose forward can be captured, and no `on_step`, `progress` or `trace`, which look at
+            every step.
 
     Returns:
         Generation: `sequences` [B, P + G] int64 on the model's device, `nfe` = forwards made,
@@ -120,7 +121,7 @@ def generate(
     _check_mask_id(model, config)
     device = torch.device(getattr(model, "device", prompt.device))
     if cuda_graph:
-        _check_graph(device, stop_id=stop_id, on_step=on_step, progress=progress, trace=trace)
+        _check_graph(device, on_step=on_step, progress=progress, trace=trace)
     batch, prompt_length = prompt.shape
     sequences = torch.full(
         (batch, prompt_length + gen_length), config.mask_id, dtype=torch.int64, device=device
@@ -133,7 +134,7 @@ def generate(
     rows = list(range(batch))  # not finished
     state = DecodeState(batch, block_length, device=device)
     if cuda_graph:
-        nfe = _generate_by_graph(driver, sequences, prompt_length, state, config)
+        nfe = _generate_by_graph(driver, sequences, prompt_length, state, config, stop_id)
         return Generation(sequences, nfe, None)
     nfe = 0
     try:
@@ -162,10 +163,11 @@ def generate(
                 if on_step is not None:
                     on_step(StepEvent(nfe, block, start, list(rows), step, sequences))
                 if stop_id is not None:
-                    keep = _unfinished(tokens, stop_id, config.mask_id)
+                    finished = _finished(tokens, stop_id, config.mask_id)
+                    keep = (~finished).nonzero().flatten().tolist()
                     if len(keep) < len(rows):
-                        finished = set(rows) - {rows[i] for i in keep}
-                        _fill(sequences, sorted(finished), stop_id, config.mask_id)
+                        _fill(sequences, sorted(set(rows) - {rows[i] for i in keep}), stop_id,
+                              config.mask_id)  # fmt: skip
                         rows = [rows[i] for i in keep]
                         state = state.take(torch.tensor(keep, device=device, dtype=torch.int64))
                         driver.keep_rows(keep)
@@ -185,6 +187,7 @@ def _generate_by_graph(
     prompt_length: int,
     state: DecodeState,
     config: DecodeConfig,
+    stop_id: int | None,
 ) -> int:
     """Decodes `sequences` in place, one graph a block; returns the number of forwards."""
     rows, length, nfe = list(range(len(sequences))), state.block_length, 0
@@ -192,6 +195,8 @@ def _generate_by_graph(
     for start in range(prompt_length, sequences.shape[1] if rows else 0, length):
         end = start + length
         tokens = sequences[:, start:end]
+        if stop_id is not None and not (tokens == config.mask_id).any():
+            break  # all rows are finished
         watch = _Watch(config, rows, length)
         state.reset()
 
@@ -201,7 +206,14 @@ def _generate_by_graph(
         def step(new_block=False, tokens=tokens, forward=forward):
             logits, shift, full_pass = forward(new_block)
             step_config = driver.step_config(config, full_pass)
-            return decode_step(logits, tokens, state, step_config, logits_shift=shift)
+            judged = decode_step(logits, tokens, state, step_config, logits_shift=shift)
+            return judged if stop_id is None else finish(judged, tokens)
+
+        def finish(judged, tokens):  # a finished row has no masked cell from here on
+            finished = _finished(tokens, stop_id, config.mask_id)
+            undecided = finished[:, None] & (sequences == config.mask_id)
+            sequences.masked_fill_(undecided, stop_id)
+            return judged._replace(remaining=judged.remaining.masked_fill(finished, 0))
 
         if driver.cache != "none":
             nfe += 1
@@ -258,11 +270,10 @@ class _Watch:
         return sum(before) - sum(self._left)
 
 
-def _unfinished(tokens: torch.Tensor, stop_id: int, mask_id: int) -> list[int]:
-    """Rows of `tokens` [B, L] without a stop token before which everything is decided."""
+def _finished(tokens: torch.Tensor, stop_id: int, mask_id: int) -> torch.Tensor:
+    """[B] bool, rows of `tokens` [B, L] with a stop token before which everything is decided."""
     undecided_before = (tokens == mask_id).cumsum(1) > 0
-    finished = ((tokens == stop_id) & ~undecided_before).any(1)
-    return [i for i, done in enumerate(finished.tolist()) if not done]
+    return ((tokens == stop_id) & ~undecided_before).any(1)
 
 
 def _fill(sequences: torch.Tensor, rows: list[int], stop_id: int, mask_id: int) -> None:

@@ -20,9 +20,11 @@ class DecodeState:
         streak_count: [B, L] int32, steps that the tracked prediction has stood.
         streak_id: [B, L] int64, the tracked prediction; -1 = none.
         streak_sum, streak_max: [B, L] float32, sum and maximum of its confidences.
-        counters: [B, 4] int64, one column each: identity of the row in the random numbers (0 ..
+        counters: [B, 5] int64, one column each: identity of the row in the random numbers (0 ..
             B - 1 unless the caller writes another), steps taken ever, steps taken in this block,
-            cells that were candidates when the block began (-1 = not known yet).
+            cells that were candidates when the block began (-1 = not known yet), seed of the row
+            (0 unless the caller writes another; added to `config.seed`, so that requests of a batch
+            have their own, and a captured graph is not tied to one).
 
     The tensors are written in place by `decode_step`, `select` and `update_stability_`. Nothing
     synchronises with the host.
@@ -47,7 +49,7 @@ class DecodeState:
         self.streak_id = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.streak_sum = torch.zeros(shape, dtype=torch.float32, device=device)
         self.streak_max = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.counters = torch.zeros((batch_size, 4), dtype=torch.int64, device=device)
+        self.counters = torch.zeros((batch_size, 5), dtype=torch.int64, device=device)
         self.counters[:, 0] = torch.arange(batch_size, device=device)
         self.counters[:, 3] = -1
 
@@ -66,8 +68,9 @@ class DecodeState:
     def reset(self, rows: torch.Tensor | Sequence[int] | slice | None = None) -> DecodeState:
         """Begin a new block in all rows, or in `rows` (indices, a bool mask or a slice).
 
-        Streaks and the counters of the block are cleared; the row's identity and its count of
-        steps stay, so that a new block draws fresh random numbers. Returns the state itself.
+        Streaks and the counters of the block are cleared; the row's identity, its seed and its
+        count of steps stay, so that a new block draws fresh random numbers. Returns the state
+        itself.
         """
         index = slice(None) if rows is None else rows
         self.streak_count[index] = 0

@@ -31,9 +31,8 @@ void judge_logits(const DecodeStepParams& params, const bool* masked, int64_t* t
       float confidence = top_confidence[cell] = pass.probability(row, id);
       if (!greedy) {
         const int64_t* counters = params.counters + cell / length * kCounters;
-        id = draw_token(
-            pass, row, params.sampling,
-            uniform(options.seed, counters[kRowId], counters[kStep], cell % length, Draw::kToken));
+        id = draw_token(pass, row, params.sampling,
+                        uniform(options.seed, counters, cell % length, Draw::kToken));
         confidence = pass.probability(row, id);
       }
       params.prediction[cell] = id;

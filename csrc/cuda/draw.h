@@ -142,11 +142,10 @@ R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logi
   if (!(merged.mass > 0.0)) return;
   const auto length = static_cast<uint32_t>(logits.length), c = static_cast<uint32_t>(cell);
   const int64_t* counter = counters + int64_t{c / length} * kCounters;
-  const Drawn result =
-      draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
-                   workspace.tempered + cell * slices, slices,
-                   workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX, scale,
-                   uniform(seed, counter[kRowId], counter[kStep], c % length, Draw::kToken));
+  const Drawn result = draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
+                                    workspace.tempered + cell * slices, slices,
+                                    workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX,
+                                    scale, uniform(seed, counter, c % length, Draw::kToken));
   if (result.id >= 0) drawn[cell] = result;
 }
 

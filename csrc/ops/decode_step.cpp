@@ -103,7 +103,7 @@ void check_state(const char* op, const Evidence& evidence, const State& state) {
   check("state.streak_id", state.streak_id, at::kLong, cells, "[B, L]");
   check("state.streak_sum", state.streak_sum, at::kFloat, cells, "[B, L]");
   check("state.streak_max", state.streak_max, at::kFloat, cells, "[B, L]");
-  check("state.counters", state.counters, at::kLong, {cells[0], kCounters}, "[B, 4]");
+  check("state.counters", state.counters, at::kLong, {cells[0], kCounters}, "[B, 5]");
 }
 
 // Only the shape, for evidence that is no logits.

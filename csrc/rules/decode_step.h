@@ -39,7 +39,15 @@ struct StepOptions {
 };
 
 // Columns of DecodeState.counters.
-enum Counter : int { kRowId, kStep, kBlockStep, kBlockMasked, kCounters };
+enum Counter : int { kRowId, kStep, kBlockStep, kBlockMasked, kRowSeed, kCounters };
+
+// The random number of a cell in this step. What it depends on beside `seed` lies on the device, so
+// that a replayed graph draws fresh numbers.
+R2D_HOST_DEVICE double uniform(uint64_t seed, const int64_t* counters, int64_t position,
+                               Draw purpose) {
+  return uniform(seed + static_cast<uint64_t>(counters[kRowSeed]), counters[kRowId],
+                 counters[kStep], position, purpose);
+}
 
 // One batch row; every array has `length` cells.
 struct StepRow {
@@ -197,11 +205,9 @@ class RowStep {
     ctx_.for_each(row.length, [&](int64_t i) {
       if (!begins_run(i, in_run, top_id)) return;
       const Run run = run_from(i, row.length, in_run, top_id, top_confidence);
-      const int64_t cell = chosen_cell(i, run, options_.min_run, options_.spatial_threshold,
-                                       options_.token_cluster, top_confidence, [&] {
-                                         return uniform(options_.seed, row.counters[kRowId],
-                                                        row.counters[kStep], i, Draw::kRun);
-                                       });
+      const int64_t cell = chosen_cell(
+          i, run, options_.min_run, options_.spatial_threshold, options_.token_cluster,
+          top_confidence, [&] { return uniform(options_.seed, row.counters, i, Draw::kRun); });
       if (cell >= 0) row.selected[cell] = 1;
     });
     ctx_.for_each(row.length, [&](int64_t i) {

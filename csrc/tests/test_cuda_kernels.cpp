@@ -286,7 +286,7 @@ struct StepMemory {
     tokens.assign(cells, kMask);
     prediction.assign(cells, 55);
     streak_id.assign(cells, -1);
-    for (int64_t b = 0; b < batch; ++b) counters.insert(counters.end(), {b, 0, 0, -1});
+    for (int64_t b = 0; b < batch; ++b) counters.insert(counters.end(), {b, 0, 0, -1, 3 * b});
     confidence.assign(cells, 55);
     streak_sum.assign(cells, 0);
     streak_max.assign(cells, 0);
@@ -634,7 +634,8 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
   const Workspace workspace(batch * length, logits.slices(), sampling);
   run_step(logits, memory, options, sampling, workspace, seed);
   for (int64_t cell = 0; cell < batch * length; ++cell) {
-    const double u = uniform(seed, cell / length, 9, cell % length, Draw::kToken);
+    const double u =
+        uniform(seed + 3 * (cell / length), cell / length, 9, cell % length, Draw::kToken);
     const auto [id, margin] = exact_draw(logits, cell, sampling, u);
     const int64_t got = memory.tokens[static_cast<size_t>(cell)];
     CHECK(got == id || margin < 1e-6L);

@@ -32,7 +32,7 @@ StepOptions no_rules() {
 struct Block {
   std::vector<int64_t> ids;
   std::vector<float> confidence;
-  std::vector<int64_t> tokens, prediction, streak_id, counters{0, 0, 0, -1};
+  std::vector<int64_t> tokens, prediction, streak_id, counters{0, 0, 0, -1, 0};
   std::vector<float> judged, streak_sum, streak_max;
   std::vector<int32_t> streak_count, order;
   std::vector<uint8_t> rule, selected;
@@ -111,7 +111,7 @@ TEST(threshold_is_inclusive_and_the_best_cell_always_goes) {
   block.step(no_rules());
   CHECK(block.tokens == Ids{1, 2, 3});
   CHECK(block.rule == Rules{0, 2, 0});
-  CHECK(block.counters == Ids{0, 2, 2, 3});
+  CHECK(block.counters == Ids{0, 2, 2, 3, 0});
 }
 
 TEST(ties_of_the_best_cell_go_to_the_lowest_index) {

@@ -17,7 +17,7 @@ from .stability import update_stability_
 from .token_confidence import token_confidence
 from .window_pool import float32, window_pool
 
-ROW, STEP, BLOCK_STEP, BLOCK_START = range(4)  # columns of DecodeState.counters
+ROW, STEP, BLOCK_STEP, BLOCK_START, ROW_SEED = range(5)  # columns of DecodeState.counters
 
 
 class DecodeStep(NamedTuple):
@@ -84,9 +84,9 @@ def observe(logits: Tensor, candidates: Tensor, state, config) -> Observation:
     top, p = token_confidence(logits, candidates=candidates, exclude_id=excluded)
     drawn, q = top, p
     if config.temperature > 0:
-        row, step = state.counters[:, ROW], state.counters[:, STEP]
+        row, step, seed = state.counters[:, (ROW, STEP, ROW_SEED)].unbind(1)
         valid = top >= 0
-        drawn, q = draw_tokens(logits, valid, config, row=row, step=step)
+        drawn, q = draw_tokens(logits, valid, config, row=row, step=step, seed=seed)
         drawn, q = torch.where(valid, drawn, top), torch.where(valid, q, p)
     return Observation(top, p.float(), drawn, q.float())
 
@@ -106,7 +106,7 @@ def decide(
     threshold = float32(config.threshold)
     if narrow:
         threshold = torch.tensor(threshold, dtype=logits_dtype).item()
-    row, absolute, block_step, at_start = state.counters.clone().unbind(1)
+    row, absolute, block_step, at_start, seed = state.counters.clone().unbind(1)
     at_start = torch.where(at_start < 0, candidates.sum(1), at_start)
 
     rule = torch.zeros_like(candidates, dtype=torch.uint8)
@@ -151,7 +151,7 @@ def decide(
             min_confidence=config.spatial_threshold,
             min_run=config.token_cluster_size,
             mode=config.token_cluster,
-            seed=config.seed,
+            seed=config.seed + seed,
             row=row,
             step=absolute,
         )

@@ -30,7 +30,7 @@ def positional_ambiguity(
     min_confidence: float,
     min_run: int = 2,
     mode: str = "confidence",
-    seed: int = 0,
+    seed: int | Tensor = 0,
     row: Tensor | None = None,
     step: int | Tensor = 0,
 ) -> Tensor:
@@ -44,8 +44,8 @@ def positional_ambiguity(
         min_run: shortest run that counts.
         mode: "confidence" = the best cell, leftmost on ties; "mid" = cell len // 2 of the run;
             "random" = cell floor(u * len), u a uniform number of (seed, row, step, first cell).
-        seed, row, step: identity of the random numbers; row [B] int64, None = 0 .. B - 1; step an
-            integer or [B] int64.
+        seed, row, step: identity of the random numbers; row [B] int64, None = 0 .. B - 1; seed
+            and step an integer or [B] int64.
 
     Returns:
         [B, L] bool, a subset of `is_masked`.
@@ -54,7 +54,7 @@ def positional_ambiguity(
     least = float32(min_confidence)
     rows = is_masked.shape[0]
     row_ids = list(range(rows)) if row is None else row.tolist()
-    steps = step.tolist() if isinstance(step, Tensor) else [step] * rows
+    steps, seeds = (x.tolist() if isinstance(x, Tensor) else [x] * rows for x in (step, seed))
     for b in range(rows):
         p, ids, masked = confidence[b].tolist(), prediction[b].tolist(), is_masked[b].tolist()
         belongs = [masked[i] and ids[i] >= 0 and math.isfinite(p[i]) for i in range(len(p))]
@@ -67,6 +67,6 @@ def positional_ambiguity(
             elif mode == "mid":
                 chosen[b, run[len(run) // 2]] = True
             else:
-                u = uniform(seed, row_ids[b], steps[b], run[0], DOMAIN_CLUSTER)
+                u = uniform(seeds[b], row_ids[b], steps[b], run[0], DOMAIN_CLUSTER)
                 chosen[b, run[int(u * len(run))]] = True
     return chosen

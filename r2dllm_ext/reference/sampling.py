@@ -38,7 +38,7 @@ def draw_token(weights: Tensor, u: float) -> int:
 
 
 def draw_tokens(
-    logits: Tensor, cells: Tensor, config, *, row: Tensor, step: Tensor
+    logits: Tensor, cells: Tensor, config, *, row: Tensor, step: Tensor, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Drawn tokens of some cells and their untempered probabilities.
 
@@ -46,7 +46,7 @@ def draw_tokens(
         logits: [B, L, V] floating point.
         cells: [B, L] bool, the cells that draw; their rows of logits are valid.
         config: temperature > 0, top_k, top_p, seed, mask_id, allow_mask_id.
-        row, step: [B] int64, identity of the random numbers.
+        row, step, seed: [B] int64, identity of the random numbers; `seed` is added to config.seed.
 
     Returns:
         token [B, L] int64 and probability [B, L] float64; -1 / NaN in all other cells.
@@ -56,7 +56,7 @@ def draw_tokens(
     for b, i in cells.nonzero().tolist():
         z = without_column(logits[b, i], None if config.allow_mask_id else config.mask_id)
         weights = token_weights(z, config.temperature, config.top_k, config.top_p)
-        u = uniform(config.seed, int(row[b]), int(step[b]), i, DOMAIN_TOKEN)
+        u = uniform(config.seed + int(seed[b]), int(row[b]), int(step[b]), i, DOMAIN_TOKEN)
         token[b, i] = drawn = draw_token(weights, u)
         probability[b, i] = z.softmax(-1)[drawn]
     return token, probability
