@@ -74,6 +74,20 @@ def test_step(r2, device, op, shape):
         opcheck(op, args)
 
 
+@pytest.mark.parametrize("op", ["decode_step", "select"])
+@pytest.mark.parametrize("overload", ["default", "statistics"])
+def test_defaults_of_the_schema_are_those_of_the_config(r2, op, overload):
+    """`DecodeConfig._op_args` leaves out what the op's schema says by itself."""
+    schema = getattr(getattr(torch.ops.r2dllm, op), overload)._schema
+    names = [argument.name for argument in schema.arguments]
+    options = schema.arguments[names.index("mask_id") :]
+    config = DecodeConfig(7)
+    assert config._op_args == (7,)
+    assert config._all_op_args()[1:] == tuple(option.default_value for option in options[1:])
+    last = config.replace(confidence_dtype="logits")
+    assert last._op_args == last._all_op_args() and len(last._op_args) == len(options)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rules(r2, device, shape):
     logits, masked, state = inputs(shape, device)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 
@@ -122,7 +123,10 @@ class DecodeConfig:
             self._fail(TypeError, "allow_mask_id", "a bool")
         self._choice("confidence_dtype", CONFIDENCE_DTYPES)
         # Once, not in every step: the call is meant to cost microseconds.
-        object.__setattr__(self, "_op_args", self._as_op_args())
+        arguments = self._all_op_args()
+        while len(arguments) > 1 and arguments[-1] == _OP_DEFAULTS[len(arguments) - 1]:
+            arguments = arguments[:-1]
+        object.__setattr__(self, "_op_args", arguments)
 
     def replace(self, **changes: Any) -> DecodeConfig:
         """A copy with some fields changed, validated anew."""
@@ -148,8 +152,11 @@ class DecodeConfig:
         """A bound of 0.1 on the expected number of wrong commits a step; no other rule."""
         return cls(mask_id, **{"base": "budget", **_NO_RULES, **changes})
 
-    def _as_op_args(self) -> tuple[Any, ...]:
-        """The options as `torch.ops.r2dllm.decode_step` takes them, in its order."""
+    def _all_op_args(self) -> tuple[Any, ...]:
+        """The options as `torch.ops.r2dllm.decode_step` takes them, in its order.
+
+        `_op_args` leaves out those at the end that have its defaults.
+        """
         return (
             self.mask_id,
             BASE_RULES.index(self.base),
@@ -209,4 +216,7 @@ class DecodeConfig:
             self._fail(ValueError, field, f"one of {choices}")
 
 
+_OP_DEFAULTS = DecodeConfig._all_op_args(
+    SimpleNamespace(**{field.name: field.default for field in dataclasses.fields(DecodeConfig)})
+)
 _NO_RULES = {"confidence_cluster_size": 0, "token_cluster": None, "temporal_steps": 0}
