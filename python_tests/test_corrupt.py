@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from cases import RANDOM123
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,18 +33,7 @@ def run(tokens, answers, **options):
 # ---- random numbers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "counter, key, expected",
-    [  # known answers of the Random123 distribution
-        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
-    ],
-)
+@pytest.mark.parametrize("counter, key, expected", RANDOM123)
 def test_philox(device, counter, key, expected):
     got = philox4x32(tuple(torch.tensor([word], device=device) for word in counter), key)
     assert " ".join(f"{int(word):08x}" for word in got) == expected

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import OFF, STREAKS, assert_same, clone, state_tensors, sure_logits
+from cases import OFF, RANDOM123, STREAKS, assert_same, clone, state_tensors, sure_logits
 
 from r2dllm_ext import reference
 from r2dllm_ext.config import DecodeConfig, Rule
@@ -407,18 +407,7 @@ def test_rounded_window_mean(implementation, mode, weak, least, want):
 # ---- random numbers and truncation (the oracle's own) ----------------------------------------
 
 
-@pytest.mark.parametrize(
-    "counter, key, words",
-    [  # known answers of the Random123 distribution
-        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
-    ],
-)
+@pytest.mark.parametrize("counter, key, words", RANDOM123)
 def test_philox(counter, key, words):
     assert " ".join(f"{word:08x}" for word in reference.philox4x32(counter, key)) == words
 

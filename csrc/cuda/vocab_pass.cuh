@@ -4,6 +4,7 @@
 
 #include "cuda_lane.cuh"
 #include "launch.cuh"
+#include "row_confidence.h"
 #include "vocab_slice.h"
 
 namespace r2dllm::cuda {
@@ -49,6 +50,19 @@ void launch_slices(const LogitsView& logits, const IsCandidate& is_candidate,
     launch(slice_kernel<Format, kTempered, IsCandidate>, logits, is_candidate, workspace,
            static_cast<float>(scale));
   });
+}
+
+// The pass over V for an op that looks at nothing else, and `kernel`, which merges a cell's slices.
+template <class Params>
+void launch_pass(const Params& params, void (*kernel)(Params, Flagged, VocabWorkspace)) {
+  const int64_t cells = params.logits.batch * params.logits.length;
+  if (cells == 0) return;
+  const Flagged is_candidate{params.candidates};
+  const VocabWorkspace workspace{slices_of(params.logits),
+                                 static_cast<SlicePartial*>(params.workspace), nullptr, nullptr};
+  launch_slices(params.logits, is_candidate, workspace);
+  Launch{blocks_for(cells, kCellsPerBlock), kCellThreads, 0, true}(kernel, params, is_candidate,
+                                                                   workspace);
 }
 
 }  // namespace r2dllm::cuda

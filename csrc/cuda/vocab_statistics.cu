@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../ops/vocab_statistics.h"
-#include "row_confidence.h"
 #include "vocab_pass.cuh"
 
 namespace r2dllm::cuda {
@@ -21,14 +20,7 @@ __global__ void __launch_bounds__(kCellThreads) merge_kernel(MergeStatisticsPara
 }  // namespace
 
 void vocab_statistics(const VocabStatisticsParams& params) {
-  const int64_t cells = params.logits.batch * params.logits.length;
-  if (cells == 0) return;
-  const Flagged is_candidate{params.candidates};
-  const VocabWorkspace workspace{slices_of(params.logits),
-                                 static_cast<SlicePartial*>(params.workspace), nullptr, nullptr};
-  launch_slices(params.logits, is_candidate, workspace);
-  Launch{blocks_for(cells, kCellsPerBlock), kCellThreads, 0, true}(statistics_kernel, params,
-                                                                   is_candidate, workspace);
+  launch_pass(params, statistics_kernel);
 }
 
 void merge_statistics(const MergeStatisticsParams& params) {
