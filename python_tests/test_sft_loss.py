@@ -407,7 +407,23 @@ def test_opcheck(r2, device, shape):
         nll, entropy, _, prediction, state = ops.row_stats(logits, targets)
         check(ops.row_stats_backward.default, (logits, targets, state, nll, entropy))
         check(ops.row_stats_backward_.default, (logits.clone(), targets, state, nll))
+        part = logits[..., 3:9]
+        check(ops.row_stats_backward.default, (part, targets, state, nll, None, 1.0, -100, 3))
         check(ops.sft_reduce.default, (nll, entropy, prediction, targets, weight, count, 0.5))
+
+
+@pytest.mark.parametrize("bounds", [(0, 20001), (0, 1, 4097, 20001), (0, 130, 19999, 20001)])
+def test_gradient_of_some_columns(r2, device, bounds):
+    """With first_id the same bits as in the whole row, wherever the target lies."""
+    ops = torch.ops.r2dllm
+    for dtype in DTYPES[device]:
+        logits, targets, _ = inputs((9, 20001), dtype, device, ignored=0.3)
+        nll, entropy, _, _, state = ops.row_stats(logits, targets, 0.7)
+        whole = ops.row_stats_backward(logits, targets, state, nll, entropy, 0.7)
+        for first, end in zip(bounds, bounds[1:], strict=False):
+            part = logits[:, first:end]
+            got = ops.row_stats_backward(part, targets, state, nll, entropy, 0.7, -100, first)
+            assert torch.equal(got, whole[:, first:end])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -61,7 +61,7 @@ void row_stats_backward(const RowStatsBackwardParams& params) {
               static_cast<char*>(params.gradient) +
               (b * params.gradient_batch_stride + l * params.gradient_length_stride + begin) *
                   bytes;
-          const int64_t target = params.targets[cell] - begin;
+          const int64_t target = params.targets[cell] - params.first_id - begin;
           if (params.targets[cell] == params.ignore_index) {
             memset(out, 0, size * bytes);
             continue;

@@ -135,14 +135,14 @@ R2D_DEVICE void gradient_body(Lane& lane, RowGradient& shared, const RowStatsBac
              length = static_cast<uint32_t>(params.logits.length);
   const int64_t cell = block / static_cast<uint32_t>(slices),
                 begin = block % static_cast<uint32_t>(slices) * kSliceColumns<Format>;
-  const int64_t vocab = params.logits.vocab, target = params.targets[cell];
+  const int64_t vocab = params.logits.vocab, target = params.targets[cell] - params.first_id;
   auto* out = static_cast<typename Format::Bits*>(params.gradient) +
               static_cast<uint32_t>(cell) / length * params.gradient_batch_stride +
               static_cast<uint32_t>(cell) % length * params.gradient_length_stride;
   Words vectors[kLoads] = {};
   bool owns_target = false;
   float target_logit = 0.0f;
-  if (target != params.ignore_index) {
+  if (params.targets[cell] != params.ignore_index) {
     const VocabRow<Format> row = row_of<Format>(params.logits, cell);
     OwnColumns<Lane> own{lane};
     load_slice(own, row, begin, vectors);

@@ -32,7 +32,8 @@ Tensor new_state(const Tensor& logits) {
 
 }  // namespace
 
-void check_rows(const char* op, const Tensor& logits, const Tensor& targets, int64_t ignore_index) {
+void check_rows(const char* op, const Tensor& logits, const Tensor& targets, int64_t ignore_index,
+                bool is_whole) {
   TORCH_CHECK_VALUE(logits.dim() == 2 || logits.dim() == 3, op,
                     ": logits takes shape [N, V] or [B, L, V], got ", logits.sizes());
   check_logit_layout(op, logits);
@@ -40,7 +41,7 @@ void check_rows(const char* op, const Tensor& logits, const Tensor& targets, int
   check_device(op, "targets", targets, logits, "logits");
   check_dtype(op, "targets", targets, at::kLong);
   check_shape(op, "targets", targets, shape, "of the rows of logits");
-  if (!targets.is_cpu()) return;
+  if (!targets.is_cpu() || !is_whole) return;
   const Tensor flat = targets.contiguous();
   const int64_t* target = flat.const_data_ptr<int64_t>();
   const int64_t vocab = logits.size(-1);
@@ -104,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_op(const Tensor& lo
 
 void backward(const char* op, const Tensor& logits, const Tensor& targets, const Tensor& state,
               const Tensor& d_nll, const std::optional<Tensor>& d_entropy, double temperature,
-              int64_t ignore_index, const Tensor& gradient) {
-  check_rows(op, logits, targets, ignore_index);
+              int64_t ignore_index, std::optional<int64_t> first_id, const Tensor& gradient) {
+  check_rows(op, logits, targets, ignore_index, !first_id);
   check_temperature(op, "temperature", temperature);
   const Tensor wanted_state = new_state(logits.slice(-1, 0, 0));
   check_device(op, "state", state, logits, "logits");
@@ -123,6 +124,7 @@ void backward(const char* op, const Tensor& logits, const Tensor& targets, const
   const Tensor flat = targets.contiguous(), rows = state.contiguous(), nll = d_nll.contiguous(),
                entropy = d_entropy ? d_entropy->contiguous() : Tensor(), out = as_block(gradient);
   const RowStatsBackwardParams params{view_logits(as_block(logits), -1, 0),
+                                      first_id.value_or(0),
                                       flat.const_data_ptr<int64_t>(),
                                       ignore_index,
                                       temperature,
@@ -137,19 +139,21 @@ void backward(const char* op, const Tensor& logits, const Tensor& targets, const
 
 Tensor row_stats_backward(const Tensor& logits, const Tensor& targets, const Tensor& state,
                           const Tensor& d_nll, const std::optional<Tensor>& d_entropy,
-                          double temperature, int64_t ignore_index) {
+                          double temperature, int64_t ignore_index,
+                          std::optional<int64_t> first_id) {
   Tensor gradient = at::empty(logits.sizes(), logits.options());
   backward("row_stats_backward", logits, targets, state, d_nll, d_entropy, temperature,
-           ignore_index, gradient);
+           ignore_index, first_id, gradient);
   return gradient;
 }
 
 void row_stats_backward_(const Tensor& logits, const Tensor& targets, const Tensor& state,
                          const Tensor& d_nll, const std::optional<Tensor>& d_entropy,
-                         double temperature, int64_t ignore_index) {
+                         double temperature, int64_t ignore_index,
+                         std::optional<int64_t> first_id) {
   check_writable("row_stats_backward_", "logits", logits);
   backward("row_stats_backward_", logits, targets, state, d_nll, d_entropy, temperature,
-           ignore_index, logits);
+           ignore_index, first_id, logits);
   // What else was saved for a backward and shares this memory is stale: autograd then says so.
   if (!logits.is_inference()) logits.unsafeGetTensorImpl()->bump_version();
 }
@@ -162,11 +166,13 @@ TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "row_stats_backward(Tensor logits, Tensor targets, Tensor state, Tensor d_nll, "
-      "Tensor? d_entropy=None, float temperature=1.0, int ignore_index=-100) -> Tensor",
+      "Tensor? d_entropy=None, float temperature=1.0, int ignore_index=-100, int? first_id=None) "
+      "-> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "row_stats_backward_(Tensor(a!) logits, Tensor targets, Tensor state, Tensor d_nll, "
-      "Tensor? d_entropy=None, float temperature=1.0, int ignore_index=-100) -> ()",
+      "Tensor? d_entropy=None, float temperature=1.0, int ignore_index=-100, int? first_id=None) "
+      "-> ()",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -22,7 +22,8 @@ struct RowStatsParams {
 };
 
 struct RowStatsBackwardParams {
-  LogitsView logits;
+  LogitsView logits;  // columns [first_id, first_id + V) of the rows
+  int64_t first_id;
   const int64_t* targets;
   int64_t ignore_index;
   double temperature;

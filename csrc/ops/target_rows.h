@@ -11,8 +11,9 @@ namespace r2dllm {
 struct RowStats {
   at::Tensor nll, entropy, confidence, prediction, state;
 };
+// `is_whole`: the logits are those of all ids; else a target may lie beyond them.
 void check_rows(const char* op, const at::Tensor& logits, const at::Tensor& targets,
-                int64_t ignore_index);
+                int64_t ignore_index, bool is_whole = true);
 void check_temperature(const char* op, const char* name, double temperature);
 RowStats row_stats(const at::Tensor& logits, const at::Tensor& targets, double temperature,
                    int64_t ignore_index);

@@ -8,6 +8,7 @@ rows that carry loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from torch import Tensor
 from ._checks import is_tensor, same_device
 from .sft_loss import gate_index, normalizer_tensor
 
-_CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}  # of logits; enough rows for an efficient product
-_BLOCK_BYTES = 2**24  # of the head's gradient that is widened at once
+_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of logits; enough rows for an efficient product
 
 
 def linear_sft_loss(
@@ -42,14 +42,16 @@ def linear_sft_loss(
     time have logits, in one buffer that their gradient overwrites. The gradients of hidden states
     and head are computed along with the loss, so that each row costs three products. With
     entropy_gate "correct" and entropy_weight != 0 they can't be: the backward then computes the
-    logits once more, as every second backward does.
+    logits once more, as every second backward does. So does the head's gradient in 16 bits on the
+    CPU, if there is more than one chunk: some columns at a time, instead of a float32 sum that
+    would be twice as large as the head.
 
     Args:
         hidden: [N, H] or [B, L, H] float32, bfloat16 or float16 (float64 on the CPU).
         lm_head_weight: [V, H] of the same dtype. Frozen, it costs no gradient.
         targets, weight: [N] or [B, L], as in `sft_loss`.
         bias: [V] of the same dtype.
-        chunk_rows: default as many as 128 MiB of logits hold, 512 MiB on CUDA.
+        chunk_rows: default as many as 64 MiB of logits hold, 512 MiB on CUDA.
         rows: [R] int64, distinct positions of `targets` (flattened); all others count as without a
             target. Default: where `targets` is not ignore_index, for which CUDA has to synchronise.
         max_rows: a bound on the number of rows with a target, in place of `rows`: that many rows
@@ -197,20 +199,39 @@ def _chunks(
     """(positions, their hidden states, their logits); all logits share one buffer."""
     if index.numel() == 0:
         return
-    if chunk_rows is None:
-        row_bytes = head.shape[0] * head.dtype.itemsize
-        chunk_rows = max(1, _CHUNK_BYTES[head.device.type] // row_bytes)
-    count = -(-index.numel() // chunk_rows)
+    count = -(-index.numel() // _rows_at_once(head, chunk_rows))
     chunks = index.tensor_split(count)
     buffer = head.new_empty(len(chunks[0]), head.shape[0])
     for positions in chunks:
         states = hidden.index_select(0, positions).to(head.dtype)
-        logits = buffer[: len(positions)]
-        if bias is None:
-            torch.mm(states, head.t(), out=logits)
-        else:
-            torch.addmm(bias, states, head.t(), out=logits)
-        yield positions, states, logits
+        yield positions, states, _product(states, head, bias, buffer[: len(positions)])
+
+
+def _rows_at_once(head: Tensor, chunk_rows: int | None) -> int:
+    if chunk_rows is not None:
+        return chunk_rows
+    return max(1, _CHUNK_BYTES[head.device.type] // (head.shape[0] * head.dtype.itemsize))
+
+
+def _product(states: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(states, head.t(), out=out)
+    return torch.addmm(bias, states, head.t(), out=out)
+
+
+class _Rows(NamedTuple):
+    """What the gradient of some rows' logits takes, beside the logits."""
+
+    targets: Tensor
+    state: Tensor  # of row_stats
+    d_nll: Tensor
+    d_entropy: Tensor
+    temperature: float
+    ignore_index: int
+
+    def differentiate_(self, logits: Tensor, first_id: int | None = None) -> None:
+        """Overwrites logits with their gradient; these are all columns, or those from first_id."""
+        torch.ops.r2dllm.row_stats_backward_(logits, *self, first_id)
 
 
 class _Gradients:
@@ -219,39 +240,72 @@ class _Gradients:
     def __init__(self, hidden: Tensor, head: Tensor, dtype: torch.dtype, needs: list[bool]):
         self.needs, wide = needs, _wide(dtype)
         vocab, width = head.shape
+        # No product on the CPU reads two bytes and adds to four.
+        self._in_parts = head.device.type != "cpu" or dtype == wide
         self.hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
         shape = (vocab, width) if needs[1] else (0,)
-        self.head = head.new_empty(shape, dtype=wide)
+        self.head = head.new_empty(shape, dtype=wide if self._in_parts else dtype)
         self.bias = head.new_zeros(vocab if needs[2] else 0, dtype=wide)
         self._written = False
+        self._rows: list[_Rows] = []
 
-    def add(self, positions: Tensor, states: Tensor, d_logits: Tensor, head: Tensor) -> None:
+    def add(
+        self,
+        positions: Tensor,
+        states: Tensor,
+        logits: Tensor,
+        head: Tensor,
+        rows: _Rows,
+        is_only: bool,
+    ) -> None:
+        """A chunk; its logits are overwritten."""
+        rows.differentiate_(logits)
         if self.needs[0]:
-            d_states = torch.mm(d_logits, head).to(self.hidden.dtype)
+            d_states = torch.mm(logits, head).to(self.hidden.dtype)
             self.hidden.index_copy_(0, positions, d_states)
-        if self.needs[1]:
-            self._add_to_head(d_logits, states)
         if self.needs[2]:
-            self.bias += d_logits.sum(0, dtype=self.bias.dtype)
-
-    def _add_to_head(self, d_logits: Tensor, states: Tensor) -> None:
-        total, wide, keep = self.head, self.head.dtype, int(self._written)
-        self._written = True
-        if d_logits.dtype == wide:
-            torch.addmm(total, d_logits.t(), states, beta=keep, out=total)
-        elif total.is_cuda:
+            self.bias += logits.sum(0, dtype=self.bias.dtype)
+        if not self.needs[1]:
+            return
+        if not self._in_parts and not is_only:
+            self._rows.append(rows)
+        elif logits.dtype == self.head.dtype:
+            torch.addmm(self.head, logits.t(), states, beta=int(self._written), out=self.head)
+        else:
             aten = torch.ops.aten.addmm.dtype_out
-            aten(total, d_logits.t(), states, wide, beta=keep, out=total)
-        else:  # no product on the CPU reads two bytes and adds to four
-            block = max(1, _BLOCK_BYTES // (total.shape[1] * states.dtype.itemsize))
-            for part, columns in zip(total.split(block), d_logits.split(block, 1), strict=True):
-                product = torch.mm(columns.t(), states)
-                part.add_(product) if keep else part.copy_(product)
+            wide, keep = self.head.dtype, int(self._written)
+            aten(self.head, logits.t(), states, wide, beta=keep, out=self.head)
+        self._written = True
 
-    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
+    def finished(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        chunk_rows: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if not self._written:
             self.head.zero_()
+        if self._rows:
+            self._head_by_columns(hidden, head, bias, index, chunk_rows)
         return self.hidden, self.head, self.bias
+
+    def _head_by_columns(self, hidden, head, bias, index, chunk_rows) -> None:
+        """All rows at once, as many columns as fit into the memory of a chunk."""
+        tensors = (torch.cat(parts) for parts in list(zip(*self._rows, strict=True))[:4])
+        rows = _Rows(*tensors, *self._rows[0][4:])
+        states = hidden.index_select(0, index).to(head.dtype)
+        vocab, n = len(head), len(index)
+        columns = max(64, _rows_at_once(head, chunk_rows) * vocab // n // 64 * 64)
+        memory = head.new_empty(n * min(columns, vocab))
+        for first in range(0, vocab, columns):
+            part = slice(first, min(first + columns, vocab))
+            size = part.stop - first
+            part_bias = None if bias is None else bias[part]
+            logits = memory[: n * size].view(n, size)
+            rows.differentiate_(_product(states, head[part], part_bias, logits), first)
+            torch.mm(logits.t(), states, out=self.head[part])
 
 
 # ---- the op ----------------------------------------------------------------------------------
@@ -313,12 +367,13 @@ def _linear_sft_loss(
         for whole, part in zip((nll, entropy, prediction), (*stats[:2], stats[3]), strict=True):
             whole.index_copy_(0, positions, part)
         if with_the_loss:
-            torch.ops.r2dllm.row_stats_backward_(
-                logits, chosen, state, d_nll[positions], d_entropy[positions],
-                entropy_temperature, ignore_index,
-            )  # fmt: skip
-            gradients.add(positions, states, logits, head_read)
-    return (*reduced(nll, entropy, prediction), *gradients.finished())
+            rows_here = _Rows(chosen, state, d_nll[positions], d_entropy[positions],
+                              entropy_temperature, ignore_index)  # fmt: skip
+            gradients.add(
+                positions, states, logits, head_read, rows_here, len(positions) == len(index)
+            )
+    computed = gradients.finished(hidden, head_read, bias_read, index, chunk_rows)
+    return (*reduced(nll, entropy, prediction), *computed)
 
 
 @torch.library.custom_op("r2dllm::linear_sft_loss_backward", mutates_args=())
@@ -344,12 +399,10 @@ def _linear_sft_loss_backward(
     for positions, states, logits in _chunks(hidden, head_read, bias_read, index, chunk_rows):
         chosen = targets[positions]
         state = torch.ops.r2dllm.row_stats(logits, chosen, entropy_temperature, ignore_index)[-1]
-        torch.ops.r2dllm.row_stats_backward_(
-            logits, chosen, state, d_nll[positions], d_entropy[positions], entropy_temperature,
-            ignore_index,
-        )  # fmt: skip
-        gradients.add(positions, states, logits, head_read)
-    return gradients.finished()
+        rows_here = _Rows(chosen, state, d_nll[positions], d_entropy[positions],
+                          entropy_temperature, ignore_index)  # fmt: skip
+        gradients.add(positions, states, logits, head_read, rows_here, len(positions) == len(index))
+    return gradients.finished(hidden, head_read, bias_read, index, chunk_rows)
 
 
 @_linear_sft_loss.register_fake
