@@ -20,7 +20,8 @@ constexpr double kLog2eWide = 1.4426950408889634;
 // 126,464 columns still gives 31 tasks.
 constexpr int64_t kSliceWidth = 4096;
 
-// Logits beyond this (in units of log2) leave float32 arithmetic, see `wide_term`.
+// Logits beyond this (in units of log2) leave float32 arithmetic, see `wide_term`: up to it, its 24
+// bits hold a multiple of 1/32.
 constexpr float kNarrowExponent = 524288.0f;  // 2^19
 
 R2D_HOST_DEVICE bool is_narrow(float max) {

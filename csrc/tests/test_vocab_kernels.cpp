@@ -163,6 +163,20 @@ TEST(minus_infinity_counts_as_nothing) {
   }
 }
 
+TEST(differences_of_large_logits_are_kept_on_both_sides_of_the_narrow_limit) {
+  for (float top : {1e5f, -1e5f, 363000.0f, -363000.0f, 364000.0f, -364000.0f}) {
+    std::vector<float> values;
+    for (int i = 0; i < 700; ++i) values.push_back(top - static_cast<float>(i * 37 % 700) / 32.0f);
+    for (const Set& set : sets()) {
+      const Row row(LogitType::kFloat, values, set.kernels);
+      long double shifted = 0;
+      for (double x : row.exact) shifted += std::exp(static_cast<long double>(x) - top);
+      const VocabStats token = row.kernels->stats(row.data.get(), 1);
+      CHECK(std::abs(probability(token, row.stats()) * shifted - 1) < 3e-7);
+    }
+  }
+}
+
 TEST(huge_logits_stay_finite) {
   for (float top : {1e30f, -1e30f, 3e38f, 8e5f}) {
     std::vector<float> values(70, -3.4e38f);
