@@ -89,10 +89,11 @@ struct Derivatives {
 template <class Format>
 void run_backward(const LogitsView& logits, const std::vector<int64_t>& targets, const Rows& rows,
                   const Derivatives& by, double temperature, Logits<Format>& gradient,
-                  unsigned seed = 1) {
+                  unsigned seed = 1, int64_t first_id = 0) {
   const auto* d_entropy = by.entropy.empty() ? nullptr : by.entropy.data();
   const LogitsView out = gradient.view();
   const RowStatsBackwardParams params{logits,
+                                      first_id,
                                       targets.data(),
                                       kIgnore,
                                       temperature,
@@ -369,6 +370,33 @@ void check_gradients(Logits<Format>& logits, int64_t offset, int64_t pad, double
     for (int64_t i = 0; i < vocab; ++i) same = same && logits.get(cell, i) == gradient.get(cell, i);
   }
   CHECK(same);
+}
+
+TEST(some_columns_have_the_gradient_of_the_whole_row) {
+  std::mt19937 random(8);
+  constexpr int64_t vocab = 9001;
+  Logits<BFloat16> logits(1, 3, vocab), whole(1, 3, vocab);
+  logits.fill(random);
+  const std::vector<int64_t> targets{0, 4100, vocab - 1};
+  const Rows rows = run_forward(logits, targets, 0.7);
+  const Derivatives by{{0.8f, -0.3f, 1.5f}, {0.1f, 0.2f, 0.3f}};
+  run_backward(logits.view(), targets, rows, by, 0.7, whole);
+  const int64_t bounds[] = {0, 1, 4100, 4101, vocab};
+  for (int k = 0; k < 4; ++k) {
+    const int64_t first = bounds[k];
+    Logits<BFloat16> part(1, 3, bounds[k + 1] - first);
+    LogitsView view = logits.view();
+    view.data = static_cast<const uint16_t*>(view.data) + first;
+    view.vocab = part.vocab;
+    run_backward(view, targets, rows, by, 0.7, part, 2, first);
+    bool same = true;
+    for (int64_t cell = 0; cell < 3; ++cell) {
+      for (int64_t i = 0; i < part.vocab; ++i) {
+        same = same && part.get(cell, i) == whole.get(cell, first + i);
+      }
+    }
+    CHECK(same);
+  }
 }
 
 TEST(gradients_match_long_double_in_place_and_out_of_place) {
