@@ -189,28 +189,24 @@ def _computed_rows(
     return (targets == ignore_index).byte().argsort(stable=True)[:max_rows].sort().values
 
 
+def _new_buffer(head: Tensor, rows: int, chunk_rows: int | None) -> Tensor:
+    """[n, V] for the logits of a chunk; the chunks of `rows` rows are about equal."""
+    vocab = head.shape[0]
+    if chunk_rows is None:
+        chunk_rows = max(1, _CHUNK_BYTES[head.device.type] // (vocab * head.dtype.itemsize))
+    chunks = max(1, -(-rows // chunk_rows))
+    return head.new_empty(-(-rows // chunks), vocab)
+
+
 def _chunks(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    chunk_rows: int | None,
+    hidden: Tensor, head: Tensor, bias: Tensor | None, index: Tensor, buffer: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(positions, their hidden states, their logits); all logits share one buffer."""
+    """(positions, their hidden states, their logits in the buffer)"""
     if index.numel() == 0:
         return
-    count = -(-index.numel() // _rows_at_once(head, chunk_rows))
-    chunks = index.tensor_split(count)
-    buffer = head.new_empty(len(chunks[0]), head.shape[0])
-    for positions in chunks:
+    for positions in index.tensor_split(-(-index.numel() // len(buffer))):
         states = hidden.index_select(0, positions).to(head.dtype)
         yield positions, states, _product(states, head, bias, buffer[: len(positions)])
-
-
-def _rows_at_once(head: Tensor, chunk_rows: int | None) -> int:
-    if chunk_rows is not None:
-        return chunk_rows
-    return max(1, _CHUNK_BYTES[head.device.type] // (head.shape[0] * head.dtype.itemsize))
 
 
 def _product(states: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -283,22 +279,25 @@ class _Gradients:
         head: Tensor,
         bias: Tensor | None,
         index: Tensor,
-        chunk_rows: int | None,
+        buffer: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """After the last chunk; what the buffer holds is lost."""
         if not self._written:
             self.head.zero_()
         if self._rows:
-            self._head_by_columns(hidden, head, bias, index, chunk_rows)
+            self._head_by_columns(hidden, head, bias, index, buffer.flatten())
         return self.hidden, self.head, self.bias
 
-    def _head_by_columns(self, hidden, head, bias, index, chunk_rows) -> None:
-        """All rows at once, as many columns as fit into the memory of a chunk."""
+    def _head_by_columns(self, hidden, head, bias, index, memory) -> None:
+        """All rows at once, as many columns as the memory holds."""
         tensors = (torch.cat(parts) for parts in list(zip(*self._rows, strict=True))[:4])
         rows = _Rows(*tensors, *self._rows[0][4:])
         states = hidden.index_select(0, index).to(head.dtype)
         vocab, n = len(head), len(index)
-        columns = max(64, _rows_at_once(head, chunk_rows) * vocab // n // 64 * 64)
-        memory = head.new_empty(n * min(columns, vocab))
+        if len(memory) < n:
+            memory = head.new_empty(n)
+        columns = len(memory) // n
+        columns -= columns % 64 if columns > 64 else 0
         for first in range(0, vocab, columns):
             part = slice(first, min(first + columns, vocab))
             size = part.stop - first
@@ -359,7 +358,8 @@ def _linear_sft_loss(
     _, d_nll, d_entropy = reduced(nll, entropy, counted)
     with_the_loss = _with_the_loss(needs, entropy_weight, entropy_gate)
     gradients = _Gradients(hidden, head, dtype, needs if with_the_loss else [False] * 3)
-    for positions, states, logits in _chunks(hidden, head_read, bias_read, index, chunk_rows):
+    buffer = _new_buffer(head_read, len(index), chunk_rows)
+    for positions, states, logits in _chunks(hidden, head_read, bias_read, index, buffer):
         chosen = counted[positions]
         *stats, state = torch.ops.r2dllm.row_stats(
             logits, chosen, entropy_temperature, ignore_index, entropy_weight != 0
@@ -372,7 +372,7 @@ def _linear_sft_loss(
             gradients.add(
                 positions, states, logits, head_read, rows_here, len(positions) == len(index)
             )
-    computed = gradients.finished(hidden, head_read, bias_read, index, chunk_rows)
+    computed = gradients.finished(hidden, head_read, bias_read, index, buffer)
     return (*reduced(nll, entropy, prediction), *computed)
 
 
@@ -396,13 +396,14 @@ def _linear_sft_loss_backward(
     head_read, bias_read = head.to(dtype), None if bias is None else bias.to(dtype)
     index = _computed_rows(targets, rows, max_rows, ignore_index)
     gradients = _Gradients(hidden, head, dtype, needs)
-    for positions, states, logits in _chunks(hidden, head_read, bias_read, index, chunk_rows):
+    buffer = _new_buffer(head_read, len(index), chunk_rows)
+    for positions, states, logits in _chunks(hidden, head_read, bias_read, index, buffer):
         chosen = targets[positions]
         state = torch.ops.r2dllm.row_stats(logits, chosen, entropy_temperature, ignore_index)[-1]
         rows_here = _Rows(chosen, state, d_nll[positions], d_entropy[positions],
                           entropy_temperature, ignore_index)  # fmt: skip
         gradients.add(positions, states, logits, head_read, rows_here, len(positions) == len(index))
-    return gradients.finished(hidden, head_read, bias_read, index, chunk_rows)
+    return gradients.finished(hidden, head_read, bias_read, index, buffer)
 
 
 @_linear_sft_loss.register_fake
