@@ -260,28 +260,48 @@ class EagerGraph:
         return lambda: judged._replace(remaining=remaining)
 
 
+class EagerLoop:
+    """`LoopGraph` without CUDA: what is captured there runs here."""
+
+    def __init__(self, step, forward, pool, counters):
+        EagerGraph.made += 1
+        self.step, self.counters = step, counters
+
+    def run(self):
+        self.counters.steps.zero_()
+        goes_on = True
+        while goes_on:
+            judged = self.step()
+            goes_on = bool(self.counters.goes_on(judged.remaining))
+        return judged, int(self.counters.steps)
+
+
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
     monkeypatch.setattr(generation, "StepGraph", EagerGraph)
-    monkeypatch.setattr(generation, "_check_graph", lambda device, **options: None)
+    monkeypatch.setattr(generation, "LoopGraph", EagerLoop)
+    monkeypatch.setattr(generation, "_check_graph", lambda kind, device, **options: None)
     EagerGraph.made = 0
     return EagerGraph
 
 
+@pytest.mark.parametrize("kind", [True, "loop"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_the_loop_over_graphs_decodes_the_same_tokens(graphs_on_cpu, temperature):
+def test_the_loop_over_graphs_decodes_the_same_tokens(graphs_on_cpu, temperature, kind):
     answers, prompt = [[1, 2, 3, 4, 5, 6, 7, 1], [7, 6, 5, 4, 3, 2, 1, 1]], torch.tensor([[0], [1]])
     config = r2.DecodeConfig.vanilla(MASK, temperature=temperature, seed=3)
     plain = run(Scripted(answers, 1, logit=2.0), prompt, config=config)
     model = Scripted(answers, 1, logit=2.0)
-    graph = run(model, prompt, config=config, cuda_graph=True)
+    graph = run(model, prompt, config=config, cuda_graph=kind)
     assert torch.equal(graph.sequences, plain.sequences)
     assert graphs_on_cpu.made == 2
-    assert graph.nfe == len(model.calls) == plain.nfe + 2  # one forward in vain per block
+    in_vain = 2 if kind is True else 0  # one forward per block
+    assert graph.nfe == len(model.calls) == plain.nfe + in_vain
 
 
+@pytest.mark.parametrize("kind", [True, "loop"])
 @pytest.mark.parametrize("preset", ["vanilla", "r2"])
-def test_graphs_stop_where_the_plain_loop_stops(graphs_on_cpu, preset):
+def test_graphs_stop_where_the_plain_loop_stops(graphs_on_cpu, preset, kind):
     """Equal tokens, though a finished row stays in the batch; no graph once all are finished."""
     answers = [[1, 2, STOP, 4, 5, 6, 7, 1], [1, 2, 3, 4, STOP, 5, 5, 5], [7, STOP, 1, 2] * 3]
     prompt = torch.tensor([[0], [1], [2]])
@@ -292,26 +312,47 @@ def test_graphs_stop_where_the_plain_loop_stops(graphs_on_cpu, preset):
     }
 
     plain = run(Scripted(answers, 1), prompt, **options)
-    graph = run(Scripted(answers, 1), prompt, cuda_graph=True, **options)
+    graph = run(Scripted(answers, 1), prompt, cuda_graph=kind, **options)
     assert torch.equal(graph.sequences, plain.sequences)
     assert graph.sequences[0].tolist()[1:] == [1, 2, STOP] + (
         [STOP] * 9 if preset == "vanilla" else [4] + [STOP] * 8
     )
-    assert graphs_on_cpu.made == 2 and graph.nfe == plain.nfe + 2
+    assert graphs_on_cpu.made == 2 and graph.nfe == plain.nfe + (2 if kind is True else 0)
 
 
-def test_a_graph_that_makes_no_progress_is_noticed(graphs_on_cpu):
+@pytest.mark.parametrize("kind", [True, "loop"])
+def test_a_graph_that_makes_no_progress_is_noticed(graphs_on_cpu, kind):
     model = Scripted([[1] * 8], 1, logit=torch.nan)
     with pytest.raises(r2.NoProgressError, match="non-finite") as error:
-        run(model, torch.tensor([[0]]), cuda_graph=True)
+        run(model, torch.tensor([[0]]), cuda_graph=kind)
     assert error.value.step == 1
+
+
+def test_a_row_that_is_stuck_for_a_while_does_not_end_a_loop_on_the_device(graphs_on_cpu):
+    class Late(Scripted):  # predicts the mask id in its first forwards
+        def logits(self, ids, first_position):
+            logits = super().logits(ids, first_position)
+            if len(self.calls) < 4:
+                logits[..., MASK] = 2 * self.logit
+            return logits
+
+    options = {"config": r2.DecodeConfig(MASK, allow_mask_id=True)}
+    prompt, answers = torch.tensor([[0]]), [[1, 2, 3, 4, 5, 6, 7, 1]]
+    plain = run(Late(answers, 1), prompt, **options)
+    loop = run(Late(answers, 1), prompt, cuda_graph="loop", **options)
+    assert torch.equal(loop.sequences, plain.sequences) and loop.nfe == plain.nfe == 5
 
 
 def test_cuda_graph_errors():
     model, prompt = Scripted([[1] * 8], 1), torch.tensor([[0]])
     with pytest.raises(ValueError, match="cuda_graph takes False on cpu"):
         run(model, prompt, cuda_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph takes False, True or 'loop', got 'yes'"):
+        run(model, prompt, cuda_graph="yes")
     model.device = "cuda"
+    if not generation.HAS_LOOPS:
+        with pytest.raises(ValueError, match="'loop' with torch 2.15 or newer"):
+            run(model, prompt, cuda_graph="loop")
     for options in ({"on_step": print}, {"trace": True}, {"progress": True}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} takes its default"):
             run(model, prompt, cuda_graph=True, **options)
@@ -320,9 +361,26 @@ def test_cuda_graph_errors():
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("kind", [True, "loop"])
+def test_loops_over_graphs_keep_to_the_caches(graphs_on_cpu, cache, shift, kind):
+    model = r2.load_model("ledger")
+    prompt = torch.randint(1, 20, (2, 24), generator=torch.Generator().manual_seed(1))
+    config = r2.DecodeConfig(model.mask_id)
+    options = {"gen_length": 64, "config": config, "cache": cache, "logits_shift": shift}
+    plain = r2.generate(model, prompt, **options)
+    graph = r2.generate(model, prompt, **options, cuda_graph=kind)
+    assert torch.equal(graph.sequences, plain.sequences)
+    assert graph.nfe == plain.nfe + (graphs_on_cpu.made if kind is True else 0)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("stop", [False, True])
-def test_graphs_on_the_ledger_model(cuda, cache, shift, temperature, stop):
+@pytest.mark.parametrize("kind", [True, "loop"])
+def test_graphs_on_the_ledger_model(cuda, cache, shift, temperature, stop, kind):
+    if kind == "loop" and not generation.HAS_LOOPS:
+        pytest.skip("torch is older than 2.15")
     model = r2.load_model("ledger", device=cuda)
     prompt = torch.randint(1, 20, (2, 24), generator=torch.Generator().manual_seed(1)).to(cuda)
     config = r2.DecodeConfig(model.mask_id, temperature=temperature, seed=5)
@@ -330,6 +388,6 @@ def test_graphs_on_the_ledger_model(cuda, cache, shift, temperature, stop):
     if stop:
         options["stop_id"] = r2.ledger.Tokenizer().end_id
     plain = r2.generate(model, prompt, **options)
-    graph = r2.generate(model, prompt, **options, cuda_graph=True)
+    graph = r2.generate(model, prompt, **options, cuda_graph=kind)
     assert torch.equal(graph.sequences, plain.sequences)
-    assert plain.nfe <= graph.nfe <= plain.nfe + 2
+    assert plain.nfe <= graph.nfe <= plain.nfe + (2 if kind is True else 0)

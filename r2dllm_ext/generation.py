@@ -12,7 +12,7 @@ from .config import DecodeConfig
 from .model_driver import CACHES, ModelDriver
 from .ops import DecodeStep, decode_step
 from .state import DecodeState
-from .step_graph import StepGraph, replay_until
+from .step_graph import HAS_LOOPS, LoopCounters, LoopGraph, StepGraph, replay_until
 from .trace import Trace, TraceRecorder
 
 
@@ -67,7 +67,7 @@ def generate(
     on_step: Callable[[StepEvent], None] | None = None,
     progress: bool = False,
     trace: bool = False,
-    cuda_graph: bool = False,
+    cuda_graph: bool | str = False,
 ) -> Generation:
     """Append `gen_length` tokens to each prompt, block by block, left to right.
 
@@ -98,7 +98,9 @@ def generate(
             block is in vain (it counts in `nfe`; the tokens are the same). With `stop_id` a
             finished row stays in the batch until all are finished. Takes a model on CUDA
             whose forward can be captured, and no `on_step`, `progress` or `trace`, which look at
-            every step.
+            every step. "loop" puts the loop over the steps of a block into the graph as well (a
+            conditional node; torch 2.15 and CUDA 12.4 or newer): one launch and one wait a block,
+            no forward in vain.
 
     Returns:
         Generation: `sequences` [B, P + G] int64 on the model's device, `nfe` = forwards made,
@@ -121,7 +123,7 @@ def generate(
     _check_mask_id(model, config)
     device = torch.device(getattr(model, "device", prompt.device))
     if cuda_graph:
-        _check_graph(device, on_step=on_step, progress=progress, trace=trace)
+        _check_graph(cuda_graph, device, on_step=on_step, progress=progress, trace=trace)
     batch, prompt_length = prompt.shape
     sequences = torch.full(
         (batch, prompt_length + gen_length), config.mask_id, dtype=torch.int64, device=device
@@ -134,7 +136,10 @@ def generate(
     rows = list(range(batch))  # not finished
     state = DecodeState(batch, block_length, device=device)
     if cuda_graph:
-        nfe = _generate_by_graph(driver, sequences, prompt_length, state, config, stop_id)
+        on_device = cuda_graph == "loop"
+        nfe = _generate_by_graph(
+            driver, sequences, prompt_length, state, config, stop_id, on_device
+        )
         return Generation(sequences, nfe, None)
     nfe = 0
     try:
@@ -188,6 +193,7 @@ def _generate_by_graph(
     state: DecodeState,
     config: DecodeConfig,
     stop_id: int | None,
+    on_device: bool,
 ) -> int:
     """Decodes `sequences` in place, one graph a block; returns the number of forwards."""
     rows, length, nfe = list(range(len(sequences))), state.block_length, 0
@@ -221,7 +227,17 @@ def _generate_by_graph(
             if not (watch.remaining or driver.owes_block_step):
                 continue
         met = start > prompt_length and driver.cache != "prefix"  # these shapes
-        graph = StepGraph(step, None if met else forward, pool)
+        warm_up = None if met else forward
+        if on_device:
+            loop = LoopGraph(step, warm_up, pool, LoopCounters(watch.left, sequences.device))
+            while True:
+                judged, steps = loop.run()
+                nfe += steps
+                watch.update(judged, nfe, sequences)
+                if not watch.remaining:
+                    break
+            continue
+        graph = StepGraph(step, warm_up, pool)
 
         def done(judged, replays, watch=watch, before=nfe):
             watch.update(judged, before + replays, sequences)
@@ -241,23 +257,23 @@ class _Watch:
 
     def __init__(self, config: DecodeConfig, rows: list[int], block_length: int) -> None:
         self._rows = rows
-        self._left = [block_length] * len(rows)
+        self.left = [block_length] * len(rows)
         self._stalled = [0] * len(rows)
         self._limit = self._PATIENCE + (config.steps_per_block or 0)
 
     @property
     def remaining(self) -> int:
-        return sum(self._left)
+        return sum(self.left)
 
     def keep_rows(self, keep: list[int]) -> None:
         self._rows = [self._rows[i] for i in keep]
-        self._left = [self._left[i] for i in keep]
+        self.left = [self.left[i] for i in keep]
         self._stalled = [self._stalled[i] for i in keep]
 
     def update(self, step: DecodeStep, nfe: int, sequences: torch.Tensor) -> int:
         """Takes note of a step; returns how many tokens it committed."""
-        before, self._left = self._left, step.remaining.tolist()
-        for i, (old, new) in enumerate(zip(before, self._left, strict=True)):
+        before, self.left = self.left, step.remaining.tolist()
+        for i, (old, new) in enumerate(zip(before, self.left, strict=True)):
             self._stalled[i] = self._stalled[i] + 1 if new == old > 0 else 0
             if not self._stalled[i]:
                 continue
@@ -267,7 +283,7 @@ class _Watch:
             if self._stalled[i] > self._limit:
                 reason = f"nothing was committed in {self._stalled[i]} steps"
                 raise NoProgressError(reason, nfe, self._rows[i], sequences.clone())
-        return sum(before) - sum(self._left)
+        return sum(before) - sum(self.left)
 
 
 def _finished(tokens: torch.Tensor, stop_id: int, mask_id: int) -> torch.Tensor:
@@ -313,13 +329,20 @@ def _check_mask_id(model: Any, config: DecodeConfig) -> None:
         )
 
 
-def _check_graph(device: torch.device, **looks_at_steps) -> None:
+def _check_graph(cuda_graph: bool | str, device: torch.device, **looks_at_steps) -> None:
+    if cuda_graph not in (True, "loop"):
+        raise ValueError(f"generate: cuda_graph takes False, True or 'loop', got {cuda_graph!r}")
     if device.type != "cuda":
-        raise ValueError(f"generate: cuda_graph takes False on {device}, got True")
+        raise ValueError(f"generate: cuda_graph takes False on {device}, got {cuda_graph!r}")
+    if cuda_graph == "loop" and not HAS_LOOPS:
+        raise ValueError(
+            "generate: cuda_graph takes 'loop' with torch 2.15 or newer, this is "
+            f"{torch.__version__}"
+        )
     for name, value in looks_at_steps.items():
         if value is not None and value is not False:
             raise ValueError(
-                f"generate: {name} takes its default with cuda_graph=True, got {value!r}"
+                f"generate: {name} takes its default with cuda_graph={cuda_graph!r}, got {value!r}"
             )
 
 

@@ -1,13 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model forward and decode step as one CUDA graph, replayed until a block is decoded."""
+"""Model forward and decode step as a CUDA graph: replayed by the host, or looping on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from .ops import DecodeStep
+
+HAS_LOOPS = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")  # torch 2.15
+
+
+@contextlib.contextmanager
+def _capture(forward: Callable[[], object] | None, pool) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures what is done inside.
+
+    `forward` is run once before, so that what libraries set up when they first meet a shape is not
+    captured; None if that is done.
+    """
+    if forward is not None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward()
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            yield graph
+    except RuntimeError as error:
+        raise RuntimeError(
+            "generate: cuda_graph takes a model whose forward a CUDA graph can capture (static "
+            f"shapes, nothing read on the host): {error}"
+        ) from error
 
 
 class StepGraph:
@@ -16,29 +44,15 @@ class StepGraph:
     Args:
         step: forward and `decode_step` on tensors that stay where they are; nothing in it may read
             the device from the host.
-        forward: the same forward, run once before the capture so that what libraries set up when
-            they first meet a shape is not captured; None if that is done.
+        forward: the same forward, run once before the capture; None if its shapes have been met.
         pool: `torch.cuda.graph_pool_handle()`, memory that consecutive graphs share.
     """
 
     def __init__(
         self, step: Callable[[], DecodeStep], forward: Callable[[], object] | None, pool
     ) -> None:
-        if forward is not None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                forward()
-            torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self._graph, pool=pool):
-                self._step = step()
-        except RuntimeError as error:
-            raise RuntimeError(
-                "generate: cuda_graph=True takes a model whose forward a CUDA graph can capture "
-                f"(static shapes, nothing read on the host): {error}"
-            ) from error
+        with _capture(forward, pool) as self._graph:
+            self._step = step()
         remaining = self._step.remaining
         self._reports = [
             (torch.empty_like(remaining, device="cpu", pin_memory=True), torch.cuda.Event())
@@ -73,3 +87,50 @@ def replay_until(graph: StepGraph, done: Callable[[DecodeStep, int], bool]) -> t
         if done(report(), replays):
             return replays + 1, 1
         replays, report = replays + 1, following
+
+
+class LoopCounters:
+    """What a loop on the device keeps: the steps it took, and what each row has `left`."""
+
+    def __init__(self, left: list[int], device: torch.device) -> None:
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._left = torch.tensor(left, dtype=torch.int32, device=device)
+
+    def goes_on(self, remaining: Tensor) -> Tensor:
+        """0-dim bool: after a step, is anything left, and has every row that has something left
+        made progress? One that has not is for the host to look at."""
+        stuck = (remaining > 0) & (remaining == self._left)
+        self._left.copy_(remaining)
+        self.steps.add_(1)
+        return (remaining > 0).any() & ~stuck.any()
+
+
+class LoopGraph:
+    """A captured loop over steps, a conditional WHILE node: one launch takes steps as long as
+    `LoopCounters.goes_on`, but at least one. Arguments as those of `StepGraph`.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], DecodeStep],
+        forward: Callable[[], object] | None,
+        pool,
+        counters: LoopCounters,
+    ) -> None:
+        enters = torch.ones((), dtype=torch.bool, device=counters.steps.device)
+        self._counters = counters
+        with _capture(forward, pool) as self._graph:
+            self._graph.begin_capture_to_while_node(enters)
+            try:
+                self._step = step()
+                goes_on = counters.goes_on(self._step.remaining)
+                self._graph.set_conditional_handle_for_current_node(goes_on)
+            finally:
+                self._graph.end_capture_to_conditional_node()
+
+    def run(self) -> tuple[DecodeStep, int]:
+        """The last step, `remaining` on the CPU, and how many were taken; waits for them."""
+        self._counters.steps.zero_()
+        self._graph.replay()
+        steps = int(self._counters.steps)
+        return self._step._replace(remaining=self._step.remaining.cpu()), steps
