@@ -137,15 +137,16 @@ R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logi
                           double scale, uint64_t seed, const int64_t* counters, Drawn* drawn) {
   const int64_t cell = lane.block(), slices = workspace.slices;
   if (!is_candidate(cell)) return;
+  const auto length = static_cast<uint32_t>(logits.length), c = static_cast<uint32_t>(cell);
+  const int64_t* counter = counters + int64_t{c / length} * kCounters;
+  const double u = uniform(seed, counter, c % length, Draw::kToken);
   const SlicePartial* partial = workspace.partial + cell * slices;
   const SlicePartial merged = merge_slices(lane, partial, slices);
   if (!(merged.mass > 0.0)) return;
-  const auto length = static_cast<uint32_t>(logits.length), c = static_cast<uint32_t>(cell);
-  const int64_t* counter = counters + int64_t{c / length} * kCounters;
-  const Drawn result = draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
-                                    workspace.tempered + cell * slices, slices,
-                                    workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX,
-                                    scale, uniform(seed, counter, c % length, Draw::kToken));
+  const Drawn result =
+      draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
+                   workspace.tempered + cell * slices, slices,
+                   workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX, scale, u);
   if (result.id >= 0) drawn[cell] = result;
 }
 
