@@ -23,9 +23,7 @@ struct Simd {
   static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-  static constexpr int kExp2Parts = 1;
-  static constexpr float kExp2Round = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the exponent's bias
-  static Floats exp2(Floats t) {
+  static Floats power_of_two(Floats t) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
   }
   static Floats keep_if_ge(Floats x, Floats a, Floats b) {

@@ -36,9 +36,7 @@ struct Simd {
 #endif
   }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
-  static constexpr int kExp2Parts = 1;
-  static constexpr float kExp2Round = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the exponent's bias
-  static Floats exp2(Floats t) {
+  static Floats power_of_two(Floats t) {
     typedef uint32_t Bits __attribute__((vector_size(16)));
     return (Floats)((Bits)t << 23);
   }
