@@ -433,6 +433,7 @@ def _setup_context(ctx, inputs, output):
     hidden, head, targets, _, bias, _, rows, *ctx.options, ctx.needs = inputs
     _, d_nll, d_entropy, *gradients = output
     ctx.mark_non_differentiable(d_nll, d_entropy, *gradients)
+    ctx.set_materialize_grads(False)  # else zeros as large as the head, for an output without one
     ctx.dtypes = hidden.dtype, head.dtype, None if bias is None else bias.dtype
     _, _, _, weight, _, gate, _ = ctx.options
     ctx.gradients = gradients if _with_the_loss(ctx.needs, weight, gate) else None
