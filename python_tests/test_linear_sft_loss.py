@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from cases import DTYPES, NARROW, same_bits
 from test_errors import check_message
 from test_sft_loss import OPTIONS, eager, error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2dllm_ext import reference
 
@@ -148,6 +149,24 @@ def test_head_gradient_is_added_up_in_float32(r2, device):
     targets = torch.zeros(rows, dtype=torch.int64, device=device)
     r2.linear_sft_loss(hidden, head, targets, chunk_rows=1).backward()
     assert head.grad.flatten().tolist() == [-0.5, 0.5]
+
+
+def test_backward_makes_nothing_as_large_as_the_head(r2, device):
+    """The gradients were computed with the loss; autograd adds no zeros for its other outputs."""
+    hidden, head, _, targets, _ = inputs(9, 6, 40, torch.float32, device)
+    loss = r2.linear_sft_loss(hidden.requires_grad_(), head.requires_grad_(), targets)
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and function != torch.ops.aten.mul_.Tensor:
+                made.append((str(function), result.numel()))
+            return result
+
+    with Watch():
+        torch.autograd.grad(loss, (hidden, head))
+    assert all(size < head.numel() for _, size in made), made
 
 
 def test_upstream_gradient(r2, device):

@@ -14,6 +14,11 @@ struct VocabKernels {
   // Statistics of `n` logits, read once from memory and once from the L1 cache.
   VocabStats (*stats)(const void* logits, int64_t n);
 
+  // What the sum of these `stats` lacks because the terms near `column` were added up in float32.
+  // That matters near a term which is most of the row: there a rounding of the sum is one of the
+  // confidence.
+  double (*correction)(const void* logits, int64_t n, int64_t column, const VocabStats& stats);
+
   // Lowest index of a logit equal to `value`, which must be present.
   int64_t (*find)(const void* logits, int64_t n, double value);
 

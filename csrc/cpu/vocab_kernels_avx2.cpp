@@ -16,6 +16,9 @@ constexpr int64_t kGroup = 64;  // columns that are read together
 struct Simd {
   static constexpr int kLanes = 8;
   using Floats = __m256;
+  struct Doubles {
+    __m256d low, high;
+  };
 
   static Floats set(float x) { return _mm256_set1_ps(x); }
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
@@ -23,17 +26,22 @@ struct Simd {
   static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-  static Floats power_of_two(Floats t) {
+  static constexpr int kExp2Parts = 1;
+  static constexpr float kExp2Round = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the exponent's bias
+  static Floats exp2(Floats t) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
   }
   static Floats keep_if_ge(Floats x, Floats a, Floats b) {
     return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), x);
   }
-  static double sum(Floats x) {
-    const __m256d halves = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
-                                         _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+  static Doubles zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+  static Doubles add(Doubles a, Floats b) {
+    return {_mm256_add_pd(a.low, _mm256_cvtps_pd(_mm256_castps256_ps128(b))),
+            _mm256_add_pd(a.high, _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)))};
+  }
+  static double sum(Doubles x) {
     alignas(32) double lanes[4];
-    _mm256_store_pd(lanes, halves);
+    _mm256_store_pd(lanes, _mm256_add_pd(x.low, x.high));
     return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
   }
   static float greatest(Floats x) {

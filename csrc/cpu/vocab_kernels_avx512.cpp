@@ -19,6 +19,9 @@ constexpr int64_t kGroup = 64;  // columns that are read together
 struct Simd {
   static constexpr int kLanes = 16;
   using Floats = __m512;
+  struct Doubles {
+    __m512d low, high;
+  };
 
   static Floats set(float x) { return _mm512_set1_ps(x); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -26,18 +29,32 @@ struct Simd {
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
-  static Floats power_of_two(Floats t) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
+  // A table of 2^(j / 32) takes three operations off the polynomial and costs two: the low bits of
+  // t are 32 * integer + j, and an entry holds the bits of 2^(j / 32) less what j adds to them.
+  static constexpr int kExp2Parts = 32;
+  static constexpr float kExp2Round = 393216.0f;  // 1.5 * 2^18
+  static Floats exp2(Floats t) {
+    alignas(64) static constexpr uint32_t kTable[] = {
+        0x3F800000, 0x3F7ECD87, 0x3F7DAAC3, 0x3F7C980F, 0x3F7B95C2, 0x3F7AA43A, 0x3F79C3D3,
+        0x3F78F4F0, 0x3F7837F0, 0x3F778D3A, 0x3F76F532, 0x3F767043, 0x3F75FED7, 0x3F75A15B,
+        0x3F75583F, 0x3F7523F6, 0x3F7504F3, 0x3F74FBAF, 0x3F7508A4, 0x3F752C4D, 0x3F75672A,
+        0x3F75B9BE, 0x3F76248C, 0x3F76A81E, 0x3F7744FD, 0x3F77FBB8, 0x3F78CCDF, 0x3F79B907,
+        0x3F7AC0C7, 0x3F7BE4BA, 0x3F7D257D, 0x3F7E83B3};
+    const __m512i bits = _mm512_castps_si512(t);
+    const __m512i entry =
+        _mm512_permutex2var_epi32(_mm512_load_si512(kTable), bits, _mm512_load_si512(kTable + 16));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 18), entry));
   }
   static Floats keep_if_ge(Floats x, Floats a, Floats b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), x);
   }
-  static double sum(Floats x) {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
-    const __m512d high =
-        _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
-    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  static Doubles zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+  static Doubles add(Doubles a, Floats b) {
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(b), 1));
+    return {_mm512_add_pd(a.low, _mm512_cvtps_pd(_mm512_castps512_ps256(b))),
+            _mm512_add_pd(a.high, _mm512_cvtps_pd(high))};
   }
+  static double sum(Doubles x) { return _mm512_reduce_add_pd(_mm512_add_pd(x.low, x.high)); }
   static float greatest(Floats x) { return _mm512_reduce_max_ps(x); }
 };
 

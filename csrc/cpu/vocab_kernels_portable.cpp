@@ -5,9 +5,6 @@
 
 #include "vocab_kernels.h"
 
-// Vectors of doubles are wider than a register here; no function boundary is crossed with one.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace r2dllm::cpu {
 namespace {
 
@@ -17,7 +14,9 @@ struct Simd {
   static constexpr int kLanes = 4;
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
-  typedef double Doubles __attribute__((vector_size(32)));
+  struct Doubles {
+    double lanes[kLanes];
+  };
 
   static Floats set(float x) { return x - Floats{}; }
   static Floats add(Floats a, Floats b) { return a + b; }
@@ -30,21 +29,27 @@ struct Simd {
     return result;
 #else
     // The product of two floats is exact in double.
-    const Doubles sum = __builtin_convertvector(a, Doubles) * __builtin_convertvector(b, Doubles) +
-                        __builtin_convertvector(c, Doubles);
+    typedef double Wide __attribute__((vector_size(32)));
+    const Wide sum = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) +
+                     __builtin_convertvector(c, Wide);
     return __builtin_convertvector(sum, Floats);
 #endif
   }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
-  static Floats power_of_two(Floats t) {
+  static constexpr int kExp2Parts = 1;
+  static constexpr float kExp2Round = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the exponent's bias
+  static Floats exp2(Floats t) {
     typedef uint32_t Bits __attribute__((vector_size(16)));
     return (Floats)((Bits)t << 23);
   }
   static Floats keep_if_ge(Floats x, Floats a, Floats b) { return (Floats)((Ints)x & (a >= b)); }
-  static double sum(Floats x) {
-    double sum = 0.0;
-    for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(x[i]);
-    return sum;
+  static Doubles zero() { return {}; }
+  static Doubles add(Doubles a, Floats b) {
+    for (int i = 0; i < kLanes; ++i) a.lanes[i] += static_cast<double>(b[i]);
+    return a;
+  }
+  static double sum(const Doubles& x) {
+    return (x.lanes[0] + x.lanes[1]) + (x.lanes[2] + x.lanes[3]);
   }
   static float greatest(Floats x) {
     float greatest = x[0];
@@ -158,6 +163,8 @@ VocabStats stats_double(const void* logits, int64_t n) {
   return {max, exponent, sum};
 }
 
+double correction_double(const void*, int64_t, int64_t, const VocabStats&) { return 0.0; }
+
 int64_t find_double(const void* logits, int64_t n, double value) {
   const auto* p = static_cast<const double*>(logits);
   for (int64_t i = 0; i < n; ++i) {
@@ -203,8 +210,8 @@ void store_double(void* logits, int64_t i, double value) {
 constexpr VocabKernels kKernels[] = {
     kernels_for<Loader<Float>>("portable"), kernels_for<Loader<BFloat16>>("portable"),
     kernels_for<Loader<Half>>("portable"),
-    VocabKernels{"portable", stats_double, find_double, tempered_mass_double, tempered_sums_double,
-                 gradient_double, load_double, store_double}};
+    VocabKernels{"portable", stats_double, correction_double, find_double, tempered_mass_double,
+                 tempered_sums_double, gradient_double, load_double, store_double}};
 
 }  // namespace
 

@@ -19,6 +19,7 @@ VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double sc
   }
   partial_.resize(rows() * slices_);
   stats_.resize(rows());
+  argmax_.resize(rows(), -1);
   if (scale != 0.0) tempered_.resize(rows() * slices_);
   // A task is a slice of a row: a single row uses all threads too.
   constexpr int64_t kTasksWorthAThread = 4;
@@ -34,22 +35,27 @@ VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double sc
       });
     }
   });
-  for (int64_t row = 0; row < rows(); ++row) {
-    VocabStats merged = VocabStats::empty();
-    for (int64_t slice = 0; slice < slices_; ++slice) {
-      merged = merge(merged, partial_[row * slices_ + slice]);
-    }
-    stats_[row] = merged;
-  }
+  constexpr int64_t kRowsWorthAThread = 16;
+  at::parallel_for(0, rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) merge_slices(row);
+  });
 }
 
-int64_t VocabPass::argmax(int64_t row) const {
-  const double max = stats_[row].max;
-  int64_t slice = 0;
-  while (partial_[row * slices_ + slice].max != max) ++slice;
-  return slice * kSliceWidth + with_slice(row, slice, [&](const char* data) {
-           return kernels_.find(data, slice_size(slice), max);
-         });
+void VocabPass::merge_slices(int64_t row) {
+  const VocabStats* partial = &partial_[row * slices_];
+  VocabStats merged = VocabStats::empty();
+  for (int64_t i = 0; i < slices_; ++i) merged = merge(merged, partial[i]);
+  if (is_valid(merged)) {
+    int64_t slice = 0;
+    while (partial[slice].max != merged.max) ++slice;
+    with_slice(row, slice, [&](const char* data) {
+      const int64_t size = slice_size(slice), column = kernels_.find(data, size, merged.max);
+      argmax_[row] = slice * kSliceWidth + column;
+      merged.sum += scale_by_exponent(kernels_.correction(data, size, column, partial[slice]),
+                                      partial[slice].exponent - merged.exponent);
+    });
+  }
+  stats_[row] = merged;
 }
 
 TemperedSums VocabPass::tempered(int64_t row) const {

@@ -21,7 +21,7 @@ class VocabPass {
   TemperedSums tempered(int64_t row) const;
   const VocabKernels& kernels() const { return kernels_; }
 
-  int64_t argmax(int64_t row) const;  // lowest index on ties
+  int64_t argmax(int64_t row) const { return argmax_[row]; }  // lowest on ties; -1 if not valid
   float probability(int64_t row, int64_t column) const;
   VocabStats token_stats(int64_t row, int64_t column) const;  // of that logit alone
   double mass(int64_t row, int64_t column) const;             // 1 / probability, not rounded
@@ -53,6 +53,7 @@ class VocabPass {
            (b * logits_.batch_stride + l * logits_.length_stride + column) * bytes_;
   }
   void exclude(char* logit) const;
+  void merge_slices(int64_t row);
 
   LogitsView logits_;
   const VocabKernels& kernels_;
@@ -62,6 +63,7 @@ class VocabPass {
   std::vector<int64_t> cells_;
   std::vector<VocabStats> partial_;     // [rows, slices]
   std::vector<VocabStats> stats_;       // [rows]
+  std::vector<int64_t> argmax_;         // [rows]
   std::vector<TemperedSums> tempered_;  // [rows, slices] if asked for
 };
 

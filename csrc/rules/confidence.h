@@ -20,20 +20,21 @@ constexpr double kLog2eWide = 1.4426950408889634;
 // 126,464 columns still gives 31 tasks.
 constexpr int64_t kSliceWidth = 4096;
 
-// Logits beyond this (in units of log2) leave float32 arithmetic, see `wide_term`.
-constexpr float kNarrowExponent = 1048576.0f;  // 2^20
+// Logits beyond this (in units of log2) leave float32 arithmetic, see `wide_term`: up to it,
+// `log2e_factor` is as good as float64.
+constexpr float kNarrowExponent = 32768.0f;
 
 R2D_HOST_DEVICE bool is_narrow(float max) {
   return max <= kNarrowExponent / kLog2e && max >= -kNarrowExponent / kLog2e;
 }
 
-// 2^f = 1 + f * (c1 + f * (...)) on [-1/2, 1/2], relative error 9e-8 (weighted least squares,
-// iterated towards the minimax), exact at 0.
-constexpr float kExp2C1 = 0.693147004f, kExp2C2 = 0.240222424f, kExp2C3 = 0.0555073358f,
-                kExp2C4 = 0.00967151299f, kExp2C5 = 0.00132647273f;
-// 1.5 * 2^23 + 127: adding it rounds to an integer k and leaves the exponent bits of 2^k, 127 + k,
-// at the low end of the sum.
-constexpr float kExp2Round = 12582912.0f + 127.0f;
+// e^x / 2^(x * kLog2e) for narrow x: what the last bits of log2(e) make of the greatest term of a
+// sum. For the others, some nats below it, that leaves a small part of the last place.
+R2D_HOST_DEVICE double log2e_factor(double x) {
+  constexpr double kLow = (kLog2eWide - kLog2e) * 0.69314718055994531;
+  const double y = x * kLow;
+  return 1.0 + y * (1.0 + 0.5 * y);
+}
 
 // Terms smaller than 2^-115 of the greatest one are counted as 2^-115: far below the last bit of
 // any sum, and it keeps -inf and the exponent arithmetic out of trouble.

@@ -23,8 +23,7 @@ using test::Logits;
 
 namespace {
 
-// ---- the oracle
-// ----------------------------------------------------------------------------------
+// ---- the oracle ----------------------------------------------------------------------------
 
 struct Exact {
   int64_t id = -1;
@@ -59,8 +58,7 @@ bool close(float got, long double want) {
   return std::abs(static_cast<double>(got - want)) <= 2 * std::ldexp(1.0, exponent - 24);
 }
 
-// ---- launches
-// ------------------------------------------------------------------------------------
+// ---- launches ------------------------------------------------------------------------------
 
 struct Workspace {
   std::unique_ptr<SlicePartial[]> partial;
@@ -131,8 +129,7 @@ void check_confidence(const Logits<Format>& logits, const Confidences& got) {
   }
 }
 
-// ---- the pass over V
-// -----------------------------------------------------------------------------
+// ---- the pass over V -----------------------------------------------------------------------
 
 TEST(confidence_matches_float64_at_any_width_and_alignment) {
   std::mt19937 random(1);
@@ -574,8 +571,7 @@ TEST(a_step_from_statistics_of_shards) {
   }
 }
 
-// ---- drawing
-// -------------------------------------------------------------------------------------
+// ---- drawing -------------------------------------------------------------------------------
 
 // The cumulative distribution in long double: where `u` falls, and how near to a border.
 template <class Format>
@@ -672,8 +668,7 @@ TEST(top_k_and_top_p_keep_what_sorting_keeps) {
   check_draws<Float32>({1.5, 3, 0.7}, 5000, 2.0f, ++seed, 2, 1);
 }
 
-// ---- the rules alone
-// -----------------------------------------------------------------------------
+// ---- the rules alone -----------------------------------------------------------------------
 
 TEST(the_rules_alone_agree_with_a_loop) {
   std::mt19937 random(30);

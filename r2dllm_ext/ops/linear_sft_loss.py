@@ -443,6 +443,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_loss, *_):
     if torch.is_grad_enabled():
         raise RuntimeError("linear_sft_loss: takes no create_graph=True: no double backward")
+    if d_loss is None:
+        return (None,) * 15
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is not None:
         # They may be as large as the head, and are used up; a second backward computes them again.
@@ -459,7 +461,7 @@ def _backward(ctx, d_loss, *_):
         gradient.to(dtype) if needed else None
         for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
     )
-    return d_hidden, d_head, None, None, d_bias, *[None] * 10
+    return d_hidden, d_head, None, None, d_bias, *(None,) * 10
 
 
 _linear_sft_loss.register_autograd(_backward, setup_context=_setup_context)
