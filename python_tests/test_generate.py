@@ -273,6 +273,7 @@ class EagerLoop:
         while goes_on:
             judged = self.step()
             goes_on = bool(self.counters.goes_on(judged.remaining))
+            assert self.counters.steps < 1000, "a loop that does not end"
         return judged, int(self.counters.steps)
 
 
