@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from r2dllm_ext.models import ModelConfig, Transformer
-from r2dllm_ext.models.transformer import RMSNorm, _attend
+from r2dllm_ext.models.transformer import RMSNorm, _attend, _rotate
 
 B, T, START, END = 2, 24, 8, 16
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -220,6 +220,24 @@ def test_rotary_tables_stay_float32_and_grow(ids):
     assert narrow.dtype == torch.bfloat16 and narrow.rotary.cos.dtype == torch.float32
     assert torch.equal(narrow.rotary.cos[:T], long.rotary.cos[:T])
     assert not any("rotary" in name for name in narrow.state_dict())
+
+
+def test_rotation_in_the_precision_of_the_published_class(model, ids):
+    """LLaDA rotates in float32 and rounds once; Dream in the dtype of the weights."""
+    model = model.bfloat16()
+    step = model._step(ids, None, None, None)
+    dtype = torch.bfloat16 if model.config.family == "dream" else torch.float32
+    x = torch.randn(B, 3, T, model.config.head_dim).bfloat16()
+    angle = torch.outer(
+        torch.arange(T), model.config.rope_theta ** -torch.linspace(0, 1, x.shape[-1] // 2 + 1)[:-1]
+    ).repeat(1, 2)
+    a, b = x.chunk(2, -1)
+    turned = torch.cat((-b, a), -1)
+    want = x * angle.cos().to(dtype) + turned * angle.sin().to(dtype)
+    for rope in (step.query_rope, step.key_rope):
+        torch.testing.assert_close(_rotate(x, *rope), want.bfloat16(), rtol=0, atol=1e-2)
+        differ = (_rotate(x, *rope) != want.bfloat16()).float().mean()
+        assert differ < 0.005, differ  # of tables that differ by a unit in the last place
 
 
 def test_meta_device_and_materialisation(model, ids):

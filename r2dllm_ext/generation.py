@@ -86,7 +86,8 @@ def generate(
             With 1 and a cache the loop is Dream's: a block's full pass commits its first cell by
             the base rule, and at least one block step follows.
         attention_mask: [B, P], 1 / True on tokens, 0 / False on padding; given to the model,
-            lengthened by ones, if anything is padding. Default: no padding.
+            lengthened by ones, if anything is padding. Default: no padding. (The released LLaDA
+            class takes it and ignores it: pad nothing there.)
         stop_id: a row is finished once this token is decided and everything before it is; its
             undecided cells become `stop_id`, and it is not forwarded any more. Default: none.
         on_step: called after each step. Whatever it raises ends the decode.

@@ -70,7 +70,8 @@ class Rotary(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.float().chunk(2, dim=-1)
+    """In the precision of the tables."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -308,7 +309,9 @@ class Transformer(nn.Module):
         else:
             replace = _replaced(replace, B, T, P)
             keys, query = P, slice(*replace) if isinstance(replace, tuple) else replace
-        cos, sin = self.rotary(keys, ids.device)
+        cos, sin = (table[:keys] for table in self.rotary(keys, ids.device))
+        if self.config.family == "dream":  # the published class rotates in its own precision
+            cos, sin = cos.to(self.dtype), sin.to(self.dtype)
         query_rope = (cos[query], sin[query])
         if isinstance(query, Tensor):
             query_rope = tuple(table.unsqueeze(1) for table in query_rope)
@@ -321,7 +324,7 @@ class Transformer(nn.Module):
                 )
             mask = attention_mask.bool()
             mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None]
-        return _Step(query_rope, (cos[:keys], sin[:keys]), mask, replace)
+        return _Step(query_rope, (cos, sin), mask, replace)
 
 
 def _replaced(
