@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_sft_loss: the loss and gradients of sft_loss, without the logits as a whole."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -355,6 +357,34 @@ def test_wrong_values(r2, what):
 def test_wrong_values_on_cuda(r2, cuda, what):
     """Without a synchronisation nobody can raise: the loss is NaN."""
     assert call(r2, WRONG_VALUES[what][0], cuda).isnan()
+
+
+@pytest.mark.parametrize("options", [{"rows": True}, {"max_rows": 15}, {"entropy": 1.0}, {}])
+def test_the_host_reads_no_tensor(r2, options):
+    """The path of a device, on meta tensors, which have no values to read."""
+    module = importlib.import_module("r2dllm_ext.ops.linear_sft_loss")
+    entropy, known = options.get("entropy", 0.0), bool(options)
+    with torch.device("meta"):
+        hidden, head, weight = torch.empty(20, 8), torch.empty(50, 8), torch.empty(20)
+        targets, rows = torch.empty(20, dtype=torch.int64), torch.empty(15, dtype=torch.int64)
+    rows = rows if "rows" in options else None
+    which = (rows, 15 if known and rows is None else None, 4, hidden.dtype)  # 4 rows a chunk
+    needs = [True, True, False]
+
+    def both():
+        _, d_nll, d_entropy, *gradients = module._linear_sft_loss._init_fn(
+            hidden, head, targets, weight, None, None, *which, entropy, 1.0, 0, -100, needs
+        )
+        again = module._linear_sft_loss_backward._init_fn(
+            hidden, head, targets, None, d_nll, d_entropy, *which, 1.0, -100, needs
+        )
+        return again if entropy else gradients
+
+    if known:
+        assert [list(g.shape) for g in both()] == [[20, 8], [50, 8], [0]]
+    else:
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            both()
 
 
 def test_no_synchronisation_on_cuda(r2, cuda):
