@@ -461,15 +461,17 @@ def main(arguments: list[str] | None = None) -> None:
              "curve_prompts", "calibration", "batch", "cache")  # fmt: skip
     chosen = {name: getattr(args, name) for name in names}
     chosen["training"] = {arm: dataclasses.asdict(training_of(arm, 0, args)) for arm in ARMS[1:]}
-    began = time.perf_counter()
+    began, goes_on = time.perf_counter(), (args.out / "settings.json").exists()
     try:
         settle(args.out / "settings.json", chosen | {"model": Path(args.model or "ledger").name})
         content = run(args)
     except (FileNotFoundError, ImportError, ValueError) as error:
         fail(str(error))
     print(report(content))
-    print(f"{time.perf_counter() - began:.0f} s")
-    content = {"schema": 1, **environment("cpu"), "settings": chosen, **content}
+    seconds = round(time.perf_counter() - began)
+    print(f"{seconds} s")
+    took = {"seconds": seconds, "went_on": goes_on}  # where an earlier run had stopped
+    content = {"schema": 1, **environment("cpu"), **took, "settings": chosen, **content}
     write_json(args.out / "results.json", content)
     plot(content, args.out / "results.png")
 
