@@ -172,8 +172,8 @@ def generate(
                     finished = _finished(tokens, stop_id, config.mask_id)
                     keep = (~finished).nonzero().flatten().tolist()
                     if len(keep) < len(rows):
-                        _fill(sequences, sorted(set(rows) - {rows[i] for i in keep}), stop_id,
-                              config.mask_id)  # fmt: skip
+                        gone = [row for i, row in enumerate(rows) if i not in keep]
+                        _fill(sequences, gone, stop_id, config.mask_id)
                         rows = [rows[i] for i in keep]
                         state = state.take(torch.tensor(keep, device=device, dtype=torch.int64))
                         driver.keep_rows(keep)
