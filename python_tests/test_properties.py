@@ -91,6 +91,18 @@ def test_accuracy_on_real_vocabularies(r2, device, vocab, dtype):
     assert ulps(got[1].cpu(), want[1]).max() <= MAX_ULPS
 
 
+def test_a_confident_row_is_rounded_once(r2):
+    """One token with nearly all of the mass: what is added to it in float32 must not show."""
+    g = torch.Generator().manual_seed(3)
+    target = torch.randint(9000, (2, 32), generator=g)
+    p = 0.9 + 0.0999 * torch.rand(2, 32, generator=g)
+    logits = spiked_logits(g, target, p, 9000, noise=1.0)
+    prediction, confidence = r2.token_confidence(logits)
+    want = reference.token_confidence(logits)
+    assert torch.equal(prediction, want[0])
+    assert ulps(confidence, want[1]).max() <= 1
+
+
 # ---- rules alone: exact ----------------------------------------------------------------------
 
 
