@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from comparisons import Case, Disagreement
-from harness import Variant, on_cuda, optional
+from harness import Variant, as_words, on_cuda, optional
 from shapes import Shape
 from torch import Tensor
 
 import r2dllm_ext as r2
 
 SHARES = (25, 50, 100)  # percent of the rows that carry loss
-WIDTH = 1024  # of the hidden states
+WIDTH = {"cpu": 1024, "cuda": 4096}  # of the hidden states
 IGNORED = -100
 LOSSES = ("sft_loss", "linear_sft_loss")
 
@@ -41,7 +41,9 @@ def differentiate(loss: Tensor, *inputs: Tensor) -> Result:
 
 
 class LogitsProblem:
-    """N = B * L rows of Gaussian logits; `renew` computes the tensor that is differentiated."""
+    """N = B * L rows of Gaussian logits. `renew` writes those that are differentiated, an output of
+    a model as far as autograd knows, which an in-place backward may overwrite; they stay where they
+    are, as a captured graph needs."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, share: int, device: str):
         rows = shape.B * shape.L
@@ -49,12 +51,11 @@ class LogitsProblem:
         source = torch.empty(rows, shape.V, dtype=dtype, device=device)
         self.source = source.normal_(0.0, 2.0, generator=generator).requires_grad_()
         self.targets = loss_targets(rows, shape.V, share, device)
-        self.logits = self.source
-
-    def renew(self) -> None:
-        """The output of a model, which an in-place backward may overwrite."""
-        self.logits = None  # free before the next one is made
         self.logits = self.source * 1.0
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        self.logits.copy_(self.source)
 
     def variant(self, name: str, loss: Callable[[Tensor, Tensor], Tensor], **options) -> Variant:
         def call() -> Result:
@@ -98,6 +99,9 @@ def sft_loss_case(
 
         variants.append(problem.variant("liger", LigerCrossEntropyLoss(), graph=False))
     errors = check("sft_loss", variants, problem.exact())
+    if device == "cuda":  # what one read and one write of the same bytes take
+        words = as_words(torch.zeros_like(problem.source))
+        variants.append(Variant("read + write", words.bitwise_not_))
     rows = (problem.targets != IGNORED).sum().item()
     # The logits that carry loss read twice, all of the gradient written.
     size = dtype.itemsize * shape.V * (2 * rows + len(problem.targets))
@@ -108,18 +112,18 @@ def sft_loss_case(
 
 
 class HiddenProblem:
-    """N = B * L hidden states of WIDTH, a head of V rows."""
+    """N = B * L hidden states, a head of V rows."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, share: int, device: str):
-        rows = shape.B * shape.L
+        rows, width = shape.B * shape.L, WIDTH[device]
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, spread: float) -> Tensor:
             made = torch.empty(size, dtype=dtype, device=device)
             return made.normal_(0.0, spread, generator=generator).requires_grad_()
 
-        self.hidden = normal(rows, WIDTH, spread=1.0)
-        self.head = normal(shape.V, WIDTH, spread=2.0 * WIDTH**-0.5)
+        self.hidden = normal(rows, width, spread=1.0)
+        self.head = normal(shape.V, width, spread=2.0 * width**-0.5)
         self.targets = loss_targets(rows, shape.V, share, device)
 
     def first_rows(self, rows: int) -> HiddenProblem:
@@ -250,6 +254,8 @@ def memory_variants(op: str, shape: Shape, dtype: torch.dtype, share: int, devic
     return hidden_variants(HiddenProblem(shape, dtype, share, device))
 
 
-def returned_bytes(op: str, shape: Shape, dtype: torch.dtype) -> int:
+def returned_bytes(op: str, shape: Shape, dtype: torch.dtype, device: str) -> int:
     """Of the gradients that every linear loss has to return; no extra of any of them."""
-    return (shape.B * shape.L + shape.V) * WIDTH * dtype.itemsize if op == LOSSES[1] else 0
+    if op != "linear_sft_loss":
+        return 0
+    return (shape.B * shape.L + shape.V) * WIDTH[device] * dtype.itemsize

@@ -40,8 +40,12 @@ done
 for cache in warm cold; do
   step "bench-decode-$cache" 900 "$python" bench/run.py --device cuda --cache "$cache" \
     --op decode_step --op token_confidence --op overhead --dtype bf16 --shape llada-1 \
-    --shape llada-8 --shape 64,32,126464 --shape dream-1 --shape dream-8 \
+    --shape llada-8 --shape llada-64 --shape dream-1 --shape dream-8 \
     --json "$out/decode_step_cuda_$cache.json"
+done
+for loss in sft_loss:llada-64 linear_sft_loss:llada-256; do
+  step "bench-${loss%:*}" 900 "$python" bench/run.py --device cuda --op "${loss%:*}" \
+    --shape "${loss#*:}" --dtype bf16 --share 50 --json "$out/${loss%:*}_cuda.json"
 done
 for batch in 1 8; do
   step "bench-forward-$batch" 900 "$python" bench/forward.py --batch "$batch" \

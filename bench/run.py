@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bars import Bar, Records, bar_table, cpu_bars, cuda_bars
 from comparisons import (
     Disagreement,
     decode_step_case,
@@ -44,7 +45,7 @@ FULL = tuple(f"{model}-{B}" for model in ("llada", "dream") for B in (1, 4, 32))
 QUICK = ("llada-1", "llada-4")
 MEMORY_SHAPE = NAMED["llada-8"]
 LOSS_SHAPES = (NAMED["llada-8"], NAMED["dream-8"])  # 256 rows
-LINEAR_SHAPE = Shape(64, 32, 126464)  # 2048 rows
+LINEAR_SHAPE = {"cpu": NAMED["llada-64"], "cuda": NAMED["llada-256"]}  # 2048, 8192 rows
 
 
 class Row(NamedTuple):
@@ -77,7 +78,7 @@ def run_loss(row: Row, args: Any) -> dict[str, Any]:
     case = CASES[op](shape, DTYPES[dtype], share, args.device, _compiled(args))
     record |= {"checked": True, "share": share, "skipped": case.skipped, "errors": case.errors}
     if op == "linear_sft_loss":
-        record["width"] = WIDTH
+        record["width"] = WIDTH[args.device]
     times = measure(case.variants, before=lambda: None, seconds=args.seconds, device=args.device)
     columns = {name: summary(samples) for name, samples in times.items()}
     ours = columns["ours"]["median_us"]
@@ -89,7 +90,7 @@ def run_loss(row: Row, args: Any) -> dict[str, Any]:
         del case
         peaks = peak_memory(shape, dtype, args.device, args.threads, op, share)
         if isinstance(peaks, dict):
-            returned = returned_bytes(op, shape, DTYPES[dtype])
+            returned = returned_bytes(op, shape, DTYPES[dtype], args.device)
             peaks = {k: v - returned * (k != "error") for k, v in peaks.items()}
         record["extra_peak_bytes"] = peaks
     return record
@@ -144,7 +145,7 @@ def cases(args: argparse.Namespace) -> list[Row]:
     found = []
     for op in args.op:
         if op in LOSSES:
-            own = (LINEAR_SHAPE,) if op == "linear_sft_loss" else LOSS_SHAPES
+            own = (LINEAR_SHAPE[args.device],) if op == "linear_sft_loss" else LOSS_SHAPES
             own = shapes if args.shape else own[:1] if args.quick else own
             shares = args.share or ([50] if args.quick else SHARES)
             found += [
@@ -163,71 +164,6 @@ def cases(args: argparse.Namespace) -> list[Row]:
         if op == "decode_step" and not args.shape and not args.dtype and args.memory != "off":
             found.append(Row(op, MEMORY_SHAPE, "bf16", not args.quick))
     return found
-
-
-# ---- bars ------------------------------------------------------------------------------------
-
-
-def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the project promises, held against the records that are there."""
-
-    def find(op: str, shape: Shape, dtype: str) -> dict[str, Any]:
-        key = (op, shape._asdict(), dtype)
-        matches = (r for r in records if (r["op"], r["shape"], r["dtype"]) == key)
-        return next((r for r in matches if r.get("share", 50) == 50), {})
-
-    first = find("decode_step", NAMED["llada-1"], "bf16").get("ratio", {})
-    fourth = find("decode_step", NAMED["llada-4"], "bf16")
-    peak = find("decode_step", MEMORY_SHAPE, "bf16").get("extra_peak_bytes", {})
-    call = find("overhead", TINY, "fp32").get("columns", {})
-    peak_mib = peak["ours"] / 2**20 if isinstance(peak, dict) and peak else None
-    found = [
-        ("llada-1 bf16: times faster than the authors' way", first.get("authors"), ">=", 60, 150),
-        ("llada-1 bf16: times faster than softmax + max", first.get("softmax"), ">=", 10, 20),
-        ("llada-4 bf16: fraction of a read", fourth.get("fraction_of_read"), ">=", 0.25, 0.5),
-        ("llada-8 bf16: extra peak memory, MiB", peak_mib, "<=", 4, None),
-        ("overhead of a call, us", call.get("ours", {}).get("median_us"), "<", 30, None),
-    ]
-    for dtype in ("bf16", "fp32"):
-        record = find("sft_loss", LOSS_SHAPES[0], dtype)
-        name = f"sft_loss 256 x 126464 {dtype}, half ignored: "
-        ratio, peak = record.get("ratio", {}), _peaks(record)
-        found += [
-            (name + "times faster than eager", ratio.get("eager"), ">=", 6, 12),
-            (name + "extra peak memory, MiB", _over(peak.get("ours"), 2**20), "<=", 1, None),
-        ]
-        record = find("linear_sft_loss", LINEAR_SHAPE, dtype)
-        name = f"linear_sft_loss 2048 x 126464 {dtype}, half ignored: "
-        ratio, peak = record.get("ratio", {}), _peaks(record)
-        found += [
-            (name + f"times faster than {other}", ratio.get(other), ">=", 1, 1.6)
-            for other in ("eager", "torch chunked")
-        ]
-        of_eager = _over(peak.get("ours"), peak.get("eager"))
-        found.append((name + "extra peak memory, of eager's", of_eager, "<=", 0.1, None))
-    return [
-        {
-            "bar": name,
-            "value": None if value is None else round(value, 3),
-            "required": f"{relation} {least}",
-            "aim": aim,
-            "passed": None if value is None else _holds(value, relation, least),
-        }
-        for name, value, relation, least, aim in found
-    ]
-
-
-def _peaks(record: dict[str, Any]) -> dict[str, int]:
-    peaks = record.get("extra_peak_bytes")
-    return peaks if isinstance(peaks, dict) else {}
-
-
-def _over(value: float | None, unit: float | None) -> float | None:
-    return None if value is None or unit is None else value / unit
-
-
-def _holds(value: float, relation: str, least: float) -> bool:
-    return {">=": value >= least, "<=": value <= least, "<": value < least}[relation]
 
 
 # ---- the table -------------------------------------------------------------------------------
@@ -270,18 +206,20 @@ LOSS_HEADER = (
 
 def loss_lines(record: dict[str, Any]) -> Iterator[list[str]]:
     """One line per variant."""
-    shape, peaks = record["shape"], _peaks(record)
+    shape, peaks = record["shape"], record.get("extra_peak_bytes")
+    peaks = peaks if isinstance(peaks, dict) else {}
     where = [record["op"], str(shape["B"] * shape["L"]), str(shape["V"]), record["dtype"]]
     for name, column in record["columns"].items():
-        errors = record["errors"][name]
+        errors = record["errors"].get(name, {})
         yield [
             *where, f"{record['share']} %", name, duration(column["median_us"]),
             duration(column["q3_us"] - column["q1_us"]), f"{record['ratio'][name]:.3g}",
-            f"{errors['loss']:.1e}", f"{errors['gradient']:.1e}", mebibytes(peaks.get(name)),
+            *(f"{errors[of]:.1e}" if errors else "-" for of in ("loss", "gradient")),
+            mebibytes(peaks.get(name)),
         ]  # fmt: skip
 
 
-def report(records: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
+def report(records: list[dict[str, Any]], bars: list[Bar]) -> None:
     steps = [record for record in records if record["op"] not in LOSSES]
     if steps:
         print(step_table(steps))
@@ -318,14 +256,7 @@ def report(records: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
         print(f"peak memory: growth of the resident set; a known 1 MiB is off by {error} MiB")
     for reason in {peak for peak in peaks if isinstance(peak, str)}:
         print(f"peak memory not measured: {reason}")
-    verdict = {True: "pass", False: "FAIL", None: "not measured"}
-    known = [bar for bar in held if bar["passed"] is not None]
-    if known:
-        rows = [
-            (b["bar"], f"{b['value']:g}", b["required"], str(b["aim"] or "-"), verdict[b["passed"]])
-            for b in known
-        ]
-        print("\n" + table(("bar", "value", "required", "aim", ""), rows))
+    print(bar_table(bars))
 
 
 # ---- command line ----------------------------------------------------------------------------
@@ -388,13 +319,14 @@ def main(arguments: list[str] | None = None) -> None:
             except Disagreement as error:
                 print(f"run.py: {error}")
                 raise SystemExit(1) from None
-    held = bars(records)
+    found = Records(records)
+    bars = cuda_bars(found, args.cache) if args.device == "cuda" else cpu_bars(found)
     print()
-    report(records, held)
+    report(records, bars)
     print(f"{time.perf_counter() - began:.0f} s")
     settings = {key: getattr(args, key) for key in ("threads", "cache", "seconds", "quick")}
     content = {"schema": 1, **environment(args.device), "settings": settings}
-    write_json(args.json, content | {"records": records, "bars": held})
+    write_json(args.json, content | {"records": records, "bars": bars})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ _MASK_IDS = {126464: 126336, 152064: 151666}  # LLaDA, Dream
 NAMED = {
     f"{model}-{B}": Shape(B, 32, V)
     for model, V in (("llada", 126464), ("dream", 152064))
-    for B in (1, 4, 8, 32)
+    for B in (1, 4, 8, 32, 64, 256)
 }
 TINY = Shape(1, 4, 16)  # nothing to compute: what is left is the cost of a call
 LEAST_VOCAB = 16

@@ -218,7 +218,7 @@ def test_summary_is_exact():
 
 
 def test_bars():
-    from run import bars
+    from bars import Records, bar_table, cpu_bars, cuda_bars
     from shapes import NAMED, TINY
 
     def record(op, shape, dtype, **rest):
@@ -232,10 +232,22 @@ def test_bars():
         record("sft_loss", NAMED["llada-8"], "bf16", share=50, ratio={"eager": 5.0},
                extra_peak_bytes={"ours": 2**20}),
     ]  # fmt: skip
-    held = bars(records)
+    held = cpu_bars(Records(records))
     assert [bar["passed"] for bar in held[:7]] == [True, False, None, True, False, False, True]
     assert all(bar["passed"] is None for bar in held[7:])
     assert held[3]["value"] == 1.0
+    assert bar_table(held).count("FAIL") == 3 and bar_table(held[2:3]) == ""
+
+    records = [
+        record("decode_step", NAMED["llada-1"], "bf16", ratio={"authors": 199.0},
+               columns={"ours": {"median_us": 8.0}},
+               device_work={"ours": {"launches": 2.0, "host_syncs": 0.0}}),
+        record("decode_step", NAMED["llada-8"], "bf16", columns={"ours": {"median_us": 22.5}}),
+        record("sft_loss", NAMED["llada-64"], "bf16", share=50, ratio={"read + write": 0.9}),
+    ]  # fmt: skip
+    warm, cold = (cuda_bars(Records(records), cache) for cache in ("warm", "cold"))
+    assert [bar["passed"] for bar in warm] == [True, True, False, True, True, None, None, None]
+    assert [bar["passed"] for bar in cold[3:6]] == [False, None, True]
 
 
 def test_memory_of_a_known_size(r2):
@@ -283,6 +295,18 @@ def test_quick_run(r2, tmp_path):
         assert order == sorted(order) and column["n"] >= 1
         ours = step["columns"]["ours"]["median_us"]
         assert step["ratio"][name] == pytest.approx(column["median_us"] / ours, rel=1e-3)
+
+
+def test_a_step_with_its_forward(r2, tmp_path):
+    out = tmp_path / "forward.json"
+    options = ("--small", "--device", "cpu", "--seconds", "0.05", "--no-compile")
+    done = run("forward.py", *options, "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    shares, columns = content["outside_forward"], content["columns"]
+    assert set(columns) == {"forward eager", "ours eager", "authors eager", "read"}
+    assert set(shares) == {"ours eager", "authors eager"} and shares["authors eager"] > 0
+    assert content["skipped"] == {"compiled": "--no-compile"} and content["bars"] == []
 
 
 # ---- what only a GPU runs --------------------------------------------------------------------
