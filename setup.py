@@ -2,7 +2,8 @@
 """Builds the extension `r2dllm_ext._C`; everything else about the package is in pyproject.toml.
 
 R2DLLM_CUDA=auto (default) builds the CUDA back end where a toolkit and a CUDA build of torch are
-found and says what it chose and why; 0 never does; 1 fails where it can't.
+found and says what it chose and why; 0 never does; 1 fails where it can't. R2DLLM_CUDA=emulate is
+for tests: CPU tensors go through the CUDA back end, compiled for the CPU with a fibre per thread.
 """
 
 import os
@@ -52,10 +53,10 @@ except ImportError:
 def cuda_choice() -> tuple[bool, str]:
     """Whether to build the CUDA back end, and the reason in words."""
     switch = os.environ.get("R2DLLM_CUDA", "auto")
-    if switch not in ("auto", "0", "1"):
+    if switch not in ("auto", "0", "1", "emulate"):
         fail(f"R2DLLM_CUDA takes auto, 0 or 1, got {switch!r}.", "Unset it, or set one of these.")
-    if switch == "0":
-        return False, "R2DLLM_CUDA=0"
+    if switch in ("0", "emulate"):
+        return False, f"R2DLLM_CUDA={switch}"
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is a CPU build"
     elif TOOLKIT is None:
@@ -101,7 +102,8 @@ def cuda_architectures() -> str:
 
 def extension():
     version = re.search(r'"(.+)"', (ROOT / PACKAGE / "_version.py").read_text()).group(1)
-    sources = [p for p in (ROOT / "csrc").rglob("*.cpp") if "tests" not in p.parts]
+    csrc, emulation = ROOT / "csrc", ROOT / "csrc" / "tests" / "emulated_cuda"
+    sources = [p for p in csrc.rglob("*.cpp") if "tests" not in p.parts]
     macros = [
         ("R2DLLM_VERSION", f'"{version}"'),
         ("R2DLLM_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -109,20 +111,29 @@ def extension():
     # No contraction: CPU and CUDA have to agree bit for bit after the pass over V.
     flags = {"cxx": ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]}
     if USE_CUDA:
-        sources += (ROOT / "csrc" / "cuda").glob("*.cu")
+        sources += (csrc / "cuda").glob("*.cu")
         macros += [
             ("R2DLLM_WITH_CUDA", None),
             ("R2DLLM_CUDA_ARCHITECTURES", f'"{cuda_architectures()}"'),
         ]
         flags["nvcc"] = ["-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
+    elif EMULATES_CUDA:
+        sources.append(emulation / "backend.cpp")
+        macros += [
+            ("R2DLLM_WITH_CUDA", None),
+            ("R2DLLM_EMULATED_CUDA", None),
+            ("R2DLLM_CUDA_ARCHITECTURES", '"emulated"'),
+        ]
     return (CUDAExtension if USE_CUDA else CppExtension)(
         f"{PACKAGE}._C",
         sorted(str(p.relative_to(ROOT)) for p in sources),
         define_macros=macros,
+        include_dirs=[str(emulation)] if EMULATES_CUDA else [],
         extra_compile_args=flags,
         extra_link_args=["-fopenmp"],
     )
 
 
 USE_CUDA, REASON = cuda_choice()
+EMULATES_CUDA = os.environ.get("R2DLLM_CUDA") == "emulate"
 setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

@@ -10,11 +10,24 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from r2dllm_ext import build_info
 from r2dllm_ext.config import BASE_RULES, TEMPORAL_EVALS, TOKEN_CLUSTERS, DecodeConfig
 
 OFF = {"confidence_cluster_size": 0, "token_cluster": None, "temporal_steps": 0}
 NARROW = (torch.bfloat16, torch.float16)
-DTYPES = {"cpu": (torch.float32, *NARROW, torch.float64), "cuda": (torch.float32, *NARROW)}
+# In a build that emulates CUDA (setup.py) the CPU stands in for a card.
+EMULATED = build_info()["cuda_architectures"] == ["emulated"]
+
+
+def runs_cuda(device: str) -> bool:
+    """Whether ops on tensors of `device` go through the CUDA back end."""
+    return EMULATED or device == "cuda"
+
+
+DTYPES = {
+    device: (torch.float32, *NARROW, *(() if runs_cuda(device) else (torch.float64,)))
+    for device in ("cpu", "cuda")
+}
 STREAKS = ("streak_count", "streak_id", "streak_sum", "streak_max")
 # Known answers of Philox4x32-10, from the Random123 distribution: counter, key, words.
 RANDOM123 = [

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import EMULATED
 from hypothesis import HealthCheck, settings
 
 # One profile for all property tests: reproducible, and no deadline, as the machine may be busy.
@@ -35,7 +36,12 @@ class Implementation(NamedTuple):
 
 
 def require_device(device: str) -> str:
-    """`device`, or a visible skip; a failure under R2DLLM_REQUIRE_CUDA=1."""
+    """`device`, or a visible skip; a failure under R2DLLM_REQUIRE_CUDA=1.
+
+    Where CUDA is emulated the CPU stands in for a card, and the CPU's own cases are skipped.
+    """
+    if EMULATED:
+        return pytest.skip("emulates CUDA") if device == "cpu" else "cpu"
     if device == "cpu":
         return device
     built = importlib.import_module("r2dllm_ext").build_info()["cuda"]
@@ -54,7 +60,8 @@ def device(request) -> str:
 
 @pytest.fixture
 def cuda() -> str:
-    return require_device("cuda")
+    """A real card."""
+    return pytest.skip("emulates CUDA") if EMULATED else require_device("cuda")
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +76,7 @@ def implementation(request) -> Implementation:
     name, device = request.param.split("-")
     module = "r2dllm_ext.reference" if name == "reference" else "r2dllm_ext"
     if name == "extension":
-        require_device(device)
+        device = require_device(device)
     return Implementation(importlib.import_module(module), device)
 
 

@@ -5,6 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import r2dllm_ext as r2
 from r2dllm_ext import generation
@@ -245,45 +248,108 @@ def test_a_mask_id_beyond_the_embedding_is_named():
 # ---- cuda_graph --------------------------------------------------------------------------------
 
 
-class EagerGraph:
-    """`StepGraph` without CUDA: replays run the step, reports come late as on a device."""
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is, on the CPU: the operations done inside, on the tensors where they were.
 
-    made = 0
+    As in a capture nothing has happened afterwards; `replay` does it, as often as wanted.
+    """
 
-    def __init__(self, step, forward, pool):
-        EagerGraph.made += 1
-        self.step = step
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for argument, value in zip(op._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.append((value, value.clone()))
+        out = kwargs.get("out")
+        if out is not None:
+            self.before.append((out, out.clone()))
+        result = op(*args, **kwargs)
+        self.calls.append((op, args, kwargs, result))
+        return result
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
 
     def replay(self):
-        judged = self.step()
-        remaining = judged.remaining.clone()
-        return lambda: judged._replace(remaining=remaining)
+        for op, args, kwargs, recorded in self.calls:
+            if op.is_view:
+                continue
+            for old, new in zip(
+                tree_leaves(recorded), tree_leaves(op(*args, **kwargs)), strict=True
+            ):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
 
 
-class EagerLoop:
-    """`LoopGraph` without CUDA: what is captured there runs here."""
+class RecordedGraph:
+    """`StepGraph` without CUDA: reports come late as on a device."""
+
+    made = replays = reports = 0
+
+    def __init__(self, step, forward, pool):
+        RecordedGraph.made += 1
+        forward()
+        with Recording() as self.recording:
+            self.step = step()
+
+    def replay(self):
+        RecordedGraph.replays += 1
+        self.recording.replay()
+        remaining = self.step.remaining.clone()
+
+        def report():
+            RecordedGraph.reports += 1
+            return self.step._replace(remaining=remaining)
+
+        return report
+
+
+class RecordedLoop:
+    """`LoopGraph` without CUDA."""
 
     def __init__(self, step, forward, pool, counters):
-        EagerGraph.made += 1
-        self.step, self.counters = step, counters
+        RecordedGraph.made += 1
+        self.counters = counters
+        forward()
+        with Recording() as self.recording:
+            self.step = step()
+            self.goes_on = counters.goes_on(self.step.remaining)
 
     def run(self):
         self.counters.steps.zero_()
-        goes_on = True
-        while goes_on:
-            judged = self.step()
-            goes_on = bool(self.counters.goes_on(judged.remaining))
+        while True:
+            self.recording.replay()
             assert self.counters.steps < 1000, "a loop that does not end"
-        return judged, int(self.counters.steps)
+            if not self.goes_on:
+                return self.step, int(self.counters.steps)
 
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
-    monkeypatch.setattr(generation, "StepGraph", EagerGraph)
-    monkeypatch.setattr(generation, "LoopGraph", EagerLoop)
+    monkeypatch.setattr(generation, "StepGraph", RecordedGraph)
+    monkeypatch.setattr(generation, "LoopGraph", RecordedLoop)
     monkeypatch.setattr(generation, "_check_graph", lambda kind, device, **options: None)
-    EagerGraph.made = 0
-    return EagerGraph
+    RecordedGraph.made = RecordedGraph.replays = RecordedGraph.reports = 0
+    return RecordedGraph
+
+
+class Capturable:
+    """`Scripted` in tensor operations alone; predicts the mask id in its first `late` forwards."""
+
+    def __init__(self, answers, logit=20.0, late=0):
+        table = F.one_hot(torch.tensor([[0, *answer] for answer in answers]), VOCAB)
+        self.table, self.forwards, self.late = table * logit, torch.tensor(0), late
+
+    def __call__(self, ids):
+        self.forwards += 1
+        logits = self.table[ids[:, 0], : ids.shape[1]].clone()
+        logits[..., MASK] += 1000 * (self.forwards <= self.late)
+        return SimpleNamespace(logits=logits)
 
 
 @pytest.mark.parametrize("kind", [True, "loop"])
@@ -291,20 +357,21 @@ def graphs_on_cpu(monkeypatch):
 def test_the_loop_over_graphs_decodes_the_same_tokens(graphs_on_cpu, temperature, kind):
     answers, prompt = [[1, 2, 3, 4, 5, 6, 7, 1], [7, 6, 5, 4, 3, 2, 1, 1]], torch.tensor([[0], [1]])
     config = r2.DecodeConfig.vanilla(MASK, temperature=temperature, seed=3)
-    plain = run(Scripted(answers, 1, logit=2.0), prompt, config=config)
-    model = Scripted(answers, 1, logit=2.0)
+    plain = run(Capturable(answers, 2.0), prompt, config=config)
+    model = Capturable(answers, 2.0)
     graph = run(model, prompt, config=config, cuda_graph=kind)
     assert torch.equal(graph.sequences, plain.sequences)
-    assert graphs_on_cpu.made == 2
+    assert graphs_on_cpu.made == 1
     in_vain = 2 if kind is True else 0  # one forward per block
-    assert graph.nfe == len(model.calls) == plain.nfe + in_vain
+    assert graph.nfe == model.forwards - 1 == plain.nfe + in_vain  # and one before the capture
 
 
 @pytest.mark.parametrize("kind", [True, "loop"])
 @pytest.mark.parametrize("preset", ["vanilla", "r2"])
 def test_graphs_stop_where_the_plain_loop_stops(graphs_on_cpu, preset, kind):
-    """Equal tokens, though a finished row stays in the batch; no graph once all are finished."""
-    answers = [[1, 2, STOP, 4, 5, 6, 7, 1], [1, 2, 3, 4, STOP, 5, 5, 5], [7, STOP, 1, 2] * 3]
+    """Equal tokens, though a finished row stays in the batch; no step once all are finished."""
+    answers = [[1, 2, STOP, 4, 5, 6, 7, 1, 0, 0, 0, 0], [1, 2, 3, 4, STOP, 5, 5, 5, 0, 0, 0, 0],
+               [7, STOP, 1, 2] * 3]  # fmt: skip
     prompt = torch.tensor([[0], [1], [2]])
     options = {
         "gen_length": 12,
@@ -312,35 +379,27 @@ def test_graphs_stop_where_the_plain_loop_stops(graphs_on_cpu, preset, kind):
         "config": getattr(r2.DecodeConfig, preset)(MASK, threshold=0.5),
     }
 
-    plain = run(Scripted(answers, 1), prompt, **options)
-    graph = run(Scripted(answers, 1), prompt, cuda_graph=kind, **options)
+    plain = run(Capturable(answers), prompt, **options)
+    graph = run(Capturable(answers), prompt, cuda_graph=kind, **options)
     assert torch.equal(graph.sequences, plain.sequences)
     assert graph.sequences[0].tolist()[1:] == [1, 2, STOP] + (
         [STOP] * 9 if preset == "vanilla" else [4] + [STOP] * 8
     )
-    assert graphs_on_cpu.made == 2 and graph.nfe == plain.nfe + (2 if kind is True else 0)
+    assert graphs_on_cpu.made == 1 and graph.nfe == plain.nfe + (2 if kind is True else 0)
 
 
 @pytest.mark.parametrize("kind", [True, "loop"])
 def test_a_graph_that_makes_no_progress_is_noticed(graphs_on_cpu, kind):
-    model = Scripted([[1] * 8], 1, logit=torch.nan)
     with pytest.raises(r2.NoProgressError, match="non-finite") as error:
-        run(model, torch.tensor([[0]]), cuda_graph=kind)
+        run(Capturable([[1] * 8], torch.nan), torch.tensor([[0]]), cuda_graph=kind)
     assert error.value.step == 1
 
 
 def test_a_row_that_is_stuck_for_a_while_does_not_end_a_loop_on_the_device(graphs_on_cpu):
-    class Late(Scripted):  # predicts the mask id in its first forwards
-        def logits(self, ids, first_position):
-            logits = super().logits(ids, first_position)
-            if len(self.calls) < 4:
-                logits[..., MASK] = 2 * self.logit
-            return logits
-
     options = {"config": r2.DecodeConfig(MASK, allow_mask_id=True)}
     prompt, answers = torch.tensor([[0]]), [[1, 2, 3, 4, 5, 6, 7, 1]]
-    plain = run(Late(answers, 1), prompt, **options)
-    loop = run(Late(answers, 1), prompt, cuda_graph="loop", **options)
+    plain = run(Capturable(answers, late=3), prompt, **options)
+    loop = run(Capturable(answers, late=4), prompt, cuda_graph="loop", **options)
     assert torch.equal(loop.sequences, plain.sequences) and loop.nfe == plain.nfe == 5
 
 
@@ -362,33 +421,26 @@ def test_cuda_graph_errors():
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("kind", [True, "loop"])
-def test_loops_over_graphs_keep_to_the_caches(graphs_on_cpu, cache, shift, kind):
-    model = r2.load_model("ledger")
-    prompt = torch.randint(1, 20, (2, 24), generator=torch.Generator().manual_seed(1))
-    config = r2.DecodeConfig(model.mask_id)
-    options = {"gen_length": 64, "config": config, "cache": cache, "logits_shift": shift}
-    plain = r2.generate(model, prompt, **options)
-    graph = r2.generate(model, prompt, **options, cuda_graph=kind)
-    assert torch.equal(graph.sequences, plain.sequences)
-    assert graph.nfe == plain.nfe + (graphs_on_cpu.made if kind is True else 0)
-
-
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("kind", [True, "loop"])
-def test_graphs_on_the_ledger_model(cuda, cache, shift, temperature, stop, kind):
-    if kind == "loop" and not generation.HAS_LOOPS:
+@pytest.mark.parametrize("graphs", ["recorded", "cuda"])
+def test_graphs_on_the_ledger_model(request, graphs, cache, shift, temperature, stop, kind):
+    if graphs == "cuda" and kind == "loop" and not generation.HAS_LOOPS:
         pytest.skip("torch is older than 2.15")
-    model = r2.load_model("ledger", device=cuda)
-    prompt = torch.randint(1, 20, (2, 24), generator=torch.Generator().manual_seed(1)).to(cuda)
+    on_cuda = graphs == "cuda"
+    device = request.getfixturevalue("cuda") if on_cuda else "cpu"
+    model = r2.load_model("ledger", device=device)
+    prompt = torch.randint(1, 20, (2, 24), generator=torch.Generator().manual_seed(1)).to(device)
     config = r2.DecodeConfig(model.mask_id, temperature=temperature, seed=5)
     options = {"gen_length": 64, "config": config, "cache": cache, "logits_shift": shift}
     if stop:
         options["stop_id"] = r2.ledger.Tokenizer().end_id
     plain = r2.generate(model, prompt, **options)
+    recorded = None if on_cuda else request.getfixturevalue("graphs_on_cpu")
     graph = r2.generate(model, prompt, **options, cuda_graph=kind)
     assert torch.equal(graph.sequences, plain.sequences)
     assert plain.nfe <= graph.nfe <= plain.nfe + (2 if kind is True else 0)
+    if recorded:
+        assert graph.nfe == plain.nfe + recorded.replays - recorded.reports
+        assert recorded.made <= (2 if cache == "prefix" else 1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ def generate(
         model: any callable of the convention that the published loops use: `model(ids).logits`
             [B, T, V]; with a cache also `use_cache`, `past_key_values`, and `replace_position` for
             "dual". A model with `supports_logits_positions = True` is asked for the logits of the
-            active block alone.
+            active block alone, `logits_positions=(start, end)`.
         prompt: [B, P] int64. Prompts of different lengths: pad on the left, pass `attention_mask`.
         gen_length: G >= 0, a multiple of `block_length`.
         block_length: L >= 1 (release: 32).
@@ -93,15 +94,16 @@ def generate(
         on_step: called after each step. Whatever it raises ends the decode.
         progress: True shows a bar of decided tokens (needs tqdm).
         trace: True records every step (copies to the host each step).
-        cuda_graph: True captures forward and decode step of a block as one CUDA graph and replays
-            it; with a cache, a block's full pass comes before. The host reads what remains one
-            step late, so that the device never waits for it; in exchange the last forward of each
-            block is in vain (it counts in `nfe`; the tokens are the same). With `stop_id` a
-            finished row stays in the batch until all are finished. Takes a model on CUDA
-            whose forward can be captured, and no `on_step`, `progress` or `trace`, which look at
-            every step. "loop" puts the loop over the steps of a block into the graph as well (a
-            conditional node; torch 2.15 and CUDA 12.4 or newer): one launch and one wait a block,
-            no forward in vain.
+        cuda_graph: True captures forward and decode step as one CUDA graph and replays it, the same
+            for all blocks (with the prefix cache one a block); with a cache, a block's full pass
+            comes before. The host reads what remains one step late, so that the device never waits
+            for it; in exchange the last forward of each block is in vain (it counts in `nfe`; the
+            tokens are the same). With `stop_id` a finished row stays in the batch until all are
+            finished. Takes a model on CUDA whose forward can be captured (`logits_positions` is
+            then an int64 tensor [L] where there is no cache), and no `on_step`, `progress` or
+            `trace`, which look at every step. "loop" puts the loop over the steps of a block into
+            the graph as well (a conditional node; torch 2.15 and CUDA 12.4 or newer): one launch
+            and one wait a block, no forward in vain.
 
     Returns:
         Generation: `sequences` [B, P + G] int64 on the model's device, `nfe` = forwards made,
@@ -196,49 +198,60 @@ def _generate_by_graph(
     stop_id: int | None,
     on_device: bool,
 ) -> int:
-    """Decodes `sequences` in place, one graph a block; returns the number of forwards."""
+    """Decodes `sequences` in place by a graph of forward and step, captured once or, if need be, in
+    each block; returns the number of forwards."""
     rows, length, nfe = list(range(len(sequences))), state.block_length, 0
     pool = torch.cuda.graph_pool_handle() if sequences.is_cuda else None
+    columns = torch.arange(length, device=sequences.device)
+    driver.columns, graph = columns, None
+    counters = LoopCounters(len(rows), sequences.device)
+
+    def forward(start, new_block=False):
+        return driver.forward(sequences, start, start + length, rows, new_block=new_block)
+
+    def step(start, new_block=False):
+        logits, shift, full_pass = forward(start, new_block)
+        tokens = sequences.index_select(1, columns)
+        step_config = driver.step_config(config, full_pass)
+        judged = decode_step(logits, tokens, state, step_config, logits_shift=shift)
+        sequences.index_copy_(1, columns, tokens)
+        return judged if stop_id is None else finish(judged, tokens)
+
+    def finish(judged, tokens):  # a finished row has no masked cell from here on
+        finished = _finished(tokens, stop_id, config.mask_id)
+        undecided = finished[:, None] & (sequences == config.mask_id)
+        sequences.masked_fill_(undecided, stop_id)
+        return judged._replace(remaining=judged.remaining.masked_fill(finished, 0))
+
+    def all_finished(start):
+        tokens = sequences[:, start : start + length]
+        return stop_id is not None and bool(_finished(tokens, stop_id, config.mask_id).all())
+
     for start in range(prompt_length, sequences.shape[1] if rows else 0, length):
-        end = start + length
-        tokens = sequences[:, start:end]
-        if stop_id is not None and not (tokens == config.mask_id).any():
-            break  # all rows are finished
+        if all_finished(start):
+            break
+        torch.arange(start, start + length, out=columns)
         watch = _Watch(config, rows, length)
         state.reset()
-
-        def forward(new_block=False, start=start, end=end):
-            return driver.forward(sequences, start, end, rows, new_block=new_block)
-
-        def step(new_block=False, tokens=tokens, forward=forward):
-            logits, shift, full_pass = forward(new_block)
-            step_config = driver.step_config(config, full_pass)
-            judged = decode_step(logits, tokens, state, step_config, logits_shift=shift)
-            return judged if stop_id is None else finish(judged, tokens)
-
-        def finish(judged, tokens):  # a finished row has no masked cell from here on
-            finished = _finished(tokens, stop_id, config.mask_id)
-            undecided = finished[:, None] & (sequences == config.mask_id)
-            sequences.masked_fill_(undecided, stop_id)
-            return judged._replace(remaining=judged.remaining.masked_fill(finished, 0))
-
         if driver.cache != "none":
             nfe += 1
-            watch.update(step(new_block=True), nfe, sequences)
+            watch.update(step(start, new_block=True), nfe, sequences)
+            if all_finished(start):
+                break
             if not (watch.remaining or driver.owes_block_step):
                 continue
-        met = start > prompt_length and driver.cache != "prefix"  # these shapes
-        warm_up = None if met else forward
+        if graph is None or driver.graph_fits_one_block:
+            captured = (partial(step, start), partial(forward, start), pool)
+            graph = LoopGraph(*captured, counters) if on_device else StepGraph(*captured)
         if on_device:
-            loop = LoopGraph(step, warm_up, pool, LoopCounters(watch.left, sequences.device))
+            counters.reset(watch.left)
             while True:
-                judged, steps = loop.run()
+                judged, steps = graph.run()
                 nfe += steps
                 watch.update(judged, nfe, sequences)
                 if not watch.remaining:
                     break
             continue
-        graph = StepGraph(step, warm_up, pool)
 
         def done(judged, replays, watch=watch, before=nfe):
             watch.update(judged, before + replays, sequences)

@@ -32,6 +32,15 @@ class ModelDriver:
         self._block_logits_only = getattr(model, "supports_logits_positions", False)
         self._past: list[tuple[torch.Tensor, ...]] | None = None
         self.owes_block_step = False
+        # Set for graphs: the positions [L] of the block, int64 on the device. A forward then takes
+        # nothing else from where the block is, so that one graph does for all blocks, unless
+        # `graph_fits_one_block`.
+        self.columns: torch.Tensor | None = None
+
+    @property
+    def graph_fits_one_block(self) -> bool:
+        """What follows a block's prefix differs in length from block to block."""
+        return self.cache == "prefix"
 
     def step_config(self, config: DecodeConfig, full_pass: bool) -> DecodeConfig:
         """Dream's full pass commits the first cell of the block by the base rule, nothing else."""
@@ -56,14 +65,17 @@ class ModelDriver:
         options.update(use_cache=True, past_key_values=self._past)
         inputs = ids[:, start:]
         if self.cache == "dual":
-            inputs = ids[:, start:end]
             replace = torch.zeros_like(ids, dtype=torch.bool)
-            replace[:, start:end] = True
+            if self.columns is None:
+                inputs, replace[:, start:end] = ids[:, start:end], True
+            else:
+                inputs = ids.index_select(1, self.columns)
+                replace.index_fill_(1, self.columns, True)
             options["replace_position"] = replace
             if self._shift:
                 options["dual_cache"] = True
         # Within a block row 0 stays with cell 0, as in the release.
-        return self._logits(inputs, 0, end - start, options)[0], self._shift, False
+        return self._logits(inputs, (0, end - start), options)[0], self._shift, False
 
     def keep_rows(self, keep: list[int]) -> None:
         """Drops the cached keys and values of all other rows."""
@@ -75,29 +87,46 @@ class ModelDriver:
             options["use_cache"] = True
             self.owes_block_step = self._shift == 1
         # Position i is predicted by row i - shift; position 0 by row 0.
-        begin = max(start - self._shift, 0)
-        logits, output = self._logits(ids, begin, begin + end - start, options)
+        if self.columns is None:
+            begin = max(start - self._shift, 0)
+            rows, shift = (begin, begin + end - start), self._shift - (start - begin)
+        else:
+            rows, shift = (self.columns - self._shift).clamp_(min=0), 0
+        logits, output = self._logits(ids, rows, options)
         if self.cache != "none":
-            past = output.past_key_values
-            self._past = _cut(past, start) if self.cache == "prefix" else past
-        return logits, self._shift - (start - begin), True
+            self._keep(output.past_key_values, start)
+        return logits, shift, True
 
-    def _logits(self, inputs, begin: int, end: int, options) -> tuple[torch.Tensor, Any]:
-        """Rows [begin, end) of the logits."""
+    def _keep(self, past: Any, start: int) -> None:
+        if self.cache == "prefix":
+            past = _cut(past, start)
+        elif self.columns is not None and self._past is not None:
+            # A graph reads them where they were when it was captured.
+            for old, new in zip(self._past, past, strict=True):
+                for kept, tensor in zip(old, new, strict=True):
+                    kept.copy_(tensor)
+            return
+        self._past = past
+
+    def _logits(self, inputs, rows: tuple[int, int] | torch.Tensor, options):
+        """Rows [begin, end), or those listed, of the logits, and the model's output."""
         batch, length = inputs.shape
+        listed = isinstance(rows, torch.Tensor)
         if self._block_logits_only:
-            output = self._model(inputs, logits_positions=(begin, end), **options)
-            expected, rows = (batch, end - begin), slice(None)
+            output = self._model(inputs, logits_positions=rows, **options)
+            expected = (batch, len(rows) if listed else rows[1] - rows[0])
         else:
             output = self._model(inputs, **options)
-            expected, rows = (batch, length), slice(begin, end)
+            expected = (batch, length)
         logits = output.logits
         if logits.dim() != 3 or tuple(logits.shape[:2]) != expected:
             raise ValueError(
                 f"generate: the model takes ids {list(inputs.shape)} and has to return logits "
                 f"[{expected[0]}, {expected[1]}, V], got {list(logits.shape)}"
             )
-        return logits[:, rows], output
+        if not self._block_logits_only:
+            logits = logits.index_select(1, rows) if listed else logits[:, slice(*rows)]
+        return logits, output
 
 
 def _cut(past: Any, length: int) -> list[tuple[torch.Tensor, ...]]:

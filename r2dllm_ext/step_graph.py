@@ -15,18 +15,17 @@ HAS_LOOPS = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")  # torc
 
 
 @contextlib.contextmanager
-def _capture(forward: Callable[[], object] | None, pool) -> Iterator[torch.cuda.CUDAGraph]:
+def _capture(forward: Callable[[], object], pool) -> Iterator[torch.cuda.CUDAGraph]:
     """Captures what is done inside.
 
     `forward` is run once before, so that what libraries set up when they first meet a shape is not
-    captured; None if that is done.
+    captured.
     """
-    if forward is not None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            forward()
-        torch.cuda.current_stream().wait_stream(stream)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, pool=pool):
@@ -44,13 +43,11 @@ class StepGraph:
     Args:
         step: forward and `decode_step` on tensors that stay where they are; nothing in it may read
             the device from the host.
-        forward: the same forward, run once before the capture; None if its shapes have been met.
+        forward: the same forward, run once before the capture.
         pool: `torch.cuda.graph_pool_handle()`, memory that consecutive graphs share.
     """
 
-    def __init__(
-        self, step: Callable[[], DecodeStep], forward: Callable[[], object] | None, pool
-    ) -> None:
+    def __init__(self, step: Callable[[], DecodeStep], forward: Callable[[], object], pool) -> None:
         with _capture(forward, pool) as self._graph:
             self._step = step()
         remaining = self._step.remaining
@@ -92,9 +89,13 @@ def replay_until(graph: StepGraph, done: Callable[[DecodeStep, int], bool]) -> t
 class LoopCounters:
     """What a loop on the device keeps: the steps it took, and what each row has `left`."""
 
-    def __init__(self, left: list[int], device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device) -> None:
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._left = torch.tensor(left, dtype=torch.int32, device=device)
+        self._left = torch.zeros(rows, dtype=torch.int32, device=device)
+
+    def reset(self, left: list[int]) -> None:
+        """For a new block."""
+        self._left.copy_(torch.tensor(left))
 
     def goes_on(self, remaining: Tensor) -> Tensor:
         """0-dim bool: after a step, is anything left, and has every row that has something left
@@ -113,7 +114,7 @@ class LoopGraph:
     def __init__(
         self,
         step: Callable[[], DecodeStep],
-        forward: Callable[[], object] | None,
+        forward: Callable[[], object],
         pool,
         counters: LoopCounters,
     ) -> None:

@@ -3,12 +3,18 @@
 
 #include "lane.h"
 
+#ifdef __CUDACC__  // else tests/emulated_cuda has its own
 namespace r2dllm::cuda {
 
 struct CudaLane {
   __device__ int thread() const { return static_cast<int>(threadIdx.x); }
   __device__ int threads() const { return static_cast<int>(blockDim.x); }
   __device__ int64_t block() const { return blockIdx.x; }
+
+  __device__ unsigned char* dynamic_shared() const {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return memory;
+  }
 
   __device__ void sync(int n) const {
     if (n == kWarp) {
@@ -72,3 +78,4 @@ struct CudaLane {
 };
 
 }  // namespace r2dllm::cuda
+#endif

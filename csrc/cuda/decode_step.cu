@@ -10,9 +10,8 @@ namespace {
 
 __global__ void __launch_bounds__(1024) row_kernel(DecodeStepParams params, Candidates is_candidate,
                                                    VocabWorkspace workspace, const Drawn* drawn) {
-  extern __shared__ __align__(16) unsigned char memory[];
   CudaLane lane;
-  row_body(lane, memory, params, is_candidate, workspace, drawn);
+  row_body(lane, lane.dynamic_shared(), params, is_candidate, workspace, drawn);
 }
 
 template <class Format>

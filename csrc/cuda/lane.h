@@ -4,6 +4,7 @@
 // (tests/fibre_lane.h). A Lane has
 //
 //   thread(), threads(), block()   its number in the block, the block's size, the block's number
+//   dynamic_shared()               the block's shared memory of the size that the launch asks for
 //   sync(n)                        barrier of the first n threads of the block, whole warps
 //   shuffle_xor(x, mask), shuffle(x, from), ballot(b), max(int32)
 //                                  among the 32 threads of a warp, all of which take part

@@ -110,7 +110,7 @@ R2D_DEVICE void row_body(Lane& lane, unsigned char* memory, const DecodeStepPara
   const int threads = row_threads(length);
   if (lane.thread() >= threads) return;
 
-  int32_t remaining;  // of thread 0
+  int32_t remaining = 0;  // of thread 0
   RowContext<Lane> context(lane, threads, row.scratch);
   const StepRow step{
       length,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#ifdef R2DLLM_WITH_CUDA
+#if defined(R2DLLM_WITH_CUDA) && !defined(R2DLLM_EMULATED_CUDA)
 #include "runtime.h"
 
 #include <c10/cuda/CUDAException.h>

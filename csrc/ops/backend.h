@@ -12,7 +12,7 @@
 #define R2D_CALL_BACKEND(tensor, function, ...)      \
   do {                                               \
     const c10::DeviceGuard guard((tensor).device()); \
-    if ((tensor).is_cuda()) {                        \
+    if (on_cuda(tensor)) {                           \
       cuda::function(__VA_ARGS__);                   \
     } else {                                         \
       cpu::function(__VA_ARGS__);                    \
@@ -30,7 +30,7 @@
 namespace r2dllm {
 
 inline void check_length(const char* op, const Tensor& cells) {
-  TORCH_CHECK_VALUE(!cells.is_cuda() || cells.size(1) <= kCudaMaxLength, op,
+  TORCH_CHECK_VALUE(!on_cuda(cells) || cells.size(1) <= kCudaMaxLength, op,
                     ": takes L <= ", kCudaMaxLength, " on CUDA, got L = ", cells.size(1));
 }
 

@@ -15,6 +15,15 @@ namespace r2dllm {
 
 using at::Tensor;
 
+// Whether the CUDA back end takes a tensor. The build that emulates it takes none but the CPU's.
+inline bool on_cuda(const Tensor& t) {
+#ifdef R2DLLM_EMULATED_CUDA
+  return t.is_cpu();
+#else
+  return t.is_cuda();
+#endif
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim,
                       const char* shape) {
   TORCH_CHECK_VALUE(t.dim() == dim, op, ": ", name, " takes shape ", shape, ", got ", t.sizes());
@@ -53,16 +62,16 @@ inline void check_writable(const char* op, const char* name, const Tensor& t) {
 // Dtype, V and its stride; V is the last dimension.
 inline void check_logit_layout(const char* op, const Tensor& logits) {
   const auto dtype = logits.scalar_type();
-  const bool wide = dtype == at::kDouble && logits.is_cpu();
+  const bool wide = dtype == at::kDouble && !on_cuda(logits);
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || wide, op,
                    ": logits takes dtype float32, bfloat16 or float16 (float64 on the CPU), got ",
                    dtype);
   const int64_t vocab = logits.size(-1), rows = logits.numel() / std::max<int64_t>(vocab, 1);
   TORCH_CHECK_VALUE(vocab >= 1, op, ": logits takes V >= 1, got shape ", logits.sizes());
   // A thread block takes 4096 columns or more; a launch, 2^31 - 1 blocks.
-  TORCH_CHECK_VALUE(logits.is_cpu() || vocab <= INT32_MAX, op,
+  TORCH_CHECK_VALUE(!on_cuda(logits) || vocab <= INT32_MAX, op,
                     ": logits takes V < 2^31 on CUDA, got shape ", logits.sizes());
-  TORCH_CHECK_VALUE(logits.is_cpu() || rows <= INT32_MAX / ((vocab + 4095) / 4096), op,
+  TORCH_CHECK_VALUE(!on_cuda(logits) || rows <= INT32_MAX / ((vocab + 4095) / 4096), op,
                     ": logits takes rows * ceil(V / 4096) < 2^31 on CUDA, got shape ",
                     logits.sizes());
   TORCH_CHECK_VALUE(vocab == 1 || logits.stride(-1) == 1, op,

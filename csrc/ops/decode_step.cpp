@@ -116,7 +116,7 @@ LogitsView view_cells(const Tensor& values) {
 Tensor step_workspace(const Tensor& values, [[maybe_unused]] const LogitsView& logits,
                       [[maybe_unused]] const SamplingOptions& sampling) {
 #ifdef R2DLLM_WITH_CUDA
-  if (values.is_cuda()) {
+  if (on_cuda(values)) {
     return at::empty({cuda::decode_step_bytes(logits, sampling)},
                      values.options().dtype(at::kByte));
   }

@@ -41,7 +41,7 @@ void check_rows(const char* op, const Tensor& logits, const Tensor& targets, int
   check_device(op, "targets", targets, logits, "logits");
   check_dtype(op, "targets", targets, at::kLong);
   check_shape(op, "targets", targets, shape, "of the rows of logits");
-  if (!targets.is_cpu() || !is_whole) return;
+  if (on_cuda(targets) || !is_whole) return;
   const Tensor flat = targets.contiguous();
   const int64_t* target = flat.const_data_ptr<int64_t>();
   const int64_t vocab = logits.size(-1);
@@ -71,7 +71,7 @@ RowStats row_stats(const Tensor& logits, const Tensor& targets, double temperatu
   const Tensor flat = targets.contiguous();
   Tensor workspace;
 #ifdef R2DLLM_WITH_CUDA
-  if (logits.is_cuda()) {
+  if (on_cuda(logits)) {
     workspace = at::empty({cuda::row_stats_bytes(view)}, options.dtype(at::kByte));
   }
 #endif

@@ -23,7 +23,7 @@ LogitsView view_logits(const Tensor& logits, int64_t excluded, int64_t shift) {
 
 Tensor vocab_pass_workspace(const Tensor& logits, [[maybe_unused]] const LogitsView& view) {
 #ifdef R2DLLM_WITH_CUDA
-  if (logits.is_cuda()) {
+  if (on_cuda(logits)) {
     return at::empty({cuda::vocab_pass_bytes(view)}, logits.options().dtype(at::kByte));
   }
 #endif
@@ -32,7 +32,7 @@ Tensor vocab_pass_workspace(const Tensor& logits, [[maybe_unused]] const LogitsV
 
 Tensor candidate_flags(const std::optional<Tensor>& candidates, const Tensor& logits) {
   if (candidates) return candidates->contiguous();
-  if (logits.is_cuda()) return {};
+  if (on_cuda(logits)) return {};
   return at::ones(logits.sizes().slice(0, 2), logits.options().dtype(at::kBool));
 }
 

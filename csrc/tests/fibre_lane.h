@@ -5,6 +5,7 @@
 // change with the seed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -28,6 +29,25 @@
 namespace r2dllm::test {
 
 using cuda::kWarp;
+
+// What runs on a stack of its own. Between two that have begun, _longjmp switches 20 times faster
+// than swapcontext, which asks the system for the signal mask.
+struct Context {
+  ucontext_t begin;
+  jmp_buf here;
+  bool began = false;
+};
+
+inline void switch_context(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)  // it knows swapcontext
+  swapcontext(&from.begin, &to.begin);
+#else
+  if (_setjmp(from.here) != 0) return;
+  from.began = true;
+  if (to.began) _longjmp(to.here, 1);
+  setcontext(&to.begin);
+#endif
+}
 
 class Block;
 
@@ -137,7 +157,7 @@ class Block {
   static constexpr size_t kStack = 64 * 1024;
 
   struct Fibre {
-    ucontext_t context;
+    Context context;
     char* stack = nullptr;
     State state = State::kRunnable;
   };
@@ -159,12 +179,13 @@ class Block {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(fibre.stack, kStack);  // a fibre never returns from its frames
 #endif
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack;
-    fibre.context.uc_stack.ss_size = kStack;
-    fibre.context.uc_link = nullptr;
+    ucontext_t& begin = fibre.context.begin;
+    getcontext(&begin);
+    begin.uc_stack.ss_sp = fibre.stack;
+    begin.uc_stack.ss_size = kStack;
+    begin.uc_link = nullptr;
     const auto self = reinterpret_cast<uintptr_t>(this);
-    makecontext(&fibre.context, reinterpret_cast<void (*)()>(&Block::enter), 2,
+    makecontext(&begin, reinterpret_cast<void (*)()>(&Block::enter), 2,
                 static_cast<unsigned>(self >> 32), static_cast<unsigned>(self));
   }
 
@@ -184,7 +205,7 @@ class Block {
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, fibre.stack, kStack);
 #endif
-    swapcontext(&scheduler_, &fibre.context);
+    switch_context(scheduler_, fibre.context);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -199,7 +220,7 @@ class Block {
 #else
     static_cast<void>(for_good);
 #endif
-    swapcontext(&fibre.context, &scheduler_);
+    switch_context(fibre.context, scheduler_);
     arrive(fake);
   }
 
@@ -232,7 +253,7 @@ class Block {
   std::vector<Barrier> warps_;
   Barrier all_;
   std::function<void(FibreLane&)> body_;
-  ucontext_t scheduler_;
+  Context scheduler_;
   int running_ = 0;
   [[maybe_unused]] const void* scheduler_stack_ = nullptr;
   [[maybe_unused]] size_t scheduler_size_ = 0;
