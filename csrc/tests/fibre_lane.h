@@ -83,7 +83,18 @@ class FibreLane {
       return max;
     });
   }
-  float exp2(float x) const { return exp2f(x); }
+  // Off by up to 2^-22.5, as a card may be, and always alike for the same x; 0 for denormals.
+  float exp2(float x) const {
+    const double power = std::exp2(static_cast<double>(x));
+    if (x == 0.0f || !(power < INFINITY)) return static_cast<float>(power);
+    if (power < static_cast<double>(FLT_MIN)) return 0.0f;
+    uint32_t hash;
+    std::memcpy(&hash, &x, sizeof hash);
+    hash = (hash ^ hash >> 16) * 0x7FEB352Du;
+    hash = (hash ^ hash >> 15) * 0x846CA68Bu;
+    const double error = static_cast<double>(hash) / 0x1p31 - 1.0;  // in [-1, 1)
+    return static_cast<float>(power * (1.0 + error * 0x1.6p-23));
+  }
   cuda::Words load(const void* p) const {
     check_aligned(p);
     cuda::Words words;
