@@ -54,6 +54,12 @@ def check(
             masked = torch.ones_like(prediction, dtype=torch.bool)
             marked = r2.window_pool(confidence, masked, window=3, min_confidence=0.3)
             chosen = r2.positional_ambiguity(prediction, confidence, masked, min_confidence=0.1)
+            twice = r2.DecodeState(*shape, device=where)
+            for _ in range(2):
+                old = r2.update_stability_(
+                    twice, prediction, confidence, was_masked=masked, is_masked=masked,
+                    steps=2, min_confidence=0.1,
+                )  # fmt: skip
             half = vocab // 2
             parts = [
                 r2.vocab_statistics(part, first_id=first, exclude_id=MASK).values
@@ -61,10 +67,32 @@ def check(
             ]
             whole = r2.merge_statistics(r2.VocabStatistics(torch.stack(parts), dtype))
             judged = r2.select(whole, torch.full_like(tokens, MASK), state, config)
-            results[-1] += (prediction.cpu(), marked.cpu(), chosen.cpu(), judged.prediction.cpu())
+            results[-1] += tuple(t.cpu() for t in (prediction, marked, chosen, old))
+            results[-1] += (judged.prediction.cpu(),)
     for one, other in zip(*results, strict=True):
         if not torch.equal(one, other):
             fail(f"V={vocab} {dtype} offset={offset} {draw} L={length}: the devices differ")
+
+
+def check_loss(vocab: int, dtype: torch.dtype, offset: int, inplace: bool, device: str) -> None:
+    """Loss, its gradient and the statistics of rows, some without a target."""
+    rows = 7
+    memory = torch.randn(offset + rows * vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+    targets = torch.arange(rows) % vocab
+    targets[::3] = -100
+    options = {"entropy_weight": 0.5, "entropy_temperature": 0.7, "inplace_backward": inplace}
+    results = []
+    for where in ("cpu", device):
+        leaf = memory.to(where, dtype, copy=True).requires_grad_()
+        logits = (leaf * 1.0)[offset:].view(rows, vocab)
+        there = targets.to(where)
+        stats = r2.row_stats(logits.detach(), there)
+        loss = r2.sft_loss(logits, there, **options)
+        loss.backward()
+        results.append([t.detach().cpu().double() for t in (stats.nll, loss, leaf.grad)])
+    for one, other in zip(*results, strict=True):
+        if not torch.allclose(one, other, rtol=1e-2, atol=1e-3, equal_nan=True):
+            fail(f"loss: V={vocab} {dtype} offset={offset} inplace={inplace}: the devices differ")
 
 
 def main() -> None:
@@ -77,7 +105,10 @@ def main() -> None:
     cases += [(8, torch.bfloat16, 0, DRAWS[0], length) for length in (3, 33, 1024)]
     for case in cases:
         check(*case, args.device)
-    print(f"{len(cases)} cases agree with the CPU")
+    losses = list(itertools.product(VOCABS, dtypes, (0, 1), (False, True)))
+    for case in losses:
+        check_loss(*case, args.device)
+    print(f"{len(cases) + len(losses)} cases agree with the CPU")
 
 
 if __name__ == "__main__":

@@ -451,6 +451,9 @@ def test_no_synchronisation_with_the_host(r2, cuda, draw):
         prediction, confidence = r2.token_confidence(logits)
         r2.window_pool(confidence, cells, window=3, min_confidence=0.5)
         r2.positional_ambiguity(prediction, confidence, cells, min_confidence=0.5, mode="random")
+        masks = {"was_masked": cells, "is_masked": cells}
+        r2.update_stability_(state, prediction, confidence, **masks, steps=2, min_confidence=0.5)
+        r2.row_stats(logits, prediction)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -390,12 +390,13 @@ def test_the_host_reads_no_tensor(r2, options):
 def test_no_synchronisation_on_cuda(r2, cuda):
     hidden, head, _, targets, weight = inputs(20, 8, 50, torch.bfloat16, cuda)
     index = (targets != -100).nonzero().squeeze(1)
-    leaf = hidden.requires_grad_()
-    for options in ({"rows": index}, {"max_rows": 15}, {"max_rows": 15, **OPTIONS["correct"]}):
+    leaf, correct = hidden.requires_grad_(), dict(OPTIONS["correct"], normalizer=3.0)
+    for options in ({"rows": index}, {"max_rows": 20}, {"max_rows": 20, **correct}):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            r2.linear_sft_loss(leaf, head, targets, weight, normalizer=3.0, **{
-                name: value for name, value in options.items() if name != "normalizer"
-            }).backward()  # fmt: skip
+            options = {"normalizer": 3.0, **options}
+            loss = r2.linear_sft_loss(leaf, head, targets, weight, **options)
+            loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert loss.isfinite() and leaf.grad.isfinite().all()
