@@ -54,7 +54,10 @@ def cuda_choice() -> tuple[bool, str]:
     """Whether to build the CUDA back end, and the reason in words."""
     switch = os.environ.get("R2DLLM_CUDA", "auto")
     if switch not in ("auto", "0", "1", "emulate"):
-        fail(f"R2DLLM_CUDA takes auto, 0 or 1, got {switch!r}.", "Unset it, or set one of these.")
+        fail(
+            f"R2DLLM_CUDA takes auto, 0, 1 or emulate, got {switch!r}.",
+            "Unset it, or set one of these.",
+        )
     if switch in ("0", "emulate"):
         return False, f"R2DLLM_CUDA={switch}"
     if torch.version.cuda is None:

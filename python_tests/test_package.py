@@ -59,7 +59,9 @@ def test_cuda_demanded_in_vain():
 
 @in_source_tree
 def test_cuda_switch_misspelt():
-    assert "R2DLLM_CUDA takes auto, 0 or 1, got 'yes'" in one_error(setup_py(R2DLLM_CUDA="yes"))
+    assert "R2DLLM_CUDA takes auto, 0, 1 or emulate, got 'yes'" in one_error(
+        setup_py(R2DLLM_CUDA="yes")
+    )
 
 
 def test_another_torch_at_import_time():
