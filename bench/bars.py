@@ -25,16 +25,13 @@ def held(
     return bar | {"passed": passed}
 
 
-class Records:
-    """The records of a run."""
-
-    def __init__(self, records: list[dict[str, Any]]) -> None:
-        self._records = records
-
-    def find(self, op: str, shape: Shape, dtype: str, share: int = 50) -> dict[str, Any]:
-        key = (op, shape._asdict(), dtype)
-        matches = (r for r in self._records if (r["op"], r["shape"], r["dtype"]) == key)
-        return next((r for r in matches if r.get("share", share) == share), {})
+def find(
+    records: list[dict[str, Any]], op: str, shape: Shape, dtype: str, share: int = 50
+) -> dict[str, Any]:
+    """The record of a row; empty if it is not there."""
+    key = (op, shape._asdict(), dtype)
+    matches = (r for r in records if (r["op"], r["shape"], r["dtype"]) == key)
+    return next((r for r in matches if r.get("share", share) == share), {})
 
 
 def ratio(record: dict[str, Any], other: str) -> float | None:
@@ -60,12 +57,12 @@ def _over(value: float | None, unit: float | None) -> float | None:
     return None if value is None or unit is None else value / unit
 
 
-def cpu_bars(records: Records) -> list[Bar]:
+def cpu_bars(records: list[dict[str, Any]]) -> list[Bar]:
     """On 2 cores."""
-    first = records.find("decode_step", NAMED["llada-1"], "bf16")
-    fourth = records.find("decode_step", NAMED["llada-4"], "bf16")
-    eighth = records.find("decode_step", NAMED["llada-8"], "bf16")
-    call = records.find("overhead", TINY, "fp32")
+    first = find(records, "decode_step", NAMED["llada-1"], "bf16")
+    fourth = find(records, "decode_step", NAMED["llada-4"], "bf16")
+    eighth = find(records, "decode_step", NAMED["llada-8"], "bf16")
+    call = find(records, "overhead", TINY, "fp32")
     bars = [
         held("llada-1 bf16: times faster than the authors' way",
              ratio(first, "authors"), ">=", 60, 150),
@@ -76,13 +73,13 @@ def cpu_bars(records: Records) -> list[Bar]:
         held("overhead of a call, us", ours(call), "<", 30),
     ]  # fmt: skip
     for dtype in ("bf16", "fp32"):
-        record = records.find("sft_loss", NAMED["llada-8"], dtype)
+        record = find(records, "sft_loss", NAMED["llada-8"], dtype)
         name = f"sft_loss 256 x 126464 {dtype}, half ignored: "
         bars += [
             held(name + "times faster than eager", ratio(record, "eager"), ">=", 6, 12),
             held(name + "extra peak memory, MiB", peak_mib(record), "<=", 1),
         ]  # fmt: skip
-        record = records.find("linear_sft_loss", NAMED["llada-64"], dtype)
+        record = find(records, "linear_sft_loss", NAMED["llada-64"], dtype)
         name = f"linear_sft_loss 2048 x 126464 {dtype}, half ignored: "
         bars += [
             held(name + f"times faster than {other}", ratio(record, other), ">=", 1, 1.6)
@@ -94,9 +91,9 @@ def cpu_bars(records: Records) -> list[Bar]:
     return bars
 
 
-def cuda_bars(records: Records, cache: str) -> list[Bar]:
+def cuda_bars(records: list[dict[str, Any]], cache: str) -> list[Bar]:
     """On an H200."""
-    step = {B * 32: records.find("decode_step", NAMED[f"llada-{B}"], "bf16") for B in (1, 8, 64)}
+    step = {B * 32: find(records, "decode_step", NAMED[f"llada-{B}"], "bf16") for B in (1, 8, 64)}
     work = step[32].get("device_work", {}).get("ours", {})
     bars = [
         held("32 rows bf16: launches a step", work.get("launches"), "<=", 2),
@@ -111,10 +108,10 @@ def cuda_bars(records: Records, cache: str) -> list[Bar]:
             held("256 rows bf16, cold: us a step", ours(step[256]), "<=", 22, 18),
             held("2048 rows bf16, cold: us a step", ours(step[2048]), "<=", 135, 128),
         ]
-    loss = records.find("sft_loss", NAMED["llada-64"], "bf16")
+    loss = find(records, "sft_loss", NAMED["llada-64"], "bf16")
     name = "sft_loss 2048 x 126464 bf16, half ignored: fraction of a read and write"
     bars.append(held(name, ratio(loss, "read + write"), ">=", 0.85))
-    linear = records.find("linear_sft_loss", NAMED["llada-256"], "bf16")
+    linear = find(records, "linear_sft_loss", NAMED["llada-256"], "bf16")
     name = "linear_sft_loss 8192 x 126464 bf16, half ignored: times faster than "
     bars += [
         held(name + other, ratio(linear, other), ">=", 1.6)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bars import Bar, Records, bar_table, cpu_bars, cuda_bars
+from bars import Bar, bar_table, cpu_bars, cuda_bars
 from comparisons import (
     Disagreement,
     decode_step_case,
@@ -319,8 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
             except Disagreement as error:
                 print(f"run.py: {error}")
                 raise SystemExit(1) from None
-    found = Records(records)
-    bars = cuda_bars(found, args.cache) if args.device == "cuda" else cpu_bars(found)
+    bars = cuda_bars(records, args.cache) if args.device == "cuda" else cpu_bars(records)
     print()
     report(records, bars)
     print(f"{time.perf_counter() - began:.0f} s")

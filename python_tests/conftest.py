@@ -35,22 +35,29 @@ class Implementation(NamedTuple):
     device: str
 
 
-def require_device(device: str) -> str:
-    """`device`, or a visible skip; a failure under R2DLLM_REQUIRE_CUDA=1.
+REQUIRED = os.environ.get("R2DLLM_REQUIRE_CUDA") == "1"
 
-    Where CUDA is emulated the CPU stands in for a card, and the CPU's own cases are skipped.
-    """
-    if EMULATED:
-        return pytest.skip("emulates CUDA") if device == "cpu" else "cpu"
-    if device == "cpu":
-        return device
+
+def require_card() -> str:
+    """A real card, or a visible skip; a failure under R2DLLM_REQUIRE_CUDA=1."""
     built = importlib.import_module("r2dllm_ext").build_info()["cuda"]
-    if not (built and torch.cuda.is_available()):
-        reason = "no CUDA device" if built else "built without CUDA"
-        if os.environ.get("R2DLLM_REQUIRE_CUDA") == "1":
-            pytest.fail(f"R2DLLM_REQUIRE_CUDA=1, but {reason}")
-        pytest.skip(reason)
-    return device
+    if built and not EMULATED and torch.cuda.is_available():
+        return "cuda"
+    reason = "emulates CUDA" if EMULATED else "no CUDA device" if built else "built without CUDA"
+    if REQUIRED:
+        pytest.fail(f"R2DLLM_REQUIRE_CUDA=1, but {reason}")
+    return pytest.skip(reason)
+
+
+def require_device(device: str) -> str:
+    """Where to run the cases of `device`.
+
+    Where CUDA is emulated the CPU stands in for a card, unless one is required, and the CPU's own
+    cases are skipped: a plain build has them.
+    """
+    if EMULATED and not REQUIRED:
+        return pytest.skip("emulates CUDA") if device == "cpu" else "cpu"
+    return require_card() if device == "cuda" else device
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -60,8 +67,7 @@ def device(request) -> str:
 
 @pytest.fixture
 def cuda() -> str:
-    """A real card."""
-    return pytest.skip("emulates CUDA") if EMULATED else require_device("cuda")
+    return require_card()
 
 
 @pytest.fixture(scope="session")

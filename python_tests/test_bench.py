@@ -218,7 +218,7 @@ def test_summary_is_exact():
 
 
 def test_bars():
-    from bars import Records, bar_table, cpu_bars, cuda_bars
+    from bars import bar_table, cpu_bars, cuda_bars
     from shapes import NAMED, TINY
 
     def record(op, shape, dtype, **rest):
@@ -232,7 +232,7 @@ def test_bars():
         record("sft_loss", NAMED["llada-8"], "bf16", share=50, ratio={"eager": 5.0},
                extra_peak_bytes={"ours": 2**20}),
     ]  # fmt: skip
-    held = cpu_bars(Records(records))
+    held = cpu_bars(records)
     assert [bar["passed"] for bar in held[:7]] == [True, False, None, True, False, False, True]
     assert all(bar["passed"] is None for bar in held[7:])
     assert held[3]["value"] == 1.0
@@ -245,7 +245,7 @@ def test_bars():
         record("decode_step", NAMED["llada-8"], "bf16", columns={"ours": {"median_us": 22.5}}),
         record("sft_loss", NAMED["llada-64"], "bf16", share=50, ratio={"read + write": 0.9}),
     ]  # fmt: skip
-    warm, cold = (cuda_bars(Records(records), cache) for cache in ("warm", "cold"))
+    warm, cold = (cuda_bars(records, cache) for cache in ("warm", "cold"))
     assert [bar["passed"] for bar in warm] == [True, True, False, True, True, None, None, None]
     assert [bar["passed"] for bar in cold[3:6]] == [False, None, True]
 
