@@ -52,12 +52,12 @@ def parse_shape(text: str) -> Shape:
 
 
 # Wanted probability of the cells, repeated over the block, and the rule that settles them: a
-# THRESHOLD, three WINDOW, a gap, a CLUSTER (two cells, one prediction), a gap, a TEMPORAL (its
+# THRESHOLD, three WINDOW, a gap, an AMBIGUITY (two cells, one prediction), a gap, a STABILITY (its
 # streak is two steps old), undecided cells. Far enough from 0.8 and 0.9 for bfloat16 logits.
 _PATTERN = (
     0.97, 0.85, 0.85, 0.85, 0.25, 0.85, 0.35, 0.2, 0.25, 0.85, 0.2, 0.3, 0.25, 0.2, 0.35, 0.2
 )  # fmt: skip
-_CLUSTER, _TEMPORAL = 5, 9
+_AMBIGUOUS, _STABLE = 5, 9
 # In every second row no cell reaches the threshold, so that the best one is FORCED.
 _BEST, _SECOND = 0.88, 0.86
 
@@ -122,7 +122,7 @@ def spiked_block(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: in
     row = torch.arange(B, device=device)[:, None]
     target = (torch.arange(B * L, device=device).view(B, L) * 7919 + 1) % V
     target[target == shape.mask_id] = 0
-    second = (cell == _CLUSTER + 1).nonzero().flatten()
+    second = (cell == _AMBIGUOUS + 1).nonzero().flatten()
     target[:, second] = target[:, second - 1]
     p = torch.tensor(_PATTERN, device=device)[cell].expand(B, L).clone()
     p[1::2] = p[1::2].where(p[1::2] < 0.9, _SECOND)
@@ -132,7 +132,7 @@ def spiked_block(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: in
         others = rows.scatter_(-1, place, -torch.inf).float().logsumexp(-1, keepdim=True)
         rows.scatter_(-1, place, (others + p[b, :, None].logit()).to(dtype))
 
-    ripe = ((cell == _TEMPORAL) & (row >= 0)).int()
+    ripe = ((cell == _STABLE) & (row >= 0)).int()
     streaks = (ripe * 2, torch.where(ripe > 0, target, -1))
     block = Block(
         logits,

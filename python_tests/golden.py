@@ -188,8 +188,8 @@ def check_streaks(state: DecodeState, trace: Trace, s: int) -> None:
 def check_fired(fired: Counter, meta: dict) -> None:
     """Commits per rule are those that the index counts."""
     want = meta["fired"]
-    base = fired[Rule.THRESHOLD] + fired[Rule.FORCED]
-    got = (base, fired[Rule.WINDOW], fired[Rule.CLUSTER], fired[Rule.TEMPORAL])
+    base = fired[Rule.THRESHOLD] + fired[Rule.FORCED] + fired[Rule.BASE]
+    got = (base, fired[Rule.WINDOW], fired[Rule.AMBIGUITY], fired[Rule.STABILITY])
     named = (want["base_ge"] + want["forced"], want["sweep"], want["cluster"], want["temporal"])
     assert got == named, f"{meta['id']}: fired {got}, recorded {named}"
 

@@ -126,7 +126,7 @@ def test_all_ways_agree_on_the_measured_block(r2, shape, dtype):
     case = decode_step_case(spiked_block(Shape(*shape), DTYPES[dtype]), "not wanted")
     assert case.skipped == {"compiled": "not wanted"}
     if shape[1] == 32:
-        rules = {"THRESHOLD", "WINDOW", "CLUSTER", "TEMPORAL"}
+        rules = {"THRESHOLD", "WINDOW", "AMBIGUITY", "STABILITY"}
         assert set(case.rules) == rules | ({"FORCED"} if shape[0] > 1 else set())
 
 

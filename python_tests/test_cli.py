@@ -175,10 +175,9 @@ def test_plain_output_marks_the_rules(run, ledger):
     (answer,) = json_lines(run("generate", PROMPT, "--model", ledger, "--gen-length", 32, "--json"))
     assert " ".join(lines[7:-1:2]) == answer["text"]
     marks = "".join(lines[8:-1:2]).split()
-    assert "".join(marks) == "".join(
-        {"threshold": ".", "forced": "!", "window": "=", "cluster": "&", "temporal": "~"}[rule]
-        for rule in answer["rule"][: len(answer["text"].split())]
-    )
+    mark = {"threshold": ".", "forced": "!", "window": "=", "ambiguity": "&", "stability": "~"}
+    rules = answer["rule"][: len(answer["text"].split())]
+    assert "".join(marks) == "".join((mark | {"base": "+"})[rule] for rule in rules)
     assert lines[-1].startswith(f"NFE {answer['nfe']}, {answer['length']} tokens, ")
     assert "wrong in sentence 1: " in lines[-1]
 
@@ -208,7 +207,7 @@ def test_colours(run, monkeypatch, capsys, environment, code):
 
 def test_marked_lines():
     tokens = [("ab", Rule.THRESHOLD), (" c", Rule.FORCED), ("d\n", Rule.WINDOW),
-              ("\n  e", Rule.CLUSTER), (" long", Rule.TEMPORAL), ("", Rule.NONE)]  # fmt: skip
+              ("\n  e", Rule.AMBIGUITY), (" long", Rule.STABILITY), ("", Rule.NONE)]  # fmt: skip
     assert marked_lines(tokens, 6) == ["ab cd", ".  !=", "", "  e", "  &", "long", "~"]
     assert marked_lines([("宽", Rule.FORCED), ("x", Rule.THRESHOLD)], 9) == ["宽x", "! ."]
     assert marked_lines([], 9) == [""]

@@ -140,10 +140,10 @@ def test_trace_tells_every_step():
     assert trace.prediction[1, 0].tolist() == [-1, 2, 3, 4]
     assert trace.masked.sum((1, 2)).tolist() == [4, 3, 2, 4, 3, 2]
     assert trace.confidence[0, 0, 0].item() == pytest.approx(0.848, abs=1e-3)
-    assert trace.rule[2, 0].tolist() == [0, 0, r2.Rule.FORCED, r2.Rule.TEMPORAL]
+    assert trace.rule[2, 0].tolist() == [0, 0, r2.Rule.FORCED, r2.Rule.STABILITY]
     assert trace.commit_rule[0].tolist() == [2, 2, 2, 5] * 2
     assert trace.commit_step[0].tolist() == [0, 1, 2, 2, 3, 4, 5, 5]
-    assert trace.rule_counts()[r2.Rule.TEMPORAL] == 2
+    assert trace.rule_counts()[r2.Rule.STABILITY] == 2
     assert trace.row_nfe().tolist() == [6]
     assert trace.sequences.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 1]]
 

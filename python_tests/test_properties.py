@@ -267,7 +267,9 @@ def test_decode_step(r2, device):
     for (_, code), count in fired.items():
         codes[code] += count
     assert min(codes[code] for code in Rule) > 50, codes
-    assert all(fired[base, Rule.FORCED] > 20 for base in BASE_RULES), fired
+    own = {base: Rule.THRESHOLD if base == "threshold" else Rule.BASE for base in BASE_RULES}
+    assert all(fired[base, own[base]] > 20 for base in BASE_RULES), fired
+    assert all(fired[base, Rule.FORCED] > 20 for base in ("threshold", "budget")), fired
 
 
 def test_select_is_decode_step_without_tokens(r2, device):

@@ -8,7 +8,7 @@ from r2dllm_ext import DecodeConfig, Rule, generate, load_model, redundancy_scor
 from r2dllm_ext.trace import Trace
 
 CONFIG = DecodeConfig.r2(99)  # windows of 3, mean 0.8, at most 1 committed; runs of 2
-T, W, C, S = Rule.THRESHOLD, Rule.WINDOW, Rule.CLUSTER, Rule.TEMPORAL
+T, W, C, S = Rule.THRESHOLD, Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY
 STOP = 7
 
 
@@ -62,15 +62,15 @@ def score(trace, config=CONFIG, **options):
     }
 
 
-def expect(got, tokens, *, total, temporal, window, ambiguity, nfe, rules=0):
+def expect(got, tokens, *, total, stability, window, ambiguity, nfe, rules=0):
     want = {
-        "total": total, "temporal": temporal, "window": window, "ambiguity": ambiguity,
+        "total": total, "stability": stability, "window": window, "ambiguity": ambiguity,
         "nfe_per_token": nfe, "rule_count": rules,
     }  # fmt: skip
     assert got == {name: [pytest.approx(n / tokens)] for name, n in want.items()}
 
 
-def test_temporal():
+def test_stability():
     # Cell 1 says 5, 6, 6, 6: settled from step 1, committed in step 3: two slots. Cell 2 says its
     # token in step 0 but leaves it: only step 2 counts. Cell 3 changes its mind when committed.
     trace = scripted(
@@ -81,13 +81,13 @@ def test_temporal():
             (0, [None, (6, 0.9, T), (4, 0.9, T), (2, 0.9, T)]),
         ]
     )
-    expect(score(trace), 4, total=3, temporal=3, window=0, ambiguity=0, nfe=4)
+    expect(score(trace), 4, total=3, stability=3, window=0, ambiguity=0, nfe=4)
 
 
 def test_a_cell_that_is_committed_with_another_token_than_predicted_never_stalled():
     trace = scripted([(0, [(1, 0.1), (2, 0.1)]), (0, [(1, 0.9, T), (2, 0.9, T)])], block_length=2)
     trace.prediction[1, 0, 0] = 3  # drawn by temperature: not the argmax
-    expect(score(trace), 2, total=1, temporal=1, window=0, ambiguity=0, nfe=2)
+    expect(score(trace), 2, total=1, stability=1, window=0, ambiguity=0, nfe=2)
 
 
 def test_window():
@@ -101,13 +101,13 @@ def test_window():
         ]
     )
     config = CONFIG.replace(spatial_threshold=0.75)
-    expect(score(trace, config), 4, total=3, temporal=0, window=3, ambiguity=0, nfe=3)
+    expect(score(trace, config), 4, total=3, stability=0, window=3, ambiguity=0, nfe=3)
     two = config.replace(confidence_cluster_unmasked=2)  # now step 1: cell 2 by itself
-    expect(score(trace, two), 4, total=4, temporal=0, window=4, ambiguity=0, nfe=3)
+    expect(score(trace, two), 4, total=4, stability=0, window=4, ambiguity=0, nfe=3)
     strict = config.replace(spatial_threshold=0.8125)
-    expect(score(trace, strict), 4, total=2, temporal=0, window=2, ambiguity=0, nfe=3)
+    expect(score(trace, strict), 4, total=2, stability=0, window=2, ambiguity=0, nfe=3)
     wide = config.replace(confidence_cluster_size=4)  # one window: mean 0.75, one committed
-    expect(score(trace, wide), 4, total=3, temporal=0, window=3, ambiguity=0, nfe=3)
+    expect(score(trace, wide), 4, total=3, stability=0, window=3, ambiguity=0, nfe=3)
 
 
 def test_ambiguity():
@@ -120,12 +120,12 @@ def test_ambiguity():
             (0, [None, None, (5, 0.9, T), (6, 0.9, T)]),
         ]
     )
-    expect(score(trace), 4, total=2, temporal=0, window=0, ambiguity=2, nfe=3)
+    expect(score(trace), 4, total=2, stability=0, window=0, ambiguity=2, nfe=3)
     lower = CONFIG.replace(spatial_threshold=0.79)
-    expect(score(trace, lower), 4, total=3, temporal=0, window=0, ambiguity=3, nfe=3)
+    expect(score(trace, lower), 4, total=3, stability=0, window=0, ambiguity=3, nfe=3)
     longer = CONFIG.replace(token_cluster_size=4)
-    expect(score(trace, longer), 4, total=0, temporal=0, window=0, ambiguity=0, nfe=3)
-    expect(score(trace, exclude_ids=[2]), 4, total=0, temporal=0, window=0, ambiguity=0, nfe=3)
+    expect(score(trace, longer), 4, total=0, stability=0, window=0, ambiguity=0, nfe=3)
+    expect(score(trace, exclude_ids=[2]), 4, total=0, stability=0, window=0, ambiguity=0, nfe=3)
 
 
 def test_ties_and_two_runs_of_one_token():
@@ -134,7 +134,7 @@ def test_ties_and_two_runs_of_one_token():
     last = [(2, 0.9, T), (3, 0.9, T), None, (4, 0.9, T), (2, 0.9, T)]
     config = CONFIG.replace(confidence_cluster_unmasked=0)
     trace = scripted([(0, cells), (0, last)], block_length=5)
-    expect(score(trace, config), 5, total=2, temporal=0, window=0, ambiguity=2, nfe=2)
+    expect(score(trace, config), 5, total=2, stability=0, window=0, ambiguity=2, nfe=2)
 
 
 def test_total_is_a_union():
@@ -145,7 +145,7 @@ def test_total_is_a_union():
             (0, [None, (2, 0.9, T), (2, 0.9, S), (3, 0.9, W)]),
         ]
     )
-    expect(score(trace), 4, total=3, temporal=2, window=3, ambiguity=2, nfe=2, rules=2)
+    expect(score(trace), 4, total=3, stability=2, window=3, ambiguity=2, nfe=2, rules=2)
 
 
 def test_nothing_counts_behind_the_stop_token():
@@ -163,7 +163,7 @@ def test_nothing_counts_behind_the_stop_token():
     got = score(trace, stop_id=STOP)
     # Slot (1, 2) is stalled; it is no member of a run, as its prediction is the stop token, and
     # cell 3 is outside of the answer.
-    expect(got, 3, total=1, temporal=1, window=0, ambiguity=0, nfe=5, rules=1)
+    expect(got, 3, total=1, stability=1, window=0, ambiguity=0, nfe=5, rules=1)
     whole = score(trace)
     assert whole["ambiguity"] == [pytest.approx((1 + 3) / 8)]
     assert whole["rule_count"] == [pytest.approx(6 / 8)]
@@ -172,7 +172,7 @@ def test_nothing_counts_behind_the_stop_token():
 def test_cells_filled_at_the_end_are_outside_of_the_answer():
     trace = scripted([(0, [(STOP, 0.9, T), (2, 0.1), (3, 0.1), (4, 0.1)])])
     assert trace.commit_step.tolist() == [[0, -1, -1, -1]]
-    expect(score(trace, stop_id=STOP), 1, total=0, temporal=0, window=0, ambiguity=0, nfe=1)
+    expect(score(trace, stop_id=STOP), 1, total=0, stability=0, window=0, ambiguity=0, nfe=1)
 
 
 def test_rows_do_not_disturb_each_other():
@@ -194,7 +194,7 @@ def test_a_row_that_is_not_a_number_makes_no_window_and_no_run():
             (0, [None, (3, 0.9, T), (1, 0.9, T), (3, 0.9, T)]),
         ]
     )
-    expect(score(trace), 4, total=0, temporal=0, window=0, ambiguity=0, nfe=2)
+    expect(score(trace), 4, total=0, stability=0, window=0, ambiguity=0, nfe=2)
 
 
 def test_a_rule_that_is_off_is_judged_by_its_default():
@@ -227,7 +227,7 @@ def test_real_decodes_keep_what_the_definition_promises():
         trace = generate(model, prompt, gen_length=64, config=config, trace=True).trace
         got = redundancy_score(trace, config)
         slots = (trace.masked & (trace.rule == 0)).sum((0, 2)) / 64
-        parts = torch.stack([got.temporal, got.window, got.ambiguity])
+        parts = torch.stack([got.stability, got.window, got.ambiguity])
         assert (got.total > 0).all() and (got.total <= slots).all()
         assert (parts.amax(0) <= got.total).all() and (got.total <= parts.sum(0)).all()
         assert (got.rule_count > 0).any() == (preset == "r2")

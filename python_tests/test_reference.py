@@ -25,8 +25,8 @@ def drawing(cells: torch.Tensor) -> str:
 
 
 def rules_of(step) -> str:
-    """One character per cell: . none, t threshold, f forced, w window, c cluster, s stability."""
-    return " ".join("".join(".tfwcs"[c] for c in row) for row in step.rule.tolist())
+    """One character per cell: the first letter of its rule, "." where there is none."""
+    return " ".join("".join(".tfwasb"[c] for c in row) for row in step.rule.tolist())
 
 
 # ---- token_confidence ------------------------------------------------------------------------
@@ -200,23 +200,23 @@ BASES = [
     ({"threshold": 0.5}, [0.5, 0.3, 1, 0.25], "t.t."),  # inclusive
     ({"threshold": 0.9}, [0.3, 0.6, 0.6, 0.2], ".f.."),  # best cell, lowest index on ties
     ({"threshold": 1.0}, [1, 0.6, 1, 0.2], "t.t."),
-    ({"base": "first", "threshold": 0.1}, [0.2, 0.9, 0.9, 0.9], "f..."),
-    ({"base": "schedule", "steps_per_block": 2}, [0.2, 0.7, 0.9, 0.6], ".ff."),
-    ({"base": "schedule", "steps_per_block": 3}, [0.2, 0.7, 0.9, 0.6], ".ff."),  # 2, 1, 1
-    ({"base": "schedule", "steps_per_block": 1}, [0.2, 0.7, 0.9, 0.6], "ffff"),
-    ({"base": "schedule"}, [0.2, 0.7, 0.9, 0.6], "..f."),
-    ({"base": "factor", "factor": 1.0}, [0.5, 0.6, 0.8, 0.7], "..ff"),  # .7 >= 2/3, .6 < 3/4
-    ({"base": "factor", "factor": 1.0}, [0.5, 0.6, 0.8, 0.76, 0.7], "..ff."),
-    ({"base": "factor", "factor": 1.0}, [0.8, 0.7, 0.9], "fff"),
-    ({"base": "factor", "factor": 1.0}, [0.9, 0.1], "ff"),  # a single failing cell at the end
-    ({"base": "factor", "factor": 1.5}, [0.25, 0.5, 1, 0.25], ".ff."),  # .5 >= 1 - 1.5 / 3
-    ({"base": "factor", "factor": 0.1}, [0.9, 0.1, 0.1], "f.."),
-    ({"base": "budget", "error_budget": 0.5}, [0.5, 1, 0.7, 0.9], ".fff"),  # 0 + .1 + .3 <= .5
-    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 1, 1], "f.ff"),  # 0.5 is still inside
-    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 0.25, 0.25], "f..."),  # the best counts
+    ({"base": "first", "threshold": 0.1}, [0.2, 0.9, 0.9, 0.9], "b..."),
+    ({"base": "schedule", "steps_per_block": 2}, [0.2, 0.7, 0.9, 0.6], ".bb."),
+    ({"base": "schedule", "steps_per_block": 3}, [0.2, 0.7, 0.9, 0.6], ".bb."),  # 2, 1, 1
+    ({"base": "schedule", "steps_per_block": 1}, [0.2, 0.7, 0.9, 0.6], "bbbb"),
+    ({"base": "schedule"}, [0.2, 0.7, 0.9, 0.6], "..b."),
+    ({"base": "factor", "factor": 1.0}, [0.5, 0.6, 0.8, 0.7], "..bb"),  # .7 >= 2/3, .6 < 3/4
+    ({"base": "factor", "factor": 1.0}, [0.5, 0.6, 0.8, 0.76, 0.7], "..bb."),
+    ({"base": "factor", "factor": 1.0}, [0.8, 0.7, 0.9], "bbb"),
+    ({"base": "factor", "factor": 1.0}, [0.9, 0.1], "bb"),  # a single failing cell at the end
+    ({"base": "factor", "factor": 1.5}, [0.25, 0.5, 1, 0.25], ".bb."),  # .5 >= 1 - 1.5 / 3
+    ({"base": "factor", "factor": 0.1}, [0.9, 0.1, 0.1], "b.."),
+    ({"base": "budget", "error_budget": 0.5}, [0.5, 1, 0.7, 0.9], ".bbb"),  # 0 + .1 + .3 <= .5
+    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 1, 1], "b.bb"),  # 0.5 is still inside
+    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 0.25, 0.25], "b..."),  # the best counts
     ({"base": "budget", "error_budget": 0.0}, [0.5, 0.6, 0.3, 0.2], ".f.."),
-    ({"base": "budget", "error_budget": 0.0}, [1, 0.6, 1, 0.2], "f.f."),
-    ({"base": "budget", "error_budget": 9.0}, [0.5, 0.6, 0.3, 0.2], "ffff"),
+    ({"base": "budget", "error_budget": 0.0}, [1, 0.6, 1, 0.2], "b.b."),
+    ({"base": "budget", "error_budget": 9.0}, [0.5, 0.6, 0.3, 0.2], "bbbb"),
 ]
 
 
@@ -250,7 +250,7 @@ def test_schedule_over_a_block(implementation):
             broken[0, 6:] = NAN
         step = ops.decode_step(broken, tokens, state, config)
         seen.append((rules_of(step), step.remaining.item()))
-    assert seen == [("...fff..", 4), (".ff.....", 2), ("........", 2), ("......ff", 0)]
+    assert seen == [("...bbb..", 4), (".bb.....", 2), ("........", 2), ("......bb", 0)]
     assert state.counters.tolist() == [[0, 4, 4, 7, 0]]
 
 
@@ -266,7 +266,7 @@ def test_all_rules_in_one_decode(implementation):
     tokens = torch.full((1, 8), MASK, device=device)
     state = DecodeState(1, 8, device=device)
     step = ops.decode_step(logits, tokens, state, config)
-    assert rules_of(step) == "tww...c."
+    assert rules_of(step) == "tww...a."
     assert step.remaining.tolist() == [4]
     assert tokens.tolist() == [[1, 2, 3, MASK, MASK, MASK, 7, MASK]]
     assert state.streak_count.tolist() == [[0, 0, 0, 1, 1, 1, 0, 1]]

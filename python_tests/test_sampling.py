@@ -221,10 +221,10 @@ def test_who_sees_the_draw(implementation):
     tokens = torch.zeros(64, 12, dtype=torch.int64, device=device)
     step = ops.decode_step(logits.to(device), tokens, DecodeState(64, 12, device=device), config)
     rule, prediction, confidence = step.rule.cpu(), step.prediction.cpu(), step.confidence.cpu()
-    by_top = (rule == Rule.CLUSTER) | (rule == Rule.TEMPORAL)
+    by_top = (rule == Rule.AMBIGUITY) | (rule == Rule.STABILITY)
     assert torch.equal(prediction, torch.where(by_top, top, drawn))
     assert torch.equal(confidence, torch.where(by_top, p.float(), q))
-    for code in (Rule.FORCED, Rule.WINDOW, Rule.CLUSTER, Rule.TEMPORAL):
+    for code in (Rule.FORCED, Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY):
         cells = rule == code
         assert (drawn[cells] != top[cells]).any(), code
 
@@ -237,7 +237,7 @@ def test_random_cell_of_a_run(r2, device):
     logits = one.expand(2000, 6, 16).to(device)
     tokens = torch.full((2000, 6), 15, device=device)
     step = r2.decode_step(logits, tokens, DecodeState(2000, 6, device=device), config)
-    rows, cells = (step.rule.cpu() == Rule.CLUSTER).nonzero(as_tuple=True)
+    rows, cells = (step.rule.cpu() == Rule.AMBIGUITY).nonzero(as_tuple=True)
     assert rows.tolist() == list(range(2000))
     want = [1 + int(reference.uniform(11, b, 0, 1, DOMAIN_CLUSTER) * 5) for b in range(2000)]
     assert cells.tolist() == want

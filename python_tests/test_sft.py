@@ -73,7 +73,7 @@ def gradients(one: sft.Trainer) -> dict[str, torch.Tensor]:
 
 
 def rollout(prompt, sample, total, *, correct=True, complete=True, length=10, nfe=5):
-    score = {"total": total, "temporal": total, "window": 0.0, "ambiguity": 0.0,
+    score = {"total": total, "stability": total, "window": 0.0, "ambiguity": 0.0,
              "nfe_per_token": nfe / length, "rule_count": 0.0}  # fmt: skip
     return {"prompt": prompt, "sample": sample, "score": score, "correct": correct,
             "complete": complete, "length": length, "nfe": nfe}  # fmt: skip

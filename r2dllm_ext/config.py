@@ -16,10 +16,11 @@ class Rule(IntEnum):
 
     NONE = 0  # still masked after the step, or not a candidate
     THRESHOLD = 1  # base="threshold": confidence >= threshold
-    FORCED = 2  # every other commit of a base rule, the row's best cell among them
+    FORCED = 2  # the best cell, where the base rule by itself would commit none
     WINDOW = 3  # windowed confidence pooling
-    CLUSTER = 4  # positional ambiguity: the chosen cell of a run
-    TEMPORAL = 5  # stability: the prediction stopped changing
+    AMBIGUITY = 4  # positional ambiguity: the chosen cell of a run
+    STABILITY = 5  # the prediction stopped changing
+    BASE = 6  # every other commit of a base rule
 
 
 # The position in each tuple is the integer that the ops take.

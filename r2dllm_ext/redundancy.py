@@ -20,7 +20,7 @@ class RedundancyScore(NamedTuple):
     """Result of `redundancy_score`. All [B] float64, per answer token."""
 
     total: Tensor  # cells recomputed needlessly, whatever the reason: the score
-    temporal: Tensor  # of these: already predicted the final token, and stayed with it
+    stability: Tensor  # of these: already predicted the final token, and stayed with it
     window: Tensor  # in a window that is confident on average
     ambiguity: Tensor  # in a confident run of equal predictions, and not its best
     nfe_per_token: Tensor  # forwards
@@ -38,8 +38,8 @@ def redundancy_score(
 
     A slot is a cell of the active block that is still masked after a step: it will be computed
     again. A slot is redundant
-      temporally, if its prediction already is the token that will be committed and does not change
-      until then;
+      by stability, if its prediction already is the token that will be committed and does not
+      change until then;
       by a window, if some `confidence_cluster_size` cells of the block, at most
       `confidence_cluster_unmasked` of which are no slots, have slots of mean confidence >=
       `spatial_threshold`;
@@ -69,7 +69,7 @@ def redundancy_score(
     >>> model, config = load_model("ledger"), DecodeConfig.fast_dllm(2)
     >>> out = generate(model, torch.tensor([[33, 14]]), gen_length=32, config=config, trace=True)
     >>> score = redundancy_score(out.trace, config, stop_id=model.eos_id)
-    >>> bool(score.total <= score.temporal + score.window + score.ambiguity)
+    >>> bool(score.total <= score.stability + score.window + score.ambiguity)
     True
     """
     _check(trace, config, stop_id, exclude_ids)
@@ -81,12 +81,13 @@ def redundancy_score(
     slot &= position[:, None] < length[:, None]  # [S, B, L]
 
     parts = {
-        "temporal": slot & _stalled(trace, answer, position),
+        "stability": slot & _stalled(trace, answer, position),
         "window": _window(trace, slot, config),
         "ambiguity": _ambiguity(trace, slot, config, [stop_id, *exclude_ids]),
     }
-    parts["total"] = parts["temporal"] | parts["window"] | parts["ambiguity"]
-    by_rule = trace.commit_rule >= Rule.WINDOW
+    parts["total"] = parts["stability"] | parts["window"] | parts["ambiguity"]
+    r2_rules = torch.tensor([Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY], dtype=torch.uint8)
+    by_rule = torch.isin(trace.commit_rule, r2_rules)
     inside = torch.arange(answer.shape[1]) < length[:, None]
     counts = {name: part.sum((0, 2)) for name, part in parts.items()}
     counts["nfe_per_token"] = trace.row_nfe()

@@ -24,8 +24,9 @@ RULE_COLORS = {
     Rule.THRESHOLD: "#3b82c4",
     Rule.FORCED: "#6d7a8f",
     Rule.WINDOW: "#00a37a",
-    Rule.CLUSTER: "#cc6fa8",
-    Rule.TEMPORAL: "#e69a00",
+    Rule.AMBIGUITY: "#cc6fa8",
+    Rule.STABILITY: "#e69a00",
+    Rule.BASE: "#3f8f8b",
 }
 _INK, _MUTED, _PAPER = "#22262e", "#6b7280", "#ffffff"
 _UNREACHED, _UNSURE, _SURE = "#fbfbfb", "#faf6ee", "#cfb98f"
@@ -164,7 +165,7 @@ def _history(trace: Trace, row: int) -> _History:
 
 
 def _redundancies(history: _History, config: DecodeConfig) -> _Redundancies:
-    base = (Rule.THRESHOLD, Rule.FORCED)
+    base = (Rule.THRESHOLD, Rule.FORCED, Rule.BASE)
     pooled = window_pool(
         history.in_block(history.confidence),
         history.in_block(history.masked_after(*base)),
@@ -334,13 +335,15 @@ def _draw_marks(axes: Axes, marks: _Redundancies, layout: _Layout) -> None:
         )
     steps, positions = np.nonzero(marks.stalled)
     axes.scatter(
-        positions, steps, s=(small * 0.36) ** 2, color=_mark(Rule.TEMPORAL), linewidths=0, zorder=6
+        positions, steps, s=(small * 0.36) ** 2, color=_mark(Rule.STABILITY), linewidths=0, zorder=6
     )
 
 
 def _frame(confident: bool) -> tuple[float, tuple[float, ...]]:
     """Line width and colour of the frame around a run."""
-    return (1.6, (*_mark(Rule.CLUSTER), 1.0)) if confident else (0.7, (*_mark(Rule.CLUSTER), 0.5))
+    return (
+        (1.6, (*_mark(Rule.AMBIGUITY), 1.0)) if confident else (0.7, (*_mark(Rule.AMBIGUITY), 0.5))
+    )
 
 
 def _mark(rule: Rule) -> tuple[float, ...]:
@@ -430,7 +433,7 @@ def _draw_head(
         Patch(facecolor=color, label=f"{rule.name.lower()} {counts[rule]}")
         for rule, color in RULE_COLORS.items()
     ]
-    window, temporal = _mark(Rule.WINDOW), _mark(Rule.TEMPORAL)
+    window, temporal = _mark(Rule.WINDOW), _mark(Rule.STABILITY)
     confident = sum(strong for _, _, strong in marks.runs)
     redundancies = [
         Line2D([], [], marker="o", linestyle="", markersize=4.5, color=temporal,

@@ -27,8 +27,8 @@ R2D_HOST_DEVICE int64_t schedule_quota(int64_t masked, int64_t step, int64_t ste
   return step >= steps ? masked : masked / steps + (step < masked % steps ? 1 : 0);
 }
 
-// Length of the committed prefix of `count` >= 1 cells in falling confidence. `confidence(j)` is
-// the j-th best, j from 0.
+// Length of the prefix of `count` >= 1 cells in falling confidence that a rule commits by itself.
+// `confidence(j)` is the j-th best, j from 0; it always passes the factor rule.
 template <class Confidence>
 R2D_HOST_DEVICE int64_t factor_prefix(int64_t count, double factor, Confidence confidence) {
   int64_t length = 1;
@@ -41,8 +41,8 @@ R2D_HOST_DEVICE int64_t factor_prefix(int64_t count, double factor, Confidence c
 
 template <class Confidence>
 R2D_HOST_DEVICE int64_t budget_prefix(int64_t count, double budget, Confidence confidence) {
-  double expected_errors = 1.0 - confidence(0);
-  int64_t length = 1;
+  double expected_errors = 0.0;
+  int64_t length = 0;
   while (length < count) {
     expected_errors += 1.0 - confidence(length);
     if (!(expected_errors <= budget)) break;

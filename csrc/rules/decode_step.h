@@ -17,7 +17,7 @@
 
 namespace r2dllm {
 
-enum class Rule : uint8_t { kNone, kThreshold, kForced, kWindow, kCluster, kTemporal };
+enum class Rule : uint8_t { kNone, kThreshold, kForced, kWindow, kAmbiguity, kStability, kBase };
 
 struct StepOptions {
   int64_t mask_id;
@@ -58,7 +58,7 @@ struct StepRow {
   const float* top_confidence;  // its probability, not rounded
 
   // In: the drawn token (the argmax at temperature 0) and its probability, rounded on request.
-  // Out: the same, but at cells committed by kCluster or kTemporal the argmax.
+  // Out: the same, but at cells committed by kAmbiguity or kStability the argmax.
   int64_t* prediction;
   float* confidence;
 
@@ -145,7 +145,7 @@ class RowStep {
         if (by_threshold && eligible(i) && row.confidence[i] >= threshold) {
           commit(i, Rule::kThreshold);
         } else if (i == best) {
-          commit(i, Rule::kForced);
+          commit(i, by_threshold ? Rule::kForced : Rule::kBase);
         }
       });
       return;
@@ -173,8 +173,9 @@ class RowStep {
         prefix = budget_prefix(count, options_.error_budget, confidence);
       }
       for (int64_t rank = 0; rank < count && rank < prefix; ++rank) {
-        commit(row.order[rank], Rule::kForced);
+        commit(row.order[rank], Rule::kBase);
       }
+      if (prefix == 0 && options_.base == BaseRule::kBudget) commit(row.order[0], Rule::kForced);
     });
   }
 
@@ -211,7 +212,7 @@ class RowStep {
       if (cell >= 0) row.selected[cell] = 1;
     });
     ctx_.for_each(row.length, [&](int64_t i) {
-      if (row.selected[i]) commit_top(i, Rule::kCluster);
+      if (row.selected[i]) commit_top(i, Rule::kAmbiguity);
     });
   }
 
@@ -224,7 +225,7 @@ class RowStep {
       const bool stable =
           advance(streak, {was_masked, row.masked[i], row.top_id[i], row.top_confidence[i]},
                   options_.temporal_steps, options_.temporal_threshold, options_.temporal_eval);
-      if (stable) commit_top(i, Rule::kTemporal);
+      if (stable) commit_top(i, Rule::kStability);
       row.streak_count[i] = streak.count;
       row.streak_id[i] = streak.id;
       row.streak_sum[i] = streak.sum;

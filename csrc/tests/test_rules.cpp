@@ -151,7 +151,7 @@ TEST(factor_commits_the_last_cell_with_all_others) {
 TEST(budget_bounds_the_expected_errors) {
   const double confidence[] = {0.5, 0.96875, 0.96875, 0.9};
   const auto of = [&](int64_t j) { return confidence[j]; };
-  CHECK(budget_prefix(4, 0.0, of) == 1);
+  CHECK(budget_prefix(4, 0.0, of) == 0);
   CHECK(budget_prefix(4, 0.5625, of) == 3);  // 0.5 + 2 / 32, inclusive
   CHECK(budget_prefix(4, 0.56, of) == 2);
 }

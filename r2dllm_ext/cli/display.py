@@ -23,23 +23,26 @@ _MARKS = {
     Rule.THRESHOLD: ".",
     Rule.FORCED: "!",
     Rule.WINDOW: "=",
-    Rule.CLUSTER: "&",
-    Rule.TEMPORAL: "~",
+    Rule.AMBIGUITY: "&",
+    Rule.STABILITY: "~",
+    Rule.BASE: "+",
 }
 _MEANINGS = {
     Rule.THRESHOLD: "confident by itself",
-    Rule.FORCED: "picked by the base rule",
+    Rule.FORCED: "best of an unsure row",
     Rule.WINDOW: "confident neighbours",
-    Rule.CLUSTER: "best of equal neighbours",
-    Rule.TEMPORAL: "stopped changing",
+    Rule.AMBIGUITY: "best of equal neighbours",
+    Rule.STABILITY: "stopped changing",
+    Rule.BASE: "picked by the base rule",
 }
 # For terminals of 16 colours, where the nearest of the above would be one and the same.
 _ANSI_COLORS = {
     Rule.THRESHOLD: "bright_blue",
     Rule.FORCED: "bright_black",
     Rule.WINDOW: "green",
-    Rule.CLUSTER: "magenta",
-    Rule.TEMPORAL: "yellow",
+    Rule.AMBIGUITY: "magenta",
+    Rule.STABILITY: "yellow",
+    Rule.BASE: "cyan",
 }
 
 

@@ -60,7 +60,7 @@ def _add_data_options(group) -> None:
         type=options.count, default=1, metavar="N")  # fmt: skip
     add("--rollout-batch", "answers decoded together (default: %(default)s)",
         type=options.count, default=32, metavar="N")  # fmt: skip
-    add("--order", "what is low in a good answer: total, temporal, window, ambiguity, "
+    add("--order", "what is low in a good answer: total, stability, window, ambiguity, "
         "nfe_per_token, rule_count, length, nfe or random (default: %(default)s)",
         default="total", metavar="NAME")  # fmt: skip
     add("--filter", "train on correct answers alone, or on all (default: correct with a verifier)",

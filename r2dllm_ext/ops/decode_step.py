@@ -48,8 +48,8 @@ def decode_step(
 
     Returns:
         prediction: [B, L] int64, the argmax (at temperature > 0 the drawn token, but the argmax at
-            cells committed by CLUSTER or TEMPORAL); -1 where there is none. Wherever `rule` is not
-            NONE it is the token committed.
+            cells committed by AMBIGUITY or STABILITY); -1 where there is none. Wherever `rule` is
+            not NONE it is the token committed.
         confidence: [B, L] float32, its untempered probability; 0 where not a candidate, NaN where a
             candidate's logits have no finite maximum. Such a cell is never committed.
         rule: [B, L] uint8, why a cell was committed: values of `Rule`.

@@ -46,7 +46,7 @@ def base_rule(
             elif config.base == "factor":
                 count = factor_count(ranked, config.factor)
             else:
-                count = budget_count(ranked, config.error_budget)
+                count = max(1, budget_count(ranked, config.error_budget))
             chosen = falling[:count]
         committed[b, chosen] = True
     return committed
@@ -69,9 +69,9 @@ def factor_count(falling: list[float], factor: float) -> int:
 
 
 def budget_count(falling: list[float], error_budget: float) -> int:
-    """The best cell, then cells while the summed (1 - p) of all of them stays in the budget."""
-    spent, count = 1 - falling[0], 1
-    for p in falling[1:]:
+    """Cells while the summed (1 - p) of all of them stays in the budget."""
+    spent, count = 0.0, 0
+    for p in falling:
         spent += 1 - p
         if not spent <= error_budget:
             break

@@ -126,9 +126,17 @@ def decide(
         step=block_step,
         masked_at_start=at_start,
     )
-    is_sure = (q_seen >= threshold) & (config.base == "threshold")
-    commit(cells & is_sure, drawn, Rule.THRESHOLD)
-    commit(cells & ~is_sure, drawn, Rule.FORCED)
+    if config.base == "threshold":
+        is_sure = q_seen >= threshold
+        commit(cells & is_sure, drawn, Rule.THRESHOLD)
+        commit(cells & ~is_sure, drawn, Rule.FORCED)
+    elif config.base == "budget":
+        best_errs = (1 - q_seen.double()).masked_fill(~cells, torch.inf).amin(1, keepdim=True)
+        affordable = best_errs <= config.error_budget
+        commit(cells & affordable, drawn, Rule.BASE)
+        commit(cells & ~affordable, drawn, Rule.FORCED)
+    else:
+        commit(cells, drawn, Rule.BASE)
 
     # 2. Windows.
     if config.confidence_cluster_size:
@@ -155,7 +163,7 @@ def decide(
             row=row,
             step=absolute,
         )
-        commit(cells, top, Rule.CLUSTER)
+        commit(cells, top, Rule.AMBIGUITY)
 
     # 4. Streaks.
     if config.temporal_steps:
@@ -169,12 +177,12 @@ def decide(
             min_confidence=config.temporal_threshold,
             mode=config.temporal_eval,
         )
-        commit(cells, top, Rule.TEMPORAL)
+        commit(cells, top, Rule.STABILITY)
 
     state.counters[:, STEP] += 1
     state.counters[:, BLOCK_STEP] += 1
     state.counters[:, BLOCK_START] = at_start
-    by_top = (rule == Rule.CLUSTER) | (rule == Rule.TEMPORAL)
+    by_top = (rule == Rule.AMBIGUITY) | (rule == Rule.STABILITY)
     return DecodeStep(
         prediction=torch.where(by_top, top, drawn),
         confidence=torch.where(by_top, p_seen, q_seen),

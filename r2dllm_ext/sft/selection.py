@@ -100,7 +100,7 @@ def _values(records: Sequence[dict[str, Any]], name: str) -> list[float]:
 
 
 def _means(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    names = ("total", "temporal", "window", "ambiguity", "length", "nfe")
+    names = ("total", "stability", "window", "ambiguity", "length", "nfe")
     return {name: round(statistics.fmean(_values(records, name)), 4) for name in names}
 
 
