@@ -8,6 +8,7 @@ model with it; `load_model` loads LLaDA and Dream checkpoints, or the bundled le
 
 from importlib.util import find_spec
 
+from . import _command as _command  # before anything that takes time
 from . import ledger, models, reference
 from ._version import __version__
 from .config import DecodeConfig, Rule

@@ -23,9 +23,13 @@ def add_parser(commands) -> None:
         "--prompts", type=options.count, default=4, metavar="N", help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, dest="sample_seed", metavar="N",
+        "--seed",
+        type=int,
+        default=0,
+        dest="sample_seed",
+        metavar="N",
         help="which prompts are drawn (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--decoders",
         nargs="+",
@@ -36,9 +40,15 @@ def add_parser(commands) -> None:
     )
     options.add_model_options(parser, text=False)
     parser.set_defaults(
-        run=run, gen_length=None, block_length=32, cache="none", logits_shift=None, preset="r2",
-        chat=False, trust_remote_code=False,
-    )  # fmt: skip
+        run=run,
+        gen_length=None,
+        block_length=32,
+        cache="none",
+        logits_shift=None,
+        preset="r2",
+        chat=False,
+        trust_remote_code=False,
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,5 +87,9 @@ def _row(name: str, answers: list[Answer], seconds: float) -> list[str]:
     tokens = sum(answer.length for answer in answers)
     correct = sum(bool(answer.verdict and answer.verdict.correct) for answer in answers)
     return [
-        name, f"{nfe / n:.1f}", f"{correct} of {n}", f"{tokens / nfe:.2f}", f"{seconds / n:.2f}"
-    ]  # fmt: skip
+        name,
+        f"{nfe / n:.1f}",
+        f"{correct} of {n}",
+        f"{tokens / nfe:.2f}",
+        f"{seconds / n:.2f}",
+    ]

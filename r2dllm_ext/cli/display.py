@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 from ..config import Rule
@@ -50,7 +51,9 @@ class Display:
     """Writes to stdout; colours only where the terminal has them and NO_COLOR is not set."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        # An empty variable is an unset one; to rich an empty FORCE_COLOR forbids colours.
+        environment = {name: value for name, value in os.environ.items() if value}
+        self._console = Console(highlight=False, _environ=environment)
         colours = None if self._console.no_color else self._console.color_system
         rich = colours in ("256", "truecolor")
         self._colours = (RULE_COLORS if rich else _ANSI_COLORS) if colours else {}

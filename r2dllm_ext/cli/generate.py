@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import options
-from .session import Answer, Session
+from .session import Answer, Session, UnfinishedError
 from .text import read_prompts
 
 _NOTES = """\
@@ -38,9 +38,12 @@ def add_parser(commands) -> None:
     parser.add_argument("--file", metavar="F", help="file of prompts, one a line; '-' is stdin")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a prompt")
     parser.add_argument(
-        "--batch-size", type=options.count, default=8, metavar="B",
+        "--batch-size",
+        type=options.count,
+        default=8,
+        metavar="B",
         help="prompts decoded together (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr (tqdm)")
     options.add_model_options(parser)
     options.add_decode_options(parser)
@@ -52,10 +55,18 @@ def run(args: argparse.Namespace) -> None:
     show = _print_json if args.json else _display()
     session = Session(args)
     prompts = session.read(texts)
+    unfinished, reason = [], ""
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start : start + args.batch_size]
-        for answer in session.decode(batch, progress=args.progress)[0]:
+        try:
+            answers, _ = session.decode(batch, progress=args.progress)
+        except UnfinishedError as error:
+            unfinished += [str(start + row + 1) for row in error.rows]
+            answers, reason = error.answers, reason or str(error)
+        for answer in answers:
             show(answer, session)
+    if unfinished:
+        raise RuntimeError(f"no answer to prompt {', '.join(unfinished)}: {reason}")
 
 
 def as_json(answer: Answer, session: Session) -> dict[str, Any]:

@@ -23,25 +23,38 @@ _NUMBERS = {int: ("an integer", "N"), float: ("a number", "X"), str: ("a name", 
 
 
 def count(text: str) -> int:
-    """An integer >= 1."""
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"takes an integer >= 1, got {text!r}")
+    """An integer >= 1 of 64 bits."""
+    if not re.fullmatch(r"0*[0-9]{1,19}", text) or not 1 <= int(text) < 2**63:
+        bits = " of 64 bits" if re.fullmatch("[0-9]{19,}", text) else ""
+        raise argparse.ArgumentTypeError(f"takes an integer >= 1{bits}, got {_shown(text)}")
     return int(text)
 
 
 def reader(kind: type, *, optional: bool = False) -> Callable[[str], Any]:
-    """Turns an argument into a `kind`; the word none into None where that is allowed."""
+    """Turns an argument into a `kind`; the word none into None where that is allowed.
+
+    An integer has 64 bits: what is larger no tensor holds, and no loop over it ends.
+    """
 
     def read(text: str) -> Any:
         if optional and text.lower() == "none":
             return None
+        takes = _NUMBERS[kind][0] + (" or none" if optional else "")
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
-            takes = _NUMBERS[kind][0] + (" or none" if optional else "")
-            raise argparse.ArgumentTypeError(f"takes {takes}, got {text!r}") from None
+            message = f"takes {takes}, got {_shown(text)}"
+            raise argparse.ArgumentTypeError(message) from None
+        if kind is int and not -(2**63) <= value < 2**63:
+            message = f"takes {takes} of 64 bits, got {_shown(text)}"
+            raise argparse.ArgumentTypeError(message)
+        return value
 
     return read
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 50 else f"{text[:40]}...")
 
 
 def device(name: str) -> torch.device:
@@ -100,22 +113,36 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         "--block-length", type=count, default=32, metavar="L", help="(default: %(default)s)"
     )
     group.add_argument(
-        "--cache", choices=CACHES, default="none", help="keys and values kept within a block: "
+        "--cache",
+        choices=CACHES,
+        default="none",
+        help="keys and values kept within a block: "
         "none, those before it, or those after it too (default: %(default)s)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--logits-shift", type=int, choices=(0, 1), help="1 where row i - 1 of the logits predicts "
+        "--logits-shift",
+        type=int,
+        choices=(0, 1),
+        help="1 where row i - 1 of the logits predicts "
         "position i (default: 1 for Dream, 0 otherwise)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--stop-id", type=reader(int, optional=True), default=argparse.SUPPRESS, metavar="ID",
-        help="token that ends an answer, or none (default: the model's end token)",
-    )  # fmt: skip
+        "--stop-id",
+        type=reader(int, optional=True),
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="ID",
+        help="token that ends an answer, or none; given several times, any of them does (default: "
+        "the model's end tokens)",
+    )
     group.add_argument(
-        "--preset", choices=PRESETS, default="r2", help="vanilla: one token a step; fast_dllm: "
+        "--preset",
+        choices=PRESETS,
+        default="r2",
+        help="vanilla: one token a step; fast_dllm: "
         "the threshold alone; r2: threshold and the three rules; budget: a bound on the expected "
         "errors of a step (default: %(default)s)",
-    )  # fmt: skip
+    )
     _add_config_fields(parser)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,13 +12,22 @@ from typing import NamedTuple
 import torch
 
 from ..config import DecodeConfig, Rule
-from ..generation import generate
+from ..generation import NoProgressError, generate
 from ..ledger import ANSWER_LENGTH, Tokenizer, Verdict, verify
 from ..models import load_model
+from ..stop_ids import StopId, answer_length, stop_ids
 from ..trace import Trace
 from . import options, text
 
 _GEN_LENGTH = 256  # what the published evaluations of LLaDA and Dream decode
+
+
+class UnfinishedError(RuntimeError):
+    """The model can't finish the prompts `rows` of a batch; `answers` are those of the others."""
+
+    def __init__(self, answers: list[Answer], error: NoProgressError) -> None:
+        super().__init__(str(error))
+        self.answers, self.rows = answers, error.rows
 
 
 class Prompt(NamedTuple):
@@ -75,7 +85,7 @@ class Session:
         self.block_length, self.cache = args.block_length, args.cache
         is_dream = self.model.config.family == "dream"
         self.logits_shift = int(is_dream) if args.logits_shift is None else args.logits_shift
-        self.stop_id = getattr(args, "stop_id", self.model.eos_id)
+        self.stop_id = self._stop_id()
 
     @cached_property
     def codec(self) -> text.Codec:
@@ -91,33 +101,45 @@ class Session:
         prompts = [Prompt(words, self.codec.encode(words)) for words in texts]
         for i in {i for prompt in prompts for i in prompt.ids}:
             self._check_id(i, "prompt")
+        self._check_lengths(prompts)
         return prompts
 
     def decode(
         self, prompts: list[Prompt], config: DecodeConfig | None = None, *, progress: bool = False
     ) -> tuple[list[Answer], Trace]:
-        """Decodes the prompts as one batch."""
+        """Decodes the prompts as one batch.
+
+        Raises UnfinishedError if the model can't finish some of them.
+        """
         ids, attention_mask = self._left_padded([prompt.ids for prompt in prompts])
-        generation = generate(
-            self.model,
-            ids,
-            gen_length=self.gen_length,
-            block_length=self.block_length,
-            config=config or self.config,
-            cache=self.cache,
-            logits_shift=self.logits_shift,
-            attention_mask=attention_mask,
-            stop_id=self.stop_id,
-            progress=progress,
-            trace=True,
-        )
-        answers = [self._answer(p, generation.trace, row) for row, p in enumerate(prompts)]
-        return answers, generation.trace
+        try:
+            generation = generate(
+                self.model,
+                ids,
+                gen_length=self.gen_length,
+                block_length=self.block_length,
+                config=config or self.config,
+                cache=self.cache,
+                logits_shift=self.logits_shift,
+                attention_mask=attention_mask,
+                stop_id=self.stop_id,
+                progress=progress,
+                trace=True,
+            )
+        except NoProgressError as error:
+            trace = error.generation.trace
+            assert trace is not None  # asked for
+            rows = [row for row in range(len(prompts)) if row not in error.rows]
+            raise UnfinishedError(self._answers(prompts, trace, rows), error) from error
+        assert generation.trace is not None  # asked for
+        return self._answers(prompts, generation.trace, range(len(prompts))), generation.trace
+
+    def _answers(self, prompts: list[Prompt], trace: Trace, rows: Iterable[int]) -> list[Answer]:
+        return [self._answer(prompts[row], trace, row) for row in rows]
 
     def _answer(self, prompt: Prompt, trace: Trace, row: int) -> Answer:
         ids = trace.sequences[row, trace.prompt_length :].tolist()
-        ended = self.stop_id in ids
-        words = ids.index(self.stop_id) if ended else len(ids)
+        words, ended = answer_length(ids, stop_ids(self.stop_id, where="Session"))
         answer = self.codec.decode(ids[:words])
         return Answer(
             prompt=prompt,
@@ -158,7 +180,27 @@ class Session:
         self._check_id(mask_id, "mask_id")
         return mask_id
 
+    def _stop_id(self) -> StopId:
+        given = getattr(self._args, "stop_id", None)  # [None] is the word none
+        if given is None:
+            return self.model.eos_id
+        if None in given:
+            if len(given) > 1:
+                raise ValueError("--stop-id takes ids or none, got both")
+            return None
+        for i in given:
+            self._check_id(i, "stop_id")
+        return tuple(given)
+
     def _check_id(self, i: int, name: str) -> None:
         rows = self.model.config.embedding_size
-        if i >= rows:
+        if not 0 <= i < rows:
             raise ValueError(f"{name}: token id {i}, the model takes 0..{rows - 1}")
+
+    def _check_lengths(self, prompts: list[Prompt]) -> None:
+        longest, positions = max(len(p.ids) for p in prompts), self.model.config.max_length
+        if longest + self.gen_length > positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {self.gen_length} to decode (--gen-length) are "
+                f"more than the {positions} positions of the model"
+            )

@@ -46,30 +46,78 @@ def _add_data_options(group) -> None:
     def add(name: str, help: str, **settings: Any) -> None:
         group.add_argument(name, help=help, **settings)
 
-    add("--prompts", "JSON lines (default: prompts of the ledger task, if it is the model's)",
-        type=Path, metavar="FILE")  # fmt: skip
-    add("--eval-prompts", "JSON lines for the comparison (default: unseen ledger prompts, or none)",
-        type=Path, metavar="FILE")  # fmt: skip
-    add("--draw", "ledger prompts to draw (default: %(default)s)",
-        type=options.count, default=1024, metavar="N")  # fmt: skip
-    add("--eval-draw", "and for the comparison (default: %(default)s)",
-        type=options.count, default=128, metavar="N")  # fmt: skip
-    add("--verifier", "module:function, or none (default: the ledger's with its vocabulary)",
-        metavar="NAME")  # fmt: skip
-    add("--samples", "answers to a prompt (default: %(default)s)",
-        type=options.count, default=1, metavar="N")  # fmt: skip
-    add("--rollout-batch", "answers decoded together (default: %(default)s)",
-        type=options.count, default=32, metavar="N")  # fmt: skip
-    add("--order", "what is low in a good answer: total, stability, window, ambiguity, "
+    add(
+        "--prompts",
+        "JSON lines (default: prompts of the ledger task, if it is the model's)",
+        type=Path,
+        metavar="FILE",
+    )
+    add(
+        "--eval-prompts",
+        "JSON lines for the comparison (default: unseen ledger prompts, or none)",
+        type=Path,
+        metavar="FILE",
+    )
+    add(
+        "--draw",
+        "ledger prompts to draw (default: %(default)s)",
+        type=options.count,
+        default=1024,
+        metavar="N",
+    )
+    add(
+        "--eval-draw",
+        "and for the comparison (default: %(default)s)",
+        type=options.count,
+        default=128,
+        metavar="N",
+    )
+    add(
+        "--verifier",
+        "module:function, or none (default: the ledger's with its vocabulary)",
+        metavar="NAME",
+    )
+    add(
+        "--samples",
+        "answers to a prompt (default: %(default)s)",
+        type=options.count,
+        default=1,
+        metavar="N",
+    )
+    add(
+        "--rollout-batch",
+        "answers decoded together (default: %(default)s)",
+        type=options.count,
+        default=32,
+        metavar="N",
+    )
+    add(
+        "--order",
+        "what is low in a good answer: total, stability, window, ambiguity, "
         "nfe_per_token, rule_count, length, nfe or random (default: %(default)s)",
-        default="total", metavar="NAME")  # fmt: skip
-    add("--filter", "train on correct answers alone, or on all (default: correct with a verifier)",
-        choices=("correct", "none"))  # fmt: skip
-    add("--quantile", "share of the best answers to train on (default: %(default)s)",
-        type=options.reader(float), default=0.5, metavar="X")  # fmt: skip
-    add("--decoders", "presets to compare with (default: fast_dllm r2)",
-        choices=options.PRESETS, nargs="+", default=["fast_dllm", "r2"],
-        metavar="NAME")  # fmt: skip
+        default="total",
+        metavar="NAME",
+    )
+    add(
+        "--filter",
+        "train on correct answers alone, or on all (default: correct with a verifier)",
+        choices=("correct", "none"),
+    )
+    add(
+        "--quantile",
+        "share of the best answers to train on (default: %(default)s)",
+        type=options.reader(float),
+        default=0.5,
+        metavar="X",
+    )
+    add(
+        "--decoders",
+        "presets to compare with (default: fast_dllm r2)",
+        choices=options.PRESETS,
+        nargs="+",
+        default=["fast_dllm", "r2"],
+        metavar="NAME",
+    )
 
 
 def _add_training_options(group) -> None:
@@ -86,36 +134,53 @@ def _add_training_options(group) -> None:
     add("learning_rate", float, "highest one")
     add("warmup", int, "updates in which it rises")
     add("weight_decay", float, "of AdamW")
-    add("mode", str, "block: masks drawn in one block; trajectory: states of the decode",
-        choices=("block", "trajectory"), metavar="NAME")  # fmt: skip
+    add(
+        "mode",
+        str,
+        "block: masks drawn in one block; trajectory: states of the decode",
+        choices=("block", "trajectory"),
+        metavar="NAME",
+    )
     add("iid_share", float, "share of examples masked over the whole answer")
     add("ratio", float, "bounds of the masked share", nargs=2)
-    add("weighting", str, "of masked tokens: flat or elbo", choices=("flat", "elbo"),
-        metavar="NAME")  # fmt: skip
+    add(
+        "weighting", str, "of masked tokens: flat or elbo", choices=("flat", "elbo"), metavar="NAME"
+    )
     add("entropy_weight", float, "of the certainty term")
     add("entropy_temperature", float, "its temperature")
     add("lora_rank", int, "of adapters (peft); 0 = train all weights")
     add("lora_alpha", float, "their scale")
     group.add_argument(
-        "--complementary", action=argparse.BooleanOptionalAction, default=Training.complementary,
+        "--complementary",
+        action=argparse.BooleanOptionalAction,
+        default=Training.complementary,
         help="also train on the complement of each mask",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--autocast", action=argparse.BooleanOptionalAction, default=Training.autocast,
+        "--autocast",
+        action=argparse.BooleanOptionalAction,
+        default=Training.autocast,
         help="compute in bfloat16",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--micro-batch-size", type=options.count, metavar="N",
+        "--micro-batch-size",
+        type=options.count,
+        metavar="N",
         help="examples in one forward (default: all of a process)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--parallel", choices=("ddp", "fsdp"), default="ddp",
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        default="ddp",
         help="with torchrun: each process holds all weights, or a share (default: %(default)s)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--save-every", type=options.count, default=100, metavar="N",
+        "--save-every",
+        type=options.count,
+        default=100,
+        metavar="N",
         help="updates between checkpoints (default: %(default)s)",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -174,10 +239,21 @@ def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
     if verifier is not None and verifier.lower() == "none":
         verifier = None
     names = (
-        "steps", "batch_size", "learning_rate", "warmup", "weight_decay", "mode", "iid_share",
-        "complementary", "weighting", "entropy_weight", "entropy_temperature", "lora_rank",
-        "lora_alpha", "autocast",
-    )  # fmt: skip
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "warmup",
+        "weight_decay",
+        "mode",
+        "iid_share",
+        "complementary",
+        "weighting",
+        "entropy_weight",
+        "entropy_temperature",
+        "lora_rank",
+        "lora_alpha",
+        "autocast",
+    )
     seed, mask_id = session.config.seed, session.config.mask_id
     return Recipe(
         model=args.model,

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any, Protocol
 
 from ..ledger import Tokenizer
+from ..text_input import read_text, split_lines
 
 
 class Codec(Protocol):
@@ -89,15 +88,10 @@ def read_prompts(arguments: list[str], file: str | None) -> list[str]:
     """Prompts of the command line, then of a file; "-" stands for the lines of stdin."""
     prompts = []
     for argument in arguments:
-        prompts += _lines("-") if argument == "-" else [argument]
+        prompts += split_lines(read_text("-")) if argument == "-" else [argument]
     if file is not None:
-        prompts += _lines(file)
+        prompts += split_lines(read_text(file))
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("no prompt: give it as an argument, with --file F, or '-' for stdin")
     return prompts
-
-
-def _lines(file: str) -> list[str]:
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    return text.splitlines()

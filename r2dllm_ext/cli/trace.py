@@ -25,13 +25,19 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="(default: see --sample)")
     parser.add_argument(
-        "--sample", type=int, default=0, metavar="N",
+        "--sample",
+        type=int,
+        default=0,
+        metavar="N",
         help="without PROMPT: number of an unseen ledger prompt (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path("trace.png"), metavar="FILE",
+        "--out",
+        type=Path,
+        default=Path("trace.png"),
+        metavar="FILE",
         help=f"{', '.join(_FORMATS)} (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--dpi", type=options.count, default=150, help="dots per inch (default: %(default)s)"
     )

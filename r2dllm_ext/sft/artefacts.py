@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..text_input import read_text, split_lines
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all, also after a crash of the machine."""
@@ -32,20 +34,20 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return _parsed(read_text(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not whole: {error}; delete it to have it made anew") from error
 
 
 def read_lines(path: Path, *, hint: str = "") -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line; ValueError names the line that is none."""
     records = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(split_lines(read_text(path)), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = _parsed(line)
+        except ValueError as error:
             raise ValueError(f"{path}: line {number} is not JSON: {error}{hint}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}: line {number} takes a JSON object, got {line.strip()}{hint}")
@@ -53,11 +55,12 @@ def read_lines(path: Path, *, hint: str = "") -> list[dict[str, Any]]:
     return records
 
 
-def _text(path: Path) -> str:
+def _parsed(text: str) -> Any:
+    """ValueError also for JSON that is nested too deep for Python's parser."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def settle(path: Path, settings: dict[str, Any]) -> None:
@@ -87,8 +90,9 @@ def settle_lines(path: Path, records: list[dict[str, Any]]) -> None:
     if not path.exists():
         write_lines(path, records)
         return
-    before = read_lines(path, hint="; delete it to have it made anew")
-    now = [json.loads(json.dumps(record)) for record in records]
+    found = read_lines(path, hint="; delete it to have it made anew")
+    # As text: a number that is NaN does not equal itself.
+    before, now = ([json.dumps(record) for record in group] for group in (found, records))
     if before != now:
         pairs = enumerate(zip(before, now, strict=False), start=1)
         line = next((n for n, (a, b) in pairs if a != b), min(len(before), len(now)) + 1)

@@ -15,8 +15,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     of the answers per forward, and which rule committed what share of them."""
     judged = [r["correct"] for r in records if r["correct"] is not None]
     nfe = [r["nfe"] for r in records]
-    rules = {r.name.lower(): sum(x["rule_counts"][r.name.lower()] for x in records)
-             for r in Rule if r}  # fmt: skip
+    rules = {
+        r.name.lower(): sum(x["rule_counts"][r.name.lower()] for x in records) for r in Rule if r
+    }
     tokens = sum(rules.values())
     return {
         "answers": len(records),

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import r2dllm_ext as r2
-
 from ..corruption import IGNORE_INDEX, Corruption, corrupt
 from ..models import Transformer
+from ..ops import linear_sft_loss
 from .prompts import left_padded
 
 
@@ -34,7 +34,12 @@ class Batch(NamedTuple):
     weights: Tensor  # [N] float32
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self))
+        moved = {
+            name: x.to(device, non_blocking=True)
+            for name, x in self._asdict().items()
+            if x is not None
+        }
+        return self._replace(**moved)
 
 
 class Masking(NamedTuple):
@@ -65,13 +70,15 @@ def make_batch(
     passes another whole iid example is masked all over instead of in one block.
     """
     prompts, real = left_padded([example.prompt_ids for example in examples], pad_id)
-    answers = torch.tensor([example.answer_ids for example in examples], dtype=torch.int64)
+    answers = torch.tensor(
+        [example.answer_ids for example in examples], dtype=torch.int64, device="cpu"
+    )
     tokens = torch.cat([prompts, answers], 1)
     answer_mask = torch.zeros_like(tokens, dtype=torch.bool)
     answer_mask[:, prompts.shape[1] :] = True
-    place = torch.tensor(places, dtype=torch.int64)
-    share = masking.iid_share
-    iid = ((place + 1) * share).floor() > (place * share).floor()
+    place = torch.tensor(places, dtype=torch.int64, device="cpu")
+    whole = [(n.double() * masking.iid_share).floor() for n in (place, place + 1)]
+    iid = whole[1] > whole[0]
 
     parts: dict[bool, Corruption] = {}
     for is_iid in (False, True):
@@ -97,10 +104,14 @@ def make_batch(
     keys = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
     keys = torch.cat([keys[~iid], keys[iid]]).repeat(len(views) // max(1, len(keys)), 1)
     learned = (targets != IGNORE_INDEX).flatten().nonzero().flatten()
+    # The row that predicts a token stands `logits_shift` to its left, but never before the first
+    # token of its own sequence: neither in the padding nor at the end of the sequence before.
+    sequence, position = learned // tokens.shape[1], learned % tokens.shape[1]
+    before = position - (~keys).sum(1)[sequence]  # tokens to its left
     return Batch(
         ids=views,
         keys=None if bool(real.all()) else keys,
-        rows=(learned - logits_shift).clamp(min=0),
+        rows=learned - before.clamp(max=logits_shift),
         targets=targets.flatten()[learned],
         weights=weights.flatten()[learned],
     )
@@ -111,7 +122,7 @@ def _commit_steps(examples: Sequence[Example], own: Tensor, tokens: Tensor) -> T
     for row, example in enumerate(examples):
         if example.commit_step is None:
             raise ValueError("mode 'trajectory' takes examples that know their commit steps")
-        steps[row, -len(example.commit_step) :] = torch.tensor(example.commit_step)
+        steps[row, -len(example.commit_step) :] = torch.tensor(example.commit_step, device="cpu")
     return steps[own]
 
 
@@ -131,21 +142,21 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.options = {
-            "entropy_weight": entropy_weight,
-            "entropy_temperature": entropy_temperature,
-            "entropy_gate": entropy_gate,
-        }
+        self.loss = partial(
+            linear_sft_loss,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+            entropy_gate=entropy_gate,
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         """Mean weighted loss of the batch's rows, a scalar."""
         hidden, _ = self.model.hidden_states(batch.ids, attention_mask=batch.keys)
         hidden = hidden.flatten(0, 1).index_select(0, batch.rows)
-        return r2.linear_sft_loss(
+        return self.loss(
             hidden,
             self.model.lm_head_weight,
             batch.targets,
             batch.weights,
             max_rows=len(batch.targets),  # known here, so CUDA need not count
-            **self.options,
         )

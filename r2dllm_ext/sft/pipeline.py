@@ -106,8 +106,11 @@ def run(
     ranks.wait()
 
     decoding = {
-        "decode": decode, "verifier": verifier, "pad_id": pad_id, "progress": progress,
-    }  # fmt: skip
+        "decode": decode,
+        "verifier": verifier,
+        "pad_id": pad_id,
+        "progress": progress,
+    }
     rollouts = roll_out(model, prompts, recipe.rollout, folder / "rollouts", **decoding)
     selected = _select(rollouts, recipe.selection, folder)
     _evaluate(model, "base", recipe, evaluate_on, folder, decoding)
@@ -231,6 +234,11 @@ def export(
         raise ValueError(f"export: weights that the model does not have: {', '.join(unknown)}")
     if tuner is not None:
         model = tuner.merge_and_unload()
+    for name, weight in model.named_parameters():  # also what overflows in the model's precision
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"export: {name} is not finite in {weight.dtype}; try a lower learning_rate"
+            )
     part = folder.with_name(folder.name + ".part")
     remove_folder(part)
     save_model(model, part)

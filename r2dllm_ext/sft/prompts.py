@@ -87,6 +87,6 @@ def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     real = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
     shape = (len(rows), longest)
     return (
-        torch.tensor(ids, dtype=torch.int64).reshape(shape),
-        torch.tensor(real, dtype=torch.bool).reshape(shape),
+        torch.tensor(ids, dtype=torch.int64, device="cpu").reshape(shape),
+        torch.tensor(real, dtype=torch.bool, device="cpu").reshape(shape),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..config import DecodeConfig, Rule
-from ..generation import generate
+from ..generation import NoProgressError, generate
 from ..redundancy import redundancy_score
+from ..stop_ids import StopId, answer_length, stop_ids
 from ..trace import Trace
 from .artefacts import read_lines, write_lines
+from .checks import integer
 from .progress import bar
 from .prompts import Prompt, Verifier, left_padded
 from .ranks import current_ranks
@@ -36,24 +39,23 @@ class Rollout:
     block_length: int = 32
     cache: str = "none"
     logits_shift: int = 0
-    stop_id: int | None = None
+    stop_id: StopId = None
     samples: int = 1
     batch_size: int = 32
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length", "samples", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Rollout.{name}: got {value!r}, takes an integer >= 1")
+            integer("Rollout", name, getattr(self, name), least=1)
+        stop_ids(self.stop_id, where="Rollout")
         if self.gen_length % self.block_length:
             raise ValueError(
-                f"Rollout.gen_length: got {self.gen_length}, takes a multiple of block_length "
-                f"({self.block_length})"
+                f"Rollout: gen_length takes a multiple of block_length ({self.block_length}), got "
+                f"{self.gen_length}"
             )
         if self.samples > 1 and self.config.temperature == 0:
             raise ValueError(
-                f"Rollout.samples: got {self.samples}, but without temperature all samples of a "
-                "prompt are the same"
+                f"Rollout: samples takes 1 without temperature, got {self.samples}: all samples of "
+                "a prompt are the same"
             )
 
 
@@ -89,7 +91,9 @@ def roll_out(
 
     Raises:
         ValueError: a file of `folder` that is not whole or not of this run.
-        NoProgressError: see `generate`; the files written so far stay.
+
+    An answer that the model can't finish (`NoProgressError` of `generate`) costs the others
+    nothing: its record is neither complete nor correct, and there is a warning.
     """
     ranks = current_ranks()
     items = [(p, s) for p in range(len(prompts)) for s in range(rollout.samples)]
@@ -107,8 +111,9 @@ def roll_out(
     with bar(progress and ranks.is_first, name, sum(len(batches[n]) for n in mine), "answer") as b:
         for number in mine:
             batch = batches[number]
-            trace = _decode(model, [prompts[p].ids for p, _ in batch], rollout, number, pad_id)
-            records = _records(trace, batch, prompts, rollout, decode, verifier)
+            ids = [prompts[p].ids for p, _ in batch]
+            trace, unfinished = _decode(model, ids, rollout, number, pad_id)
+            records = _records(trace, unfinished, batch, prompts, rollout, decode, verifier)
             write_lines(files[number], records)
             b.update(len(batch))
     ranks.wait()
@@ -129,52 +134,64 @@ def _read(file: Path, batch: list[Item]) -> list[dict[str, Any]]:
     return records
 
 
-def _decode(model: Any, ids: list[list[int]], rollout: Rollout, number: int, pad_id: int) -> Trace:
+def _decode(
+    model: Any, ids: list[list[int]], rollout: Rollout, number: int, pad_id: int
+) -> tuple[Trace, Sequence[int]]:
+    """The trace of a batch, and its rows that the model can't finish."""
     tokens, real = left_padded(ids, pad_id)
     device = getattr(model, "device", tokens.device)
     # A seed for each batch: within it, random numbers differ by row and step.
     seed = (rollout.config.seed * 1_000_003 + number) % 2**63
-    return generate(
-        model,
-        tokens.to(device),
-        gen_length=rollout.gen_length,
-        block_length=rollout.block_length,
-        config=rollout.config.replace(seed=seed),
-        cache=rollout.cache,
-        logits_shift=rollout.logits_shift,
-        attention_mask=real.to(device),
-        stop_id=rollout.stop_id,
-        trace=True,
-    ).trace
+    unfinished: Sequence[int] = ()
+    try:
+        generation = generate(
+            model,
+            tokens.to(device),
+            gen_length=rollout.gen_length,
+            block_length=rollout.block_length,
+            config=rollout.config.replace(seed=seed),
+            cache=rollout.cache,
+            logits_shift=rollout.logits_shift,
+            attention_mask=real.to(device),
+            stop_id=rollout.stop_id,
+            trace=True,
+        )
+    except NoProgressError as error:
+        generation, unfinished = error.generation, error.rows
+        warnings.warn(f"roll out: {len(unfinished)} of {len(ids)} answers: {error}", stacklevel=2)
+    assert generation.trace is not None  # asked for
+    return generation.trace, unfinished
 
 
 def _records(
     trace: Trace,
+    unfinished: Sequence[int],
     batch: list[Item],
     prompts: Sequence[Prompt],
     rollout: Rollout,
     decode: Callable[[list[int]], str],
     verifier: Verifier | None,
 ) -> list[dict[str, Any]]:
-    stop_id = rollout.stop_id
+    stops = stop_ids(rollout.stop_id, where="Rollout")
     judge = DecodeConfig.r2(rollout.config.mask_id)
-    scores = redundancy_score(trace, judge, stop_id=stop_id)
+    scores = redundancy_score(trace, judge, stop_id=rollout.stop_id)
     answers: Tensor = trace.sequences[:, trace.prompt_length :]
     nfe = trace.row_nfe()
     records = []
     for row, (p, s) in enumerate(batch):
         ids = answers[row].tolist()
-        ended = stop_id is not None and stop_id in ids
-        words = ids.index(stop_id) if ended else len(ids)
-        text = decode(ids[:words])
+        words, ended = answer_length(ids, stops)
+        text, whole = decode(ids[:words]), row not in unfinished
         rules = torch.bincount(trace.commit_rule[row, : words + ended].long(), minlength=len(Rule))
         records.append(
             {
                 "prompt": p,
                 "sample": s,
                 "text": text,
-                "correct": None if verifier is None else _verdict(verifier, prompts[p], p, text),
-                "complete": ended or stop_id is None,
+                "correct": None
+                if verifier is None
+                else whole and _verdict(verifier, prompts[p], p, text),
+                "complete": whole and (ended or not stops),
                 "length": words + ended,
                 "nfe": int(nfe[row]),
                 "score": {name: float(x[row]) for name, x in scores._asdict().items()},

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from ..redundancy import RedundancyScore
+from .checks import choice, number
 
 ORDERS = (*RedundancyScore._fields, "length", "nfe", "random")
 FILTERS = ("correct", "none")
@@ -34,12 +35,9 @@ class Selection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("order", ORDERS), ("filter", FILTERS)):
-            if getattr(self, name) not in choices:
-                got = getattr(self, name)
-                raise ValueError(f"Selection.{name}: got {got!r}, takes one of {choices}")
-        if not 0 < self.quantile <= 1:
-            raise ValueError(f"Selection.quantile: got {self.quantile!r}, takes a number in (0, 1]")
+        choice("Selection", "order", self.order, ORDERS)
+        choice("Selection", "filter", self.filter, FILTERS)
+        number("Selection", "quantile", self.quantile, above=0, most=1)
 
 
 def select_rollouts(

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ..models import Transformer
+from ..text_input import read_text, split_lines
 from .artefacts import remove_folder, write_text
+from .checks import choice, integer, number
 from .objective import Batch, Example, Masking, Objective, make_batch
 from .progress import bar
 from .ranks import current_ranks
@@ -71,36 +75,19 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("lora_rank", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"Training.{name}: got {value!r}, takes an integer >= {least}")
-        for name in ("learning_rate", "clip_norm", "entropy_temperature", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"Training.{name}: got {getattr(self, name)!r}, takes a number > 0"
-                )
-        if self.mode not in ("block", "trajectory"):
-            raise ValueError(
-                f"Training.mode: got {self.mode!r}, takes 'block' or 'trajectory' (see iid_share)"
-            )
-        if self.weighting not in ("flat", "elbo"):
-            raise ValueError(
-                f"Training.weighting: got {self.weighting!r}, takes 'flat' or 'elbo': the loss is "
-                "a mean over rows, not over sequences"
-            )
-        if len(self.ratio) != 2 or not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
-            raise ValueError(f"Training.ratio: got {self.ratio!r}, takes 0 <= low <= high <= 1")
+            integer("Training", name, getattr(self, name), least=least)
+        for name in ("learning_rate", "entropy_temperature", "lora_alpha"):
+            number("Training", name, getattr(self, name), above=0)
         for name in ("weight_decay", "entropy_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"Training.{name}: got {getattr(self, name)!r}, takes a number >= 0"
-                )
-        if self.entropy_gate not in ("correct", "all"):
-            raise ValueError(
-                f"Training.entropy_gate: got {self.entropy_gate!r}, takes 'correct' or 'all'"
-            )
-        if not 0 <= self.iid_share <= 1:
-            raise ValueError(f"Training.iid_share: got {self.iid_share!r}, takes 0 .. 1")
+            number("Training", name, getattr(self, name), least=0)
+        number("Training", "clip_norm", self.clip_norm, above=0, infinite=True)  # inf clips nothing
+        number("Training", "iid_share", self.iid_share, least=0, most=1)
+        choice("Training", "mode", self.mode, ("block", "trajectory"), why=" (see iid_share)")
+        mean = ": the loss is a mean over rows, not over sequences"
+        choice("Training", "weighting", self.weighting, ("flat", "elbo"), why=mean)
+        choice("Training", "entropy_gate", self.entropy_gate, ("correct", "all"))
+        if len(self.ratio) != 2 or not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
+            raise ValueError(f"Training: ratio takes 0 <= low <= high <= 1, got {self.ratio!r}")
 
     def masking(self, mask_id: int, block_length: int) -> Masking:
         return Masking(
@@ -108,7 +95,7 @@ class Training:
             block_length=block_length,
             mode=self.mode,
             iid_share=self.iid_share,
-            ratio=tuple(self.ratio),
+            ratio=(self.ratio[0], self.ratio[1]),
             complementary=self.complementary,
             weighting=self.weighting,
             seed=self.seed,
@@ -226,10 +213,10 @@ class Trainer:
         batches = self.batches(self.step)
         mine = sum(len(batch.targets) for batch in batches)
         total = self.ranks.sum(torch.tensor([mine], dtype=torch.float32, device=self.device))[0]
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
-        for number, batch in enumerate(batches):
-            with self._sync(number == len(batches) - 1):
+        for place, batch in enumerate(batches):
+            with self._sync(place == len(batches) - 1):
                 with torch.autocast(
                     self.device.type, torch.bfloat16, enabled=self.training.autocast
                 ):
@@ -246,8 +233,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss, rows = self.gradients()
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.training.clip_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        total = nn.utils.clip_grad_norm_(self.objective.parameters(), self.training.clip_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not math.isfinite(norm):
             raise ValueError(
                 f"training: at step {self.step + 1} the gradient is {norm}, the loss {float(loss)}"
@@ -265,40 +252,75 @@ class Trainer:
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged once, with the last micro-batch."""
-        if hasattr(self.objective, "set_requires_gradient_sync"):
+        if isinstance(self.objective, FSDPModule):
             self.objective.set_requires_gradient_sync(last)
-        elif not last and hasattr(self.objective, "no_sync"):
+        elif not last and isinstance(self.objective, nn.parallel.DistributedDataParallel):
             return self.objective.no_sync()
         return contextlib.nullcontext()
 
     def save(self, folder: Path) -> None:
-        """Writes weights (those that are trained) and optimiser, each process its share."""
+        """Writes weights (those that are trained) and optimiser, each process its share.
+
+        Raises ValueError, and writes nothing, if a weight is not finite.
+        """
+        wrong = self._non_finite()
+        if self._anywhere(bool(wrong)):
+            raise ValueError(
+                f"training: after step {self.step} {wrong or 'a share of the weights'} is not "
+                "finite; try a lower learning_rate"
+            )
         part = folder.with_name(folder.name + ".part")
         if self.ranks.is_first:
             remove_folder(part)
             part.parent.mkdir(parents=True, exist_ok=True)
         self.ranks.wait()
-        with _alone_is_fine():
+        with _checkpointing():
             dcp.save(self._state(), checkpoint_id=part, no_dist=self.ranks.world == 1)
         self.ranks.wait()
         if self.ranks.is_first:
+            remove_folder(folder)  # there is one if it was damaged, see `train`
             os.replace(part, folder)
         self.ranks.wait()
 
     def load(self, folder: Path, step: int) -> None:
-        """Goes on from what `save` wrote after `step` updates, on any number of processes."""
+        """Goes on from what `save` wrote after `step` updates, on any number of processes.
+
+        Raises CheckpointError if it is damaged, in all processes if it is in one. The weights are
+        then of no use until another one is loaded.
+        """
         self.optimizer.zero_grad()  # or torch would not prepare its state to be filled
-        state = self._state()
-        with _alone_is_fine():
-            dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world == 1)
-        set_state_dict(
-            self.objective,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(strict=False, ignore_frozen_params=True),
-        )
+        state, reason = self._state(), ""
+        try:
+            with _checkpointing():
+                dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world == 1)
+            set_state_dict(
+                self.objective,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+                options=StateDictOptions(strict=False, ignore_frozen_params=True),
+            )
+            if wrong := self._non_finite():
+                reason = f"{wrong} is not finite"
+        except Exception as error:  # what a damaged pickle raises is up to its bytes
+            reason = f"{type(error).__name__}: {error}"
+        if self._anywhere(bool(reason)):
+            reason = reason or "another process can't read its share"
+            raise CheckpointError(f"{folder} is no whole checkpoint: {reason}")
         self.step = step
+
+    def _non_finite(self) -> str:
+        """A trained weight that is not finite in the share of this process; "" if all are."""
+        for name, weight in self.objective.named_parameters():
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            if weight.requires_grad and not local.isfinite().all():
+                return name
+        return ""
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether `here` is true in any process; all have to call it."""
+        count = torch.tensor([here], dtype=torch.float32, device=self.device)
+        return bool(self.ranks.sum(count)[0])
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(
@@ -316,12 +338,20 @@ class Trainer:
         return {name.removeprefix("model."): weight for name, weight in state.items()}
 
 
+class CheckpointError(ValueError):
+    """A folder that `Trainer.save` did not write, or that was damaged since."""
+
+
 @contextlib.contextmanager
-def _alone_is_fine():
-    """Without the warning that a process without others checkpoints by itself."""
+def _checkpointing() -> Iterator[None]:
+    """torch's exception, which is no `Exception`, as the first one that it holds; and without the
+    warning that a process without others checkpoints by itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
-        yield
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
 
 
 def example_order(count: int, start: int, number: int, seed: int) -> list[int]:
@@ -329,8 +359,8 @@ def example_order(count: int, start: int, number: int, seed: int) -> list[int]:
     chosen: list[int] = []
     while len(chosen) < number:
         epoch, place = divmod(start + len(chosen), count)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(count, generator=generator)[place:]
+        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(count, generator=generator, device="cpu")[place:]
         chosen += order.tolist()
     return chosen[:number]
 
@@ -339,7 +369,6 @@ def _distributed(objective: Objective, parallel: str) -> nn.Module:
     if parallel == "ddp":
         return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     # The views are the keys and values of a layer, which nothing in training touches.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -347,7 +376,8 @@ def _distributed(objective: Objective, parallel: str) -> nn.Module:
     mesh = init_device_mesh(device, (current_ranks().world,))
     for block in objective.model.blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(objective, mesh=mesh)
+    fully_shard(objective, mesh=mesh)  # in place
+    return objective
 
 
 def train(trainer: Trainer, folder: Path, *, save_every: int = 100, progress: bool = False) -> None:
@@ -356,16 +386,17 @@ def train(trainer: Trainer, folder: Path, *, save_every: int = 100, progress: bo
     `folder` gets `log.jsonl` and, as the last one, `step-N`. A run that was killed goes on from its
     last checkpoint and writes the lines of the log that it had lost; the result is the same.
 
-    Raises ValueError if the log has fewer lines than the checkpoint has steps.
+    A checkpoint that is damaged is passed over with a warning, and the one before is taken.
+
+    Raises ValueError if the log has fewer lines than the checkpoint has steps, or if there are
+    checkpoints and none of them is whole.
     """
     if save_every < 1:
         raise ValueError(f"train: save_every takes an integer >= 1, got {save_every}")
     log, first, steps = folder / "log.jsonl", trainer.ranks.is_first, trainer.training.steps
-    done = last_step(folder)
-    if done:
-        trainer.load(folder / f"step-{done}", done)
+    done = _load_latest(trainer, folder)
     if first:
-        lines = log.read_text(encoding="utf-8").splitlines()[:done] if log.exists() else []
+        lines = split_lines(read_text(log))[:done] if log.exists() else []
         if len(lines) < done:
             raise ValueError(
                 f"{log} has {len(lines)} whole lines, but step-{done} was reached; delete the "
@@ -390,7 +421,27 @@ def train(trainer: Trainer, folder: Path, *, save_every: int = 100, progress: bo
                 done = trainer.step
 
 
-def last_step(folder: Path) -> int:
-    """The step of the latest whole checkpoint in `folder`; 0 = none."""
+def _load_latest(trainer: Trainer, folder: Path) -> int:
+    """Loads the latest whole checkpoint; its step, 0 where there is none to load."""
+    saved = saved_steps(folder)
+    for step in saved:
+        try:
+            trainer.load(folder / f"step-{step}", step)
+            return step
+        except CheckpointError as error:
+            if step == saved[-1]:
+                raise CheckpointError(f"{error}; delete {folder} to train anew") from error
+            if trainer.ranks.is_first:
+                warnings.warn(f"{error}; the one before is taken", stacklevel=3)
+    return 0
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in `folder`, the latest first."""
     names = [path.name for path in folder.glob("step-*")] if folder.is_dir() else []
-    return max((int(n[5:]) for n in names if re.fullmatch(r"step-\d+", n)), default=0)
+    return sorted((int(n[5:]) for n in names if re.fullmatch(r"step-[1-9][0-9]*", n)), reverse=True)
+
+
+def last_step(folder: Path) -> int:
+    """The step of the latest checkpoint in `folder`; 0 = none."""
+    return next(iter(saved_steps(folder)), 0)
