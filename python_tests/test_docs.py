@@ -28,9 +28,10 @@ def test_examples(name):
 
 def test_public_names_are_documented():
     undocumented = [
-        name for name in r2dllm_ext.__all__
+        name
+        for name in r2dllm_ext.__all__
         if name != "__version__" and not (getattr(r2dllm_ext, name).__doc__ or "").strip()
-    ]  # fmt: skip
+    ]
     assert undocumented == []
 
 
