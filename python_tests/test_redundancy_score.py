@@ -277,8 +277,12 @@ def test_the_picture_draws_the_cells_that_are_scored():
     [
         ({"trace": None}, TypeError, "trace takes a Trace, got NoneType"),
         ({"config": 0.9}, TypeError, "config takes a DecodeConfig, got float"),
-        ({"stop_id": "<end>"}, TypeError, "stop_id takes token ids, got '<end>'"),
-        ({"stop_id": -1}, ValueError, "stop_id takes token ids >= 0, got -1"),
+        (
+            {"stop_id": "<end>"},
+            TypeError,
+            "stop_id takes a token id, a sequence of them or None, got '<end>'",
+        ),
+        ({"stop_id": -1}, ValueError, "stop_id takes ids in [0, 2**63), got -1"),
         ({"exclude_ids": [1, True]}, TypeError, "exclude_ids takes token ids, got True"),
     ],
 )

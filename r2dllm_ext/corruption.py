@@ -96,6 +96,7 @@ def corrupt(
     row = torch.arange(B, device=tokens.device) if row is None else row
     t = _ratio(ratio, seed, row, step)[:, None]  # [B, 1] float64
     rank = answer_mask.cumsum(1) - 1  # place within the answer, whatever stands around it
+    block_length = min(block_length, max(1, tokens.shape[1]))  # no answer is longer
     active, behind = answer_mask, torch.zeros_like(answer_mask)
     if mode != "iid":
         block = rank.div(block_length, rounding_mode="floor")
@@ -103,8 +104,7 @@ def corrupt(
         chosen = (uniform(seed, row, step, 0, Draw.BLOCK) * blocks).long()[:, None]
         active, behind = answer_mask & (block == chosen), answer_mask & (block > chosen)
     if mode == "trajectory":
-        cell = (rank - chosen * block_length).clamp(0, block_length - 1)
-        masked = _latest(commit_step, active, cell, t, block_length)
+        masked = _latest(commit_step, active, t)
         t = masked.sum(1, keepdim=True).double() / active.sum(1, keepdim=True).clamp(min=1)
     else:
         masked = active & (uniform(seed, row[:, None], step, rank, Draw.MASK) < t)
@@ -149,20 +149,14 @@ def _ratio(ratio, seed: int, row: Tensor, step: int) -> Tensor:
     return low + (high - low) * uniform(seed, row, step, 0, Draw.RATIO)
 
 
-def _latest(
-    commit_step: Tensor, active: Tensor, cell: Tensor, t: Tensor, block_length: int
-) -> Tensor:
+def _latest(commit_step: Tensor, active: Tensor, t: Tensor) -> Tensor:
     """Active cells committed in the latest steps: whole steps, until a share t is reached."""
     never = torch.iinfo(torch.int64).max
-    when = torch.where(commit_step < 0, never, commit_step)
-    # By cell of the block: [B, L]; -1 where a short block has none. Cells outside of the active
-    # block go into a column of their own.
-    block = torch.full((len(active), block_length + 1), -1, device=active.device)
-    where = torch.where(active, cell, block_length)
-    block = block.scatter(1, where, torch.where(active, when, -1))[:, :block_length]
-    later = (block[:, None, :] > block[:, :, None]).sum(-1)  # [B, L], cells committed after it
+    when = torch.where(commit_step < 0, never, commit_step).masked_fill(~active, -1)
+    in_order = when.sort(1).values
+    later = when.shape[1] - torch.searchsorted(in_order, when, right=True)  # cells after it
     wanted = (t * active.sum(1, keepdim=True)).ceil().long()
-    return active & (later < wanted).gather(1, cell)
+    return active & (later < wanted)
 
 
 def _weights(learned: Tensor, share: Tensor, weighting: str) -> Tensor:

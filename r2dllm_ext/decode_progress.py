@@ -3,27 +3,46 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, where
 
 from .config import DecodeConfig
 from .ops import DecodeStep
+from .stop_ids import is_stop
+
+if TYPE_CHECKING:
+    from .generation import Generation
+
+
+class StuckRow(NamedTuple):
+    """A row that the model can't finish."""
+
+    step: int  # forwards made when it was given up
+    reason: str
 
 
 class NoProgressError(RuntimeError):
-    """The model can't finish a row.
+    """The model can't finish some rows. Those that it can are finished.
 
     Attributes:
-        step: forwards made, the failing one included.
-        row: row of the batch.
-        sequences: [B, P + gen_length] int64, the tokens decided so far.
+        rows: these rows of the batch, in the order in which they were given up.
+        row, step: the first of them, and the forwards made when it was given up, the failing one
+            included.
+        generation: what `generate` would have returned. In `rows` masked cells are left.
+        sequences: its sequences.
     """
 
-    def __init__(self, reason: str, step: int, row: int, sequences: Tensor) -> None:
+    def __init__(self, stuck: dict[int, StuckRow], generation: Generation) -> None:
+        self.rows, self.generation = tuple(stuck), generation
+        self.row, self.sequences = self.rows[0], generation.sequences
+        self.step, reason = stuck[self.row]
+        others = f" (and {len(stuck) - 1} other rows)" if len(stuck) > 1 else ""
         super().__init__(
-            f"generate: no progress at step {step}, row {row}: {reason}. The tokens decided so far "
-            "are in the exception's `sequences`."
+            f"generate: no progress at step {self.step}, row {self.row}{others}: {reason}. What "
+            "was decoded is in the exception's `generation`."
         )
-        self.step, self.row, self.sequences = step, row, sequences
 
 
 class BlockProgress:
@@ -33,21 +52,29 @@ class BlockProgress:
         config: of the decode.
         rows: the rows of the batch that are decoded.
         block_length: L, all of which is masked when the block begins.
+        stuck: by row of the batch, those that were given up; `update` adds to them.
     """
 
     # A model that predicts the mask id (allow_mask_id) may commit nothing for a while.
     _PATIENCE = 256
 
-    def __init__(self, config: DecodeConfig, rows: list[int], block_length: int) -> None:
-        self._rows = rows
+    def __init__(
+        self,
+        config: DecodeConfig,
+        rows: list[int],
+        block_length: int,
+        stuck: dict[int, StuckRow],
+    ) -> None:
+        self._rows, self._stuck = rows, stuck
         self.left = [block_length] * len(rows)
         self._stalled = [0] * len(rows)
         self._limit = self._PATIENCE + (config.steps_per_block or 0)
 
     @property
     def remaining(self) -> int:
-        """Cells left, of all rows."""
-        return sum(self.left)
+        """Cells left, of all rows that are not stuck."""
+        pairs = zip(self._rows, self.left, strict=True)
+        return sum(left for row, left in pairs if row not in self._stuck)
 
     def keep_rows(self, keep: list[int]) -> None:
         """Forgets all other rows; indices into those that are decoded."""
@@ -55,16 +82,15 @@ class BlockProgress:
         self.left = [self.left[i] for i in keep]
         self._stalled = [self._stalled[i] for i in keep]
 
-    def update(self, step: DecodeStep, nfe: int, sequences: Tensor) -> int:
-        """Takes note of a step; returns how many tokens it committed.
+    def update(self, step: DecodeStep, nfe: int) -> int:
+        """Takes note of a step and of rows that are stuck; returns how many tokens it committed.
 
-        Reads `step.remaining`, the one host synchronisation of a step. Raises NoProgressError for a
-        row that is stuck; `nfe` and `sequences` are for its message.
+        Reads `step.remaining`, the one host synchronisation of a step.
         """
         before, self.left = self.left, step.remaining.tolist()
         for i, (old, new) in enumerate(zip(before, self.left, strict=True)):
             self._stalled[i] = self._stalled[i] + 1 if new == old > 0 else 0
-            if not self._stalled[i]:
+            if not self._stalled[i] or self._rows[i] in self._stuck:
                 continue
             if not (step.prediction[i] >= 0).any():
                 reason = "the logits of every masked position are non-finite"
@@ -72,11 +98,14 @@ class BlockProgress:
                 reason = f"nothing was committed in {self._stalled[i]} steps"
             else:
                 continue
-            raise NoProgressError(reason, nfe, self._rows[i], sequences.clone())
+            self._stuck[self._rows[i]] = StuckRow(nfe, reason)
         return sum(before) - sum(self.left)
 
 
-def finished_rows(tokens: Tensor, stop_id: int, mask_id: int) -> Tensor:
-    """[B] bool, rows of `tokens` [B, L] with a stop token before which everything is decided."""
+def ending(tokens: Tensor, stops: Sequence[int], mask_id: int) -> Tensor:
+    """[B] int64: of rows of `tokens` [B, L] the first token of `stops` before which everything is
+    decided; -1 = none, the row is not finished."""
     undecided_before = (tokens == mask_id).cumsum(1) > 0
-    return ((tokens == stop_id) & ~undecided_before).any(1)
+    ends = is_stop(tokens, stops) & ~undecided_before
+    first = ends.int().argmax(1, keepdim=True)
+    return where(ends.any(1), tokens.gather(1, first)[:, 0], -1)

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import DecodeConfig
-from .decode_progress import BlockProgress, finished_rows
+from .decode_progress import BlockProgress, NoProgressError, StuckRow, ending
 from .model_driver import CACHES, ModelDriver
 from .ops import DecodeStep, decode_step
 from .state import DecodeState
 from .step_graph import check_graph, generate_by_graph
+from .stop_ids import StopId, stop_ids
 from .trace import Trace, TraceRecorder
 
 
@@ -48,7 +49,7 @@ def generate(
     cache: str = "none",
     logits_shift: int = 0,
     attention_mask: torch.Tensor | None = None,
-    stop_id: int | None = None,
+    stop_id: StopId = None,
     on_step: Callable[[StepEvent], None] | None = None,
     progress: bool = False,
     trace: bool = False,
@@ -73,8 +74,9 @@ def generate(
         attention_mask: [B, P], 1 / True on tokens, 0 / False on padding; given to the model,
             lengthened by ones, if anything is padding. Default: no padding. (The released LLaDA
             class takes it and ignores it: pad nothing there.)
-        stop_id: a row is finished once this token is decided and everything before it is; its
-            undecided cells become `stop_id`, and it is not forwarded any more. Default: none.
+        stop_id: a token id, or several: a row is finished once one of them is decided and
+            everything before it is; its undecided cells become that token, and it is not forwarded
+            any more. Default: none.
         on_step: called after each step. Whatever it raises ends the decode.
         progress: True shows a bar of decided tokens (needs tqdm).
         trace: True records every step (copies to the host each step).
@@ -95,8 +97,9 @@ def generate(
 
     Raises:
         TypeError, ValueError: a bad argument, or logits of an unexpected shape from the model.
-        NoProgressError: a row whose masked cells all have non-finite logits, or which commits
-            nothing but mask ids for very long; it carries the tokens decided so far.
+        NoProgressError: rows whose masked cells all have non-finite logits, or which commit nothing
+            but mask ids for very long. They are given up, the others are finished; it carries the
+            result.
 
     One host synchronisation a step: the loop reads how many cells remain (see `cuda_graph`).
 
@@ -108,6 +111,7 @@ def generate(
     """
     _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask)
     _check_mask_id(model, config)
+    stops = stop_ids(stop_id, where="generate")
     device = torch.device(getattr(model, "device", prompt.device))
     if cuda_graph:
         check_graph(cuda_graph, device, on_step=on_step, progress=progress, trace=trace)
@@ -118,10 +122,11 @@ def generate(
     sequences[:, :prompt_length] = prompt
     driver = ModelDriver(model, cache, logits_shift, _key_mask(attention_mask, gen_length, device))
     state = DecodeState(batch, block_length, device=device)
+    stuck: dict[int, StuckRow] = {}
     if cuda_graph:
-        decoding = (driver, sequences, prompt_length, state, config, stop_id)
+        decoding = (driver, sequences, prompt_length, state, config, stops, stuck)
         nfe = generate_by_graph(*decoding, loop=cuda_graph == "loop")
-        return Generation(sequences, nfe, None)
+        return _result(Generation(sequences, nfe, None), stuck)
 
     recorder = TraceRecorder(batch, prompt_length, gen_length, block_length) if trace else None
     rows, nfe = list(range(batch)), 0  # rows that are not finished
@@ -132,7 +137,7 @@ def generate(
             start = prompt_length + block * block_length
             end = start + block_length
             state.reset()
-            block_progress = BlockProgress(config, rows, block_length)
+            block_progress = BlockProgress(config, rows, block_length, stuck)
             first = True
             while rows and (first or block_progress.remaining or driver.owes_block_step):
                 ids = sequences if len(rows) == batch else sequences[rows]
@@ -145,7 +150,7 @@ def generate(
                 step = decode_step(logits, tokens, state, step_config, logits_shift=shift)
                 if ids is not sequences:
                     sequences[rows, start:end] = tokens
-                committed = block_progress.update(step, nfe, sequences)
+                committed = block_progress.update(step, nfe)
 
                 if recorder is not None:
                     recorder.record(block, full_pass, rows, masked, step)
@@ -154,19 +159,25 @@ def generate(
                     bar.set_postfix(nfe=nfe, refresh=False)
                 if on_step is not None:
                     on_step(StepEvent(nfe, block, start, list(rows), step, sequences))
-                if stop_id is None:
+                ends = ending(tokens, stops, config.mask_id).tolist() if stops else [-1] * len(rows)
+                kept = [i for i, row in enumerate(rows) if ends[i] < 0 and row not in stuck]
+                if len(kept) == len(rows):
                     continue
-                finished = finished_rows(tokens, stop_id, config.mask_id)
-                if finished.any():
-                    gone = torch.tensor(rows, device=device)[finished]
-                    cells = sequences[gone]
-                    sequences[gone] = cells.masked_fill(cells == config.mask_id, stop_id)
-                    keep = (~finished).nonzero().flatten()
-                    state, kept = state.take(keep), keep.tolist()
-                    rows = [rows[i] for i in kept]
-                    driver.keep_rows(kept)
-                    block_progress.keep_rows(kept)
-    return Generation(sequences, nfe, recorder.finish(sequences) if recorder else None)
+                for row, stop in zip(rows, ends, strict=True):
+                    if stop >= 0:
+                        sequences[row].masked_fill_(sequences[row] == config.mask_id, stop)
+                state = state.take(torch.tensor(kept, dtype=torch.int64, device=device))
+                rows = [rows[i] for i in kept]
+                driver.keep_rows(kept)
+                block_progress.keep_rows(kept)
+    generation = Generation(sequences, nfe, recorder.finish(sequences) if recorder else None)
+    return _result(generation, stuck)
+
+
+def _result(generation: Generation, stuck: dict[int, StuckRow]) -> Generation:
+    if stuck:
+        raise NoProgressError(stuck, generation)
+    return generation
 
 
 def _key_mask(attention_mask, gen_length: int, device) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .config import DecodeConfig, Rule
 from .ops import positional_ambiguity, window_pool
+from .stop_ids import StopId, is_stop, stop_ids
 from .trace import Trace
 
 _R2 = DecodeConfig.r2(0)  # what judges a rule that is off
@@ -39,7 +40,7 @@ def redundancy_score(
     trace: Trace,
     config: DecodeConfig,
     *,
-    stop_id: int | None = None,
+    stop_id: StopId = None,
     exclude_ids: Sequence[int] = (),
 ) -> RedundancyScore:
     """Score every row of a decode; low is lean.
@@ -65,10 +66,11 @@ def redundancy_score(
     >>> bool(score.total <= score.stability + score.window + score.ambiguity)
     True
     """
-    _check("redundancy_score", trace, config, stop_id, exclude_ids)
-    cells = _redundant_cells(trace, config, stop_id, exclude_ids)
+    _check("redundancy_score", trace, config, exclude_ids)
+    stops = stop_ids(stop_id, where="redundancy_score")
+    cells = _redundant_cells(trace, config, stops, exclude_ids)
     answer = trace.sequences[:, trace.prompt_length :]
-    length = _answer_length(answer, stop_id)  # [B]
+    length = _answer_length(answer, stops)  # [B]
     inside = torch.arange(answer.shape[1]) < length[:, None]
     r2_rules = torch.tensor([Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY], dtype=torch.uint8)
     by_rule = torch.isin(trace.commit_rule, r2_rules)
@@ -91,7 +93,7 @@ def redundant_cells(
     trace: Trace,
     config: DecodeConfig,
     *,
-    stop_id: int | None = None,
+    stop_id: StopId = None,
     exclude_ids: Sequence[int] = (),
 ) -> RedundantCells:
     """Which cells of a decode were computed again in vain.
@@ -112,7 +114,7 @@ def redundant_cells(
         config: whose windows, runs and thresholds judge. A rule that is off is judged by its
             default, so that a base decode's own config will do.
         stop_id: the answer ends with the first one, itself included: cells behind it do not count,
-            and it makes no run. Default: the answer is all G positions.
+            and it makes no run; one id or several. Default: the answer is all G positions.
         exclude_ids: further predictions that make no run (a newline, say).
 
     Returns:
@@ -126,32 +128,33 @@ def redundant_cells(
     >>> redundant_cells(out.trace, config).window.shape == out.trace.rule.shape
     True
     """
-    _check("redundant_cells", trace, config, stop_id, exclude_ids)
-    return _redundant_cells(trace, config, stop_id, exclude_ids)
+    _check("redundant_cells", trace, config, exclude_ids)
+    stops = stop_ids(stop_id, where="redundant_cells")
+    return _redundant_cells(trace, config, stops, exclude_ids)
 
 
 def _redundant_cells(
-    trace: Trace, config: DecodeConfig, stop_id: int | None, exclude_ids: Sequence[int]
+    trace: Trace, config: DecodeConfig, stops: Sequence[int], exclude_ids: Sequence[int]
 ) -> RedundantCells:
     answer = trace.sequences[:, trace.prompt_length :]
     L = trace.block_length
     position = trace.block[:, None] * L + torch.arange(L)  # [S, L], of a block's cells
     waits = trace.masked & (trace.rule == Rule.NONE)
-    waits &= position[:, None] < _answer_length(answer, stop_id)[:, None]  # [S, B, L]
+    waits &= position[:, None] < _answer_length(answer, stops)[:, None]  # [S, B, L]
     return RedundantCells(
         stability=waits & _stalled(trace, answer, position),
         window=_window(trace, waits, config),
-        ambiguity=_ambiguity(trace, waits, config, [stop_id, *exclude_ids]),
+        ambiguity=_ambiguity(trace, waits, config, [*stops, *exclude_ids]),
     )
 
 
-def _answer_length(answer: Tensor, stop_id: int | None) -> Tensor:
+def _answer_length(answer: Tensor, stops: Sequence[int]) -> Tensor:
     """Tokens up to the first stop token, itself included; [B]."""
     B, G = answer.shape
-    if stop_id is None or G == 0:
+    if not stops or G == 0:
         return torch.full((B,), G)
-    stops = answer == stop_id
-    return torch.where(stops.any(1), stops.int().argmax(1) + 1, G)
+    ends = is_stop(answer, stops)
+    return torch.where(ends.any(1), ends.int().argmax(1) + 1, G)
 
 
 def _stalled(trace: Trace, answer: Tensor, position: Tensor) -> Tensor:
@@ -181,10 +184,8 @@ def _window(trace: Trace, waits: Tensor, config: DecodeConfig) -> Tensor:
     return pooled.view_as(waits)
 
 
-def _ambiguity(
-    trace: Trace, waits: Tensor, config: DecodeConfig, exclude_ids: list[int | None]
-) -> Tensor:
-    excluded = torch.tensor([i for i in exclude_ids if i is not None], dtype=torch.int64)
+def _ambiguity(trace: Trace, waits: Tensor, config: DecodeConfig, exclude_ids: list[int]) -> Tensor:
+    excluded = torch.tensor(exclude_ids, dtype=torch.int64)
     belongs = waits & (trace.prediction >= 0) & trace.confidence.isfinite()
     belongs = (belongs & ~torch.isin(trace.prediction, excluded)).flatten(0, 1)
     prediction = trace.prediction.flatten(0, 1)
@@ -205,14 +206,13 @@ def _ambiguity(
     return (belongs & has_best.gather(1, run) & ~best).view_as(waits)
 
 
-def _check(function: str, trace, config, stop_id, exclude_ids) -> None:
+def _check(function: str, trace, config, exclude_ids) -> None:
     for name, value, kind in (("trace", trace, Trace), ("config", config, DecodeConfig)):
         if not isinstance(value, kind):
             got = type(value).__name__
             raise TypeError(f"{function}: {name} takes a {kind.__name__}, got {got}")
-    named = [("stop_id", i) for i in [stop_id] if i is not None]
-    for name, i in named + [("exclude_ids", i) for i in exclude_ids]:
+    for i in exclude_ids:
         if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(f"{function}: {name} takes token ids, got {i!r}")
+            raise TypeError(f"{function}: exclude_ids takes token ids, got {i!r}")
         if i < 0:
-            raise ValueError(f"{function}: {name} takes token ids >= 0, got {i}")
+            raise ValueError(f"{function}: exclude_ids takes token ids >= 0, got {i}")

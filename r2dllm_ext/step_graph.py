@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import DecodeConfig
-from .decode_progress import BlockProgress, finished_rows
+from .decode_progress import BlockProgress, StuckRow, ending
 from .model_driver import ModelDriver
 from .ops import DecodeStep, decode_step
 from .state import DecodeState
@@ -161,10 +161,10 @@ class _BlockStep:
         sequences: Tensor,
         state: DecodeState,
         config: DecodeConfig,
-        stop_id: int | None,
+        stops: Sequence[int],
     ) -> None:
         self._driver, self._sequences, self._state = driver, sequences, state
-        self._config, self._stop_id = config, stop_id
+        self._config, self._stops = config, stops
         self._rows = list(range(len(sequences)))
         self._columns = torch.arange(state.block_length, device=sequences.device)
         driver.columns = self._columns
@@ -184,19 +184,20 @@ class _BlockStep:
         config = self._driver.step_config(self._config, full_pass)
         step = decode_step(logits, tokens, self._state, config, logits_shift=shift)
         self._sequences.index_copy_(1, self._columns, tokens)
-        if self._stop_id is None:
+        if not self._stops:
             return step
-        finished = finished_rows(tokens, self._stop_id, self._config.mask_id)
-        undecided = finished[:, None] & (self._sequences == self._config.mask_id)
-        self._sequences.masked_fill_(undecided, self._stop_id)
-        return step._replace(remaining=step.remaining.masked_fill(finished, 0))
+        ends = ending(tokens, self._stops, self._config.mask_id)[:, None]
+        undecided = (ends >= 0) & (self._sequences == self._config.mask_id)
+        self._sequences.copy_(torch.where(undecided, ends, self._sequences))
+        return step._replace(remaining=step.remaining.masked_fill(ends[:, 0] >= 0, 0))
 
-    def all_finished(self, start: int) -> bool:
-        """A host read."""
-        if self._stop_id is None:
-            return False
-        tokens = self._sequences[:, start : start + len(self._columns)]
-        return bool(finished_rows(tokens, self._stop_id, self._config.mask_id).all())
+    def all_done(self, start: int, stuck: Container[int]) -> bool:
+        """Whether every row is finished or stuck: a host read, if rows can finish."""
+        ends = [-1] * len(self._rows)
+        if self._stops:
+            tokens = self._sequences[:, start : start + len(self._columns)]
+            ends = ending(tokens, self._stops, self._config.mask_id).tolist()
+        return all(end >= 0 or row in stuck for row, end in zip(self._rows, ends, strict=True))
 
 
 def generate_by_graph(
@@ -205,32 +206,34 @@ def generate_by_graph(
     prompt_length: int,
     state: DecodeState,
     config: DecodeConfig,
-    stop_id: int | None,
+    stops: Sequence[int],
+    stuck: dict[int, StuckRow],
     *,
     loop: bool,
 ) -> int:
     """Decodes `sequences` [B, P + G] in place by a graph of forward and step.
 
     It is captured once, or, where it fits one block only, in each block. With `loop` the loop over
-    the steps of a block is part of it. Returns the number of forwards.
+    the steps of a block is part of it. Rows that can't be finished go into `stuck`, and on through
+    the forwards. Returns the number of forwards.
     """
     rows, length, nfe = list(range(len(sequences))), state.block_length, 0
     if not rows:
         return nfe
-    block = _BlockStep(driver, sequences, state, config, stop_id)
+    block = _BlockStep(driver, sequences, state, config, stops)
     pool = torch.cuda.graph_pool_handle() if sequences.is_cuda else None
     counters = LoopCounters(len(rows), sequences.device)
     replayed: StepGraph | None = None
     looping: LoopGraph | None = None
     for start in range(prompt_length, sequences.shape[1], length):
-        if block.all_finished(start):
+        if block.all_done(start, stuck):
             break
         block.begin_block(start)
-        progress = BlockProgress(config, rows, length)
+        progress = BlockProgress(config, rows, length, stuck)
         if driver.cache != "none":
             nfe += 1
-            progress.update(block.step(start, new_block=True), nfe, sequences)
-            if block.all_finished(start):
+            progress.update(block.step(start, new_block=True), nfe)
+            if block.all_done(start, stuck):
                 break
             if not (progress.remaining or driver.owes_block_step):
                 continue
@@ -242,7 +245,7 @@ def generate_by_graph(
             while True:
                 step, steps = looping.run()
                 nfe += steps
-                progress.update(step, nfe, sequences)
+                progress.update(step, nfe)
                 if not progress.remaining:
                     break
         else:
@@ -250,7 +253,7 @@ def generate_by_graph(
                 replayed = StepGraph(*captured)
 
             def done(step: DecodeStep, replays: int, progress=progress, before=nfe) -> bool:
-                progress.update(step, before + replays, sequences)
+                progress.update(step, before + replays)
                 return progress.remaining == 0
 
             replays, in_vain = replay_until(replayed, done)

@@ -39,15 +39,14 @@ def reader(kind: type, *, optional: bool = False) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if optional and text.lower() == "none":
             return None
-        takes = _NUMBERS[kind][0] + (" or none" if optional else "")
+        takes = ("none or " if optional else "") + _NUMBERS[kind][0]
         try:
             value = kind(text)
         except ValueError:
             message = f"takes {takes}, got {_shown(text)}"
             raise argparse.ArgumentTypeError(message) from None
         if kind is int and not -(2**63) <= value < 2**63:
-            message = f"takes {takes} of 64 bits, got {_shown(text)}"
-            raise argparse.ArgumentTypeError(message)
+            raise argparse.ArgumentTypeError(f"takes {takes} of 64 bits, got {_shown(text)}")
         return value
 
     return read

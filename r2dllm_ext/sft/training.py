@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -344,14 +345,22 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def _checkpointing() -> Iterator[None]:
-    """torch's exception, which is no `Exception`, as the first one that it holds; and without the
-    warning that a process without others checkpoints by itself."""
+    """torch's exception, which is no `Exception`, as the first one that it holds; without what it
+    logs of it, a traceback, and without the warning that a process alone checkpoints by itself."""
+    root = logging.getLogger()
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        return record.module != "state_dict_loader"
+
+    root.addFilter(is_ours)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
         try:
             yield
         except dcp.CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from error
+        finally:
+            root.removeFilter(is_ours)
 
 
 def example_order(count: int, start: int, number: int, seed: int) -> list[int]:
