@@ -6,6 +6,8 @@ import torch
 from cases import RANDOM123
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from r2dllm_ext import corrupt, reference
 from r2dllm_ext.philox import Draw, philox4x32, uniform
@@ -120,6 +122,33 @@ def test_trajectory_mode_gives_states_of_the_decode(device):
                 weight = weights[view, 0][weights[view, 0] > 0]
                 assert torch.equal(weight, torch.full_like(weight, 1 / part if part else 0))
     assert seen == {0, 1}
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes of a tensor made inside."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("length", [40, 4000])
+@pytest.mark.parametrize("block_length", [1, 32, 4000, 10**6, 2**63 - 1, 10**30])
+@pytest.mark.parametrize("mode", ["block", "iid", "trajectory"])
+def test_memory_grows_with_the_tokens_alone(mode, block_length, length):
+    tokens, answers = sequences([length - 2] * 3, total=length)
+    commit = torch.randint(0, 9, tokens.shape, generator=torch.Generator().manual_seed(0))
+    options = {"mode": mode, "commit_step": commit if mode == "trajectory" else None}
+    with Largest() as largest:
+        got = run(tokens, answers, block_length=block_length, **options)
+    assert largest.bytes <= 2 * 8 * 3 * length  # two views of int64
+    expected = run(tokens, answers, block_length=min(block_length, length), **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_blocks_are_drawn_evenly_and_cells_with_the_ratio():

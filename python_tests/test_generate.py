@@ -3,6 +3,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,87 @@ def test_no_progress_says_where_and_loses_nothing():
     assert (caught.value.step, caught.value.row) == (2, 1)
     assert caught.value.sequences[1].tolist() == [1, 2, 2, 2, 2, MASK, MASK, MASK, MASK]
     assert caught.value.sequences[0, 5:].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_rows_that_can_not_be_finished_do_not_cost_the_others_their_answers(cache):
+    model, words = r2.load_model("ledger"), r2.ledger.Tokenizer()
+    bad = words.encode("well")[0]
+
+    class Breaks:
+        device = model.device
+
+        def __call__(self, ids, **options):
+            output = model(ids, **options)
+            if ids.shape[1] < 35:  # a block step sees no prompt; the first forward has broken
+                return output
+            rows = (ids[:, 0] == bad)[:, None, None]
+            return output._replace(logits=output.logits.masked_fill(rows, torch.nan))
+
+    prompt = torch.tensor([[33, 14, 5], [bad, 14, 5], [34, 14, 5], [bad, 9, 9]])
+    good = [0, 2]
+    options = {
+        "gen_length": 32,
+        "block_length": 16,
+        "config": r2.DecodeConfig.r2(model.mask_id),
+        "cache": cache,
+        "stop_id": words.end_id,
+    }
+    alone = r2.generate(model, prompt[good], trace=True, **options)
+    with pytest.raises(
+        r2.NoProgressError, match="row 1 .and 1 other rows.: .*non-finite"
+    ) as caught:
+        r2.generate(Breaks(), prompt, trace=True, **options)
+    error = caught.value
+    assert error.rows == (1, 3) and (error.step, error.row) == (1, 1)
+    assert torch.equal(error.sequences[good], alone.sequences)
+    assert (error.sequences[[1, 3], 3:] == model.mask_id).all()
+    assert error.generation.nfe == alone.nfe
+    assert torch.equal(error.generation.trace.commit_step[good], alone.trace.commit_step)
+
+
+def test_rows_that_are_all_stuck_end_the_decode():
+    model = Scripted([[1] * 8, [2] * 8], 1, logit=torch.nan)
+    with pytest.raises(r2.NoProgressError, match="row 0 .and 1 other rows") as caught:
+        run(model, torch.tensor([[0], [1]]))
+    assert caught.value.generation.nfe == len(model.calls) == 1
+
+
+@pytest.mark.parametrize("stop_id", [[STOP], (9, STOP), torch.tensor([STOP, 8]), np.array([STOP])])
+def test_any_of_several_ids_ends_a_row(stop_id):
+    answers = [[1, 2, STOP, 4, 5, 6, 7, 1], [1, 2, 3, 4, STOP, 5, 5, 5], [1] * 12]
+    prompt = torch.tensor([[0], [1]])
+    plain = run(Scripted(answers, 1), prompt, gen_length=12, stop_id=STOP)
+    result = run(Scripted(answers, 1), prompt, gen_length=12, stop_id=stop_id)
+    assert torch.equal(result.sequences, plain.sequences) and result.nfe == plain.nfe
+
+
+def test_each_row_is_filled_up_with_the_id_that_ended_it():
+    model = Scripted([[1, 2, 3, 4] + [1] * 4, [1, 4, 3, 2] + [1] * 4], 1, logit=3.0)
+    config = r2.DecodeConfig.vanilla(MASK)
+    out = run(model, torch.tensor([[0], [1]]), gen_length=8, config=config, stop_id=[4, 3])
+    assert out.sequences[:, 1:].tolist() == [[1, 2] + [3] * 6, [1] + [4] * 7]
+
+
+@pytest.mark.parametrize(
+    "stop_id, error",
+    [
+        ("7", TypeError),
+        (7.0, TypeError),
+        (True, TypeError),
+        ([], TypeError),
+        ([7, None], TypeError),
+        ([7, "8"], TypeError),
+        ([[7]], TypeError),
+        (torch.tensor([[7]]), TypeError),
+        ({7}, TypeError),
+        (-1, ValueError),
+        ([7, 10**30], ValueError),
+    ],
+)
+def test_what_is_no_stop_id_is_refused_by_name(stop_id, error):
+    with pytest.raises(error, match="generate: stop_id takes "):
+        run(Scripted([[1] * 8], 1), torch.tensor([[0]]), stop_id=stop_id)
 
 
 def test_a_model_that_only_predicts_the_mask_ends_in_an_error():
@@ -409,6 +491,19 @@ def test_a_graph_that_makes_no_progress_is_noticed(graphs_on_cpu, kind):
     with pytest.raises(r2.NoProgressError, match="non-finite") as error:
         run(Capturable([[1] * 8], torch.nan), torch.tensor([[0]]), cuda_graph=kind)
     assert error.value.step == 1
+
+
+@pytest.mark.parametrize("kind", [True, "loop"])
+def test_a_graph_finishes_the_rows_that_it_can(graphs_on_cpu, kind):
+    answers, prompt = [[1, 2, 3, 4, 5, 6, 7, 1], [7, 6, 5, 4, 3, 2, 1, 1]], torch.tensor([[0], [1]])
+    config = r2.DecodeConfig.vanilla(MASK)
+    plain = run(Capturable(answers, 2.0), prompt[:1], config=config)
+    model = Capturable(answers, 2.0)
+    model.table[1] = torch.nan
+    with pytest.raises(r2.NoProgressError, match="row 1: .*non-finite") as error:
+        run(model, prompt, config=config, cuda_graph=kind)
+    assert error.value.rows == (1,)
+    assert torch.equal(error.value.sequences[:1], plain.sequences)
 
 
 def test_a_row_that_is_stuck_for_a_while_does_not_end_a_loop_on_the_device(graphs_on_cpu):

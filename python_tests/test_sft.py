@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,9 +34,16 @@ MASK, END, VOCAB, L = WORDS.mask_id, WORDS.end_id, len(WORDS), 8
 def tiny(family: str = "llada", seed: int = 5, **changes) -> Transformer:
     """A random model with the ledger's vocabulary."""
     shape = {
-        "vocab_size": VOCAB, "width": 32, "layers": 2, "heads": 2, "mlp_width": 32,
-        "mask_id": MASK, "eos_id": END, "pad_id": WORDS.pad_id, "max_length": 64,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "width": 32,
+        "layers": 2,
+        "heads": 2,
+        "mlp_width": 32,
+        "mask_id": MASK,
+        "eos_id": END,
+        "pad_id": WORDS.pad_id,
+        "max_length": 64,
+    }
     config = ModelConfig(family, **{**shape, **changes})
     return Transformer(config).init_weights(seed, std=0.3)
 
@@ -53,9 +62,14 @@ def examples(n: int = 5, answer: int = 16) -> list[sft.Example]:
 def trainer(model=None, data=None, *, micro_batch_size=None, parallel="ddp", **changes):
     options = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup": 2} | changes
     return sft.Trainer(
-        model or tiny(), data or examples(), sft.Training(**options), mask_id=MASK,
-        block_length=L, micro_batch_size=micro_batch_size, parallel=parallel,
-    )  # fmt: skip
+        model or tiny(),
+        data or examples(),
+        sft.Training(**options),
+        mask_id=MASK,
+        block_length=L,
+        micro_batch_size=micro_batch_size,
+        parallel=parallel,
+    )
 
 
 def gradients(one: sft.Trainer) -> dict[str, torch.Tensor]:
@@ -73,17 +87,35 @@ def gradients(one: sft.Trainer) -> dict[str, torch.Tensor]:
 
 
 def rollout(prompt, sample, total, *, correct=True, complete=True, length=10, nfe=5):
-    score = {"total": total, "stability": total, "window": 0.0, "ambiguity": 0.0,
-             "nfe_per_token": nfe / length, "rule_count": 0.0}  # fmt: skip
-    return {"prompt": prompt, "sample": sample, "score": score, "correct": correct,
-            "complete": complete, "length": length, "nfe": nfe}  # fmt: skip
+    score = {
+        "total": total,
+        "stability": total,
+        "window": 0.0,
+        "ambiguity": 0.0,
+        "nfe_per_token": nfe / length,
+        "rule_count": 0.0,
+    }
+    return {
+        "prompt": prompt,
+        "sample": sample,
+        "score": score,
+        "correct": correct,
+        "complete": complete,
+        "length": length,
+        "nfe": nfe,
+    }
 
 
 POOL = [
-    rollout(0, 0, 3.0), rollout(0, 1, 1.0, nfe=8), rollout(1, 0, 0.1, correct=False),
-    rollout(1, 1, 2.0, length=4), rollout(2, 0, 0.2, complete=False), rollout(3, 0, 1.5),
-    rollout(4, 0, 1.0), rollout(5, 0, 4.0),
-]  # fmt: skip
+    rollout(0, 0, 3.0),
+    rollout(0, 1, 1.0, nfe=8),
+    rollout(1, 0, 0.1, correct=False),
+    rollout(1, 1, 2.0, length=4),
+    rollout(2, 0, 0.2, complete=False),
+    rollout(3, 0, 1.5),
+    rollout(4, 0, 1.0),
+    rollout(5, 0, 4.0),
+]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +192,40 @@ def test_batch(shift, mode):
             ]
 
 
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 3), (2, 0, 1)])
+def test_rows_of_a_flat_batch_are_clamped_within_their_own_sequence(lengths):
+    """With a shift the first token of a sequence learns from its own row, as it does alone."""
+    answers = [e.answer_ids for e in examples(len(lengths))]
+    data = [sft.Example([7] * n, a) for n, a in zip(lengths, answers, strict=True)]
+    masking = sft.Training(iid_share=1.0, ratio=(1.0, 1.0), complementary=False).masking(MASK, L)
+    options = {"logits_shift": 1, "pad_id": 0}
+    batch = sft.make_batch(data, range(len(data)), 0, masking, **options)
+    width = batch.ids.shape[1]
+    for place, (n, example) in enumerate(zip(lengths, data, strict=True)):
+        own = batch.rows[batch.rows // width == place] % width
+        first = width - 16 - n  # behind the padding
+        assert own.tolist() == [max(first, first + n + i - 1) for i in range(16)]
+        alone = sft.make_batch([example], [place], 0, masking, **options)
+        assert (own - first).tolist() == alone.rows.tolist()
+
+
+def test_batches_do_not_hang_on_default_dtype_and_device():
+    data, masking = examples(4), sft.Training(iid_share=0.3).masking(MASK, L)
+    options = {"logits_shift": 1, "pad_id": 0}
+    places = range(1000, 1004)
+    plain = sft.make_batch(data, places, 5, masking, **options), example_order(5, 0, 9, 3)
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        changed = sft.make_batch(data, places, 5, masking, **options), example_order(5, 0, 9, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert changed[1] == plain[1]
+    for ours, theirs in zip(changed[0], plain[0], strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 def test_loss_is_that_of_all_logits():
     model, data = tiny(), examples(3)
     masking = sft.Training().masking(MASK, L)
@@ -171,9 +237,13 @@ def test_loss_is_that_of_all_logits():
     assert (batch.ids.flatten()[batch.rows + 1] == MASK).all()
     alone = sft.make_batch(data[:1], [0], 0, masking, logits_shift=1, pad_id=0)
     assert alone.keys is None and len(alone.ids[0]) == 19
-    padded = sft.Objective(model)(alone._replace(ids=F.pad(alone.ids, (2, 0)),
-        keys=F.pad(torch.ones_like(alone.ids, dtype=torch.bool), (2, 0)),
-        rows=alone.rows + 2 * (alone.rows // 19 + 1)))  # fmt: skip
+    padded = sft.Objective(model)(
+        alone._replace(
+            ids=F.pad(alone.ids, (2, 0)),
+            keys=F.pad(torch.ones_like(alone.ids, dtype=torch.bool), (2, 0)),
+            rows=alone.rows + 2 * (alone.rows // 19 + 1),
+        )
+    )
     assert padded.item() == pytest.approx(sft.Objective(model)(alone).item(), rel=1e-4)
 
 
@@ -187,13 +257,26 @@ def test_every_example_is_met_once_before_any_is_met_again():
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("steps", 0), ("batch_size", True), ("learning_rate", 0), ("mode", "iid"),
-        ("ratio", (0.6, 0.4)), ("ratio", (0.5,)), ("weighting", "mean"), ("entropy_weight", -1),
-        ("entropy_gate", "wrong"), ("weight_decay", float("nan")), ("iid_share", 1.5),
+        ("steps", 0),
+        ("batch_size", True),
+        ("learning_rate", 0),
+        ("mode", "iid"),
+        ("ratio", (0.6, 0.4)),
+        ("ratio", (0.5,)),
+        ("weighting", "mean"),
+        ("entropy_weight", -1),
+        ("entropy_gate", "wrong"),
+        ("weight_decay", math.nan),
+        ("learning_rate", math.inf),
+        ("learning_rate", "1e-3"),
+        ("entropy_weight", math.inf),
+        ("lora_alpha", math.inf),
+        ("clip_norm", math.nan),
+        ("iid_share", 1.5),
     ],
-)  # fmt: skip
+)
 def test_training_is_validated_when_it_is_built(field, value):
-    with pytest.raises(ValueError, match=f"Training.{field}: got "):
+    with pytest.raises(ValueError, match=f"Training: {field} takes "):
         sft.Training(**{field: value})
 
 
@@ -240,6 +323,72 @@ def test_a_log_that_lost_lines_is_refused(tmp_path):
         sft.train(trainer(), tmp_path, save_every=3)
 
 
+def _truncate(folder):
+    (weights,) = folder.glob("*.distcp")
+    weights.write_bytes(weights.read_bytes()[:-2000])
+
+
+def _poison(folder):
+    shutil.rmtree(folder)
+    one = trainer()
+    one._non_finite = lambda: ""  # as a version that did not look would have done
+    with torch.no_grad():
+        one.model.norm.weight.fill_(torch.nan)
+    one.save(folder)
+
+
+DAMAGES = {
+    "weights cut short": _truncate,
+    "no weights": lambda folder: next(folder.glob("*.distcp")).unlink(),
+    "no metadata": lambda folder: (folder / ".metadata").unlink(),
+    "metadata cut short": lambda folder: (folder / ".metadata").write_bytes(b"\x80\x04"),
+    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+    "not finite": _poison,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_damaged_checkpoints_the_step_before_is_taken(tmp_path, damage, capfd):
+    whole = trainer()
+    entries = [whole.update() for _ in range(2)]
+    whole.save(tmp_path / "step-2")
+    entries += [whole.update() for _ in range(2)]
+    whole.save(tmp_path / "step-4")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    entries += [whole.update() for _ in range(2)]
+    DAMAGES[damage](tmp_path / "step-4")
+    one = trainer()
+    with pytest.warns(UserWarning, match="step-4 is no whole checkpoint: .*; the one before"):
+        sft.train(one, tmp_path, save_every=2)
+    assert [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()] == entries
+    for name, weight in whole.trained_weights().items():
+        assert torch.equal(one.trained_weights()[name], weight)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_damaged_checkpoint_alone_is_one_line(tmp_path, capfd):
+    one = trainer()
+    one.save(tmp_path / "step-2")
+    _truncate(tmp_path / "step-2")
+    with pytest.raises(ValueError, match="step-2 is no whole checkpoint: .*; delete .* to train"):
+        sft.train(trainer(), tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint_and_no_model(tmp_path):
+    one = trainer()
+    name, weight = next(iter(one.trained_weights().items()))
+    with torch.no_grad():
+        one.model.norm.weight[3] = torch.inf
+    with pytest.raises(ValueError, match="after step 0 model.norm.weight is not finite"):
+        one.save(tmp_path / "step-1")
+    large = {name: torch.full_like(weight, 1e30)}  # finite, but not in float16
+    with pytest.raises(ValueError, match=f"export: {name} is not finite in torch.float16"):
+        sft.export(tiny().half(), large, one.training, tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters(tmp_path, dtype):
     pytest.importorskip("peft")
@@ -258,6 +407,38 @@ def test_adapters(tmp_path, dtype):
     rounded = 1e-3 if dtype == torch.float32 else 0.2  # merged weights are rounded once more
     assert (got - adapted).norm() < rounded * (adapted - old).norm()
     assert (adapted - old).abs().max() > 0.3
+
+
+class Breaks:
+    """A model that says NaN about sequences that begin with a token."""
+
+    def __init__(self, first: int) -> None:
+        self.model, self.first = tiny(), first
+
+    def __call__(self, ids, **options):
+        output = self.model(ids, **options)
+        logits = output.logits.masked_fill((ids[:, 0] == self.first)[:, None, None], torch.nan)
+        return output._replace(logits=logits)
+
+
+def test_an_answer_that_can_not_be_finished_costs_the_others_nothing(tmp_path):
+    given = [sft.Prompt({}, [i, 5, 6]) for i in range(10, 15)]
+    judge = {"decode": WORDS.decode, "verifier": lambda record, text: True}
+    whole = sft.roll_out(tiny(), given, ROLLOUT, tmp_path / "whole", **judge)
+    with pytest.warns(UserWarning, match="1 of 2 answers: .*no progress at step 1, row 1"):
+        found = sft.roll_out(Breaks(11), given, ROLLOUT, tmp_path / "broken", **judge)
+    assert found[0] == whole[0] and found[2:] == whole[2:]
+    assert not found[1]["complete"] and not found[1]["correct"] and whole[1]["correct"]
+    selected, _ = sft.select_rollouts(found, sft.Selection(quantile=1.0))
+    assert sorted(record["prompt"] for record in selected) == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("empty", [{"RANK": ""}, {"RANK": "0", "WORLD_SIZE": ""}])
+def test_empty_environment_variables_are_unset(monkeypatch, empty):
+    for name, value in ({"WORLD_SIZE": "1"} | empty).items():
+        monkeypatch.setenv(name, value)
+    with sft.process_group(torch.device("cpu")) as device:
+        assert device == torch.device("cpu") and not dist.is_initialized()
 
 
 # ---- several processes -----------------------------------------------------------------------
@@ -347,12 +528,23 @@ def arguments(place, monkeypatch):
 
     def command(out: Path, **changes) -> list[str]:
         options = {
-            "model": place / "checkpoint", "out": out, "prompts": place / "prompts.jsonl",
-            "eval_prompts": place / "few.jsonl", "verifier": "judge_for_test:check",
-            "gen_length": 16, "block_length": L, "rollout_batch": 2, "steps": 30, "batch_size": 2,
-            "learning_rate": 1e-3, "save_every": 2, "stop_id": "none", "threshold": 0.5,
-            "samples": 2, "temperature": 0.7,
-        }  # fmt: skip
+            "model": place / "checkpoint",
+            "out": out,
+            "prompts": place / "prompts.jsonl",
+            "eval_prompts": place / "few.jsonl",
+            "verifier": "judge_for_test:check",
+            "gen_length": 16,
+            "block_length": L,
+            "rollout_batch": 2,
+            "steps": 30,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "save_every": 2,
+            "stop_id": "none",
+            "threshold": 0.5,
+            "samples": 2,
+            "temperature": 0.7,
+        }
         words = ["sft", "--ids"]
         for name, value in (options | changes).items():
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -392,8 +584,9 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
     done = subprocess.run(command, env=environment | {"KILL_AT": third}, capture_output=True)
     assert done.returncode == -signal.SIGKILL
     assert sorted(p.name for p in (killed / "rollouts").iterdir()) == [
-        "000000.jsonl", "000001.jsonl",
-    ]  # fmt: skip
+        "000000.jsonl",
+        "000001.jsonl",
+    ]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     while not last_step(killed / "train") and process.poll() is None:
         time.sleep(0.002)
@@ -411,8 +604,11 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
     capsys.readouterr()
 
     changed = {"steps": 31}, {"quantile": 0.4}, {"prompts": place / "few.jsonl"}
-    for change, word in zip(changed, ("training.steps was 30, is 31", "selection.quantile was 0.5",
-                                      "other prompts (line 4"), strict=True):  # fmt: skip
+    for change, word in zip(
+        changed,
+        ("training.steps was 30, is 31", "selection.quantile was 0.5", "other prompts (line 4"),
+        strict=True,
+    ):
         assert main(arguments(whole, **change)) == 2
         assert word in capsys.readouterr().err
     damaged = whole / "rollouts" / "000003.jsonl"
@@ -443,11 +639,13 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
         ({"verifier": "none", "filter": "correct"}, "There was no verifier"),
         ({"stop_id": MASK}, "of 16 answers 0 are complete"),
         ({"temperature": 0}, "all samples of a prompt are the same"),
-        ({"quantile": 0}, "Selection.quantile: got 0"),
-        ({"order": "best"}, "Selection.order: got 'best'"),
-        ({"steps": 0}, "Training.steps: got 0"),
-        ({"iid_share": 2}, "Training.iid_share: got 2"),
+        ({"quantile": 0}, "Selection: quantile takes a number > 0 and <= 1, got 0"),
+        ({"order": "best"}, "Selection: order takes one of"),
+        ({"steps": 0}, "Training: steps takes an integer >= 1, got 0"),
+        ({"iid_share": 2}, "Training: iid_share takes a number >= 0 and <= 1, got 2"),
         ({"learning_rate": "1e30"}, "try a lower learning_rate"),
+        ({"learning_rate": "inf"}, "Training: learning_rate takes a finite number > 0, got inf"),
+        ({"steps": "9" * 30}, "--steps: takes an integer of 64 bits"),
         ({"gen_length": 12}, "takes a multiple of block_length"),
     ],
 )
@@ -469,8 +667,19 @@ def test_no_mask_id(arguments, tmp_path, capsys):
 def test_ledger_needs_no_prompts(tmp_path, capsys):
     """With the ledger's vocabulary, prompts and verifier are the task's own."""
     save_model(tiny(max_length=512), tmp_path / "checkpoint")
-    command = ["sft", "--model", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"),
-               "--draw", "2", "--eval-draw", "2", "--gen-length", "32"]  # fmt: skip
+    command = [
+        "sft",
+        "--model",
+        str(tmp_path / "checkpoint"),
+        "--out",
+        str(tmp_path / "out"),
+        "--draw",
+        "2",
+        "--eval-draw",
+        "2",
+        "--gen-length",
+        "32",
+    ]
     assert main(command) == 2  # a random model is never right
     assert "nothing to train on: of 2 answers" in capsys.readouterr().err
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())

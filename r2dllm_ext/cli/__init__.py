@@ -105,7 +105,7 @@ def _stderr() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]  # the rest is where it was
         if sys.stderr is None:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stderr(nowhere))

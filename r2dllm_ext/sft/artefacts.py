@@ -103,8 +103,11 @@ def settle_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder, if it is there, so that a half-removed one is not taken for whole."""
-    if folder.exists():
+    """Removes a folder, if it is there, so that a half-removed one is not taken for whole; also a
+    file that has its name."""
+    if folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         doomed = folder.with_name(folder.name + ".part")
         if doomed != folder and not doomed.exists():
             os.replace(folder, doomed)

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,10 @@ def run(
         settle_lines(folder / "evaluation_prompts.jsonl", _lines(evaluate_on))
     ranks.wait()
 
-    decoding = {
-        "decode": decode,
-        "verifier": verifier,
-        "pad_id": pad_id,
-        "progress": progress,
-    }
-    rollouts = roll_out(model, prompts, recipe.rollout, folder / "rollouts", **decoding)
+    decoded = partial(roll_out, decode=decode, verifier=verifier, pad_id=pad_id, progress=progress)
+    rollouts = decoded(model, prompts, recipe.rollout, folder / "rollouts")
     selected = _select(rollouts, recipe.selection, folder)
-    _evaluate(model, "base", recipe, evaluate_on, folder, decoding)
+    _evaluate(model, "base", recipe, evaluate_on, folder, decoded)
     del model
 
     if not (folder / "model").is_dir():
@@ -125,7 +121,7 @@ def run(
         for checkpoint in (folder / "train").glob("step-*"):
             remove_folder(checkpoint)
     tuned = load(folder / "model")
-    _evaluate(tuned, "tuned", recipe, evaluate_on, folder, decoding)
+    _evaluate(tuned, "tuned", recipe, evaluate_on, folder, decoded)
     summary = {
         "selection": read_json(folder / "selection.json"),
         "evaluation": {
@@ -251,13 +247,13 @@ def _evaluate(
     recipe: Recipe,
     prompts: Sequence[Prompt],
     folder: Path,
-    decoding: dict[str, Any],
+    decoded: Callable[..., Any],
 ) -> None:
     for name, config in recipe.decoders.items():
         if prompts:
             rollout = dataclasses.replace(recipe.rollout, config=config, samples=1)
             where = folder / "evaluation" / f"{which}-{name}"
-            roll_out(model, prompts, rollout, where, name=f"{which} {name}", **decoding)
+            decoded(model, prompts, rollout, where, name=f"{which} {name}")
 
 
 def _read_folder(folder: Path) -> list[dict[str, Any]]:

@@ -336,7 +336,9 @@ class Trainer:
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
         state = get_model_state_dict(self.objective, options=options)
-        return {name.removeprefix("model."): weight for name, weight in state.items()}
+        weights = {n.removeprefix("model."): x for n, x in state.items() if isinstance(x, Tensor)}
+        assert len(weights) == len(state)  # the objective has no other state
+        return weights
 
 
 class CheckpointError(ValueError):
