@@ -180,12 +180,14 @@ def test_answers_that_exist_are_printed_before_the_error(run, ledger, monkeypatc
             return output._replace(logits=output.logits.masked_fill(rows, torch.nan))
 
     options = ["--model", ledger, "--json", "--gen-length", 32]
-    others = [json.loads(x) for x in run("generate", "begin", "to", "at", *options).out.split()]
+    others = [
+        json.loads(x) for x in run("generate", "begin", "to", "at", *options).out.splitlines()
+    ]
     monkeypatch.setattr(session, "load_model", lambda *a, **k: Breaks())
     given = ["begin", "well", "to", "well well", "at"]
     for size in (1, 2, 8):
         result = run("generate", *given, *options, "--batch-size", size)
-        assert [json.loads(x) for x in result.out.split()] == others
+        assert [json.loads(x) for x in result.out.splitlines()] == others
         fails(result, "no answer to prompt 2, 4: ", "no progress at step 1", "non-finite")
 
 
@@ -233,7 +235,7 @@ def process(shell: str, ledger: str, **environment: str) -> subprocess.Completed
     "shell, status, stderr",
     [
         ("$generate >&-", 2, "r2dllm: error: stdout is closed"),
-        ("$generate - <&-", 2, "r2dllm: error: stdin is closed"),
+        ("$generate --file - <&-", 2, "r2dllm: error: stdin is closed"),
         ("$generate >/dev/full", 2, "r2dllm: error: No space left on device"),
         ("$generate --stop-id x 2>/dev/full", 2, ""),
         ("$generate --stop-id x >/dev/full 2>/dev/full", 2, ""),

@@ -27,7 +27,7 @@ def stop_ids(stop_id: StopId, *, where: str) -> tuple[int, ...]:
         return ()
     several = isinstance(stop_id, (list, tuple, range)) or getattr(stop_id, "ndim", 0) == 1
     values = list(stop_id) if several else [stop_id]  # type: ignore[arg-type]
-    if not values or any(isinstance(value, (bool, str)) for value in values):
+    if not values or any(isinstance(v, bool) or getattr(v, "ndim", 0) for v in values):
         raise TypeError(takes)
     try:
         ids = tuple(operator.index(value) for value in values)
