@@ -212,9 +212,7 @@ def test_rows_that_can_not_be_finished_do_not_cost_the_others_their_answers(cach
         "stop_id": words.end_id,
     }
     alone = r2.generate(model, prompt[good], trace=True, **options)
-    with pytest.raises(
-        r2.NoProgressError, match="row 1 .and 1 other rows.: .*non-finite"
-    ) as caught:
+    with pytest.raises(r2.NoProgressError, match="row 1 .and 1 more.: .*non-finite") as caught:
         r2.generate(Breaks(), prompt, trace=True, **options)
     error = caught.value
     assert error.rows == (1, 3) and (error.step, error.row) == (1, 1)
@@ -226,7 +224,7 @@ def test_rows_that_can_not_be_finished_do_not_cost_the_others_their_answers(cach
 
 def test_rows_that_are_all_stuck_end_the_decode():
     model = Scripted([[1] * 8, [2] * 8], 1, logit=torch.nan)
-    with pytest.raises(r2.NoProgressError, match="row 0 .and 1 other rows") as caught:
+    with pytest.raises(r2.NoProgressError, match="row 0 .and 1 more") as caught:
         run(model, torch.tensor([[0], [1]]))
     assert caught.value.generation.nfe == len(model.calls) == 1
 

@@ -38,7 +38,7 @@ class NoProgressError(RuntimeError):
         self.rows, self.generation = tuple(stuck), generation
         self.row, self.sequences = self.rows[0], generation.sequences
         self.step, reason = stuck[self.row]
-        others = f" (and {len(stuck) - 1} other rows)" if len(stuck) > 1 else ""
+        others = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
         super().__init__(
             f"generate: no progress at step {self.step}, row {self.row}{others}: {reason}. What "
             "was decoded is in the exception's `generation`."

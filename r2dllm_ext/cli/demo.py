@@ -24,7 +24,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=options.reader(int),
         default=0,
         dest="sample_seed",
         metavar="N",

@@ -26,7 +26,7 @@ def add_parser(commands) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="(default: see --sample)")
     parser.add_argument(
         "--sample",
-        type=int,
+        type=options.reader(int),
         default=0,
         metavar="N",
         help="without PROMPT: number of an unseen ledger prompt (default: %(default)s)",
