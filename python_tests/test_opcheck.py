@@ -84,7 +84,7 @@ def test_defaults_of_the_schema_are_those_of_the_config(r2, op, overload):
     config = DecodeConfig(7)
     assert config._op_args == (7,)
     assert config._all_op_args()[1:] == tuple(option.default_value for option in options[1:])
-    last = config.replace(confidence_dtype="logits")
+    last = config.replace(seed=1)
     assert last._op_args == last._all_op_args() and len(last._op_args) == len(options)
 
 

@@ -160,6 +160,9 @@ class DecodeConfig:
         """
         return (
             self.mask_id,
+            self.allow_mask_id,
+            self.confidence_dtype == "logits",
+            float(self.temperature),
             BASE_RULES.index(self.base),
             float(self.threshold),
             float(self.factor),
@@ -173,12 +176,9 @@ class DecodeConfig:
             self.temporal_steps or 0,
             float(self.temporal_threshold),
             TEMPORAL_EVALS.index(self.temporal_eval),
-            float(self.temperature),
             self.top_k or 0,
             1.0 if self.top_p is None else float(self.top_p),
             self.seed,
-            self.allow_mask_id,
-            self.confidence_dtype == "logits",
         )
 
     def _fail(self, error: type[Exception], field: str, allowed: str) -> None:

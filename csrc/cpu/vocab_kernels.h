@@ -4,7 +4,7 @@
 
 #include "../rules/confidence.h"
 #include "../rules/logits_view.h"
-#include "../rules/row_loss.h"
+#include "../rules/row_stats.h"
 
 namespace r2dllm::cpu {
 

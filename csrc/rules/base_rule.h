@@ -8,7 +8,7 @@
 
 namespace r2dllm {
 
-enum class BaseRule : int32_t { kThreshold, kSchedule, kFactor, kFirst, kBudget };
+enum class BaseRule : int32_t { kThreshold, kSchedule, kFactor, kFirst, kBudget, kCount };
 
 // Orders cells by falling confidence, ties by lowest index; 0 = no cell. Confidence is in [0, 1].
 R2D_HOST_DEVICE uint64_t cell_key(float confidence, int64_t cell) {

@@ -71,7 +71,7 @@ def update_stability_(
 @torch.library.register_fake("r2dllm::update_stability_")
 def _(
     streak_count, streak_id, streak_sum, streak_max, prediction, confidence, was_masked, is_masked,
-    steps, min_confidence, eval=0,
+    steps, min_confidence, mode=0,
 ):  # fmt: skip
     same_device("update_stability_", prediction, confidence=confidence, is_masked=is_masked)
     return prediction.new_empty(prediction.shape, dtype=torch.bool)
