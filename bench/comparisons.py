@@ -18,8 +18,8 @@ from baselines import (
     windows,
 )
 from gpu_kernels import other_ways
-from harness import Variant
 from shapes import Block, Shape, spiked_block
+from timing import Variant
 
 import r2dllm_ext as r2
 
@@ -159,17 +159,15 @@ def rule_case(op: str, shape: Shape, device: str) -> Case:
     least = config.spatial_threshold
     if op == "window_pool":
         limits = {"window": 3, "min_confidence": least, "max_unmasked": 1}
-        ours = lambda: r2.window_pool(confidence, masked, **limits)  # noqa: E731
-        authors = lambda: authors_windows(prediction, confidence, own.tokens, config)  # noqa: E731
-        vectorised = lambda: windows(confidence, masked, 3, least, 1)  # noqa: E731
+        ours = lambda: r2.window_pool(confidence, masked, **limits)
+        authors = lambda: authors_windows(prediction, confidence, own.tokens, config)
+        vectorised = lambda: windows(confidence, masked, 3, least, 1)
     elif op == "positional_ambiguity":
-        ours = lambda: r2.positional_ambiguity(  # noqa: E731
-            prediction, confidence, masked, min_confidence=least
-        )
-        authors = lambda: authors_runs(prediction, confidence, own.tokens, config)  # noqa: E731
-        vectorised = lambda: runs(prediction, confidence, masked, least, 2, "confidence")  # noqa: E731
+        ours = lambda: r2.positional_ambiguity(prediction, confidence, masked, min_confidence=least)
+        authors = lambda: authors_runs(prediction, confidence, own.tokens, config)
+        vectorised = lambda: runs(prediction, confidence, masked, least, 2, "confidence")
     else:
-        ours = lambda: r2.update_stability_(  # noqa: E731
+        ours = lambda: r2.update_stability_(
             block.state,
             prediction,
             confidence,
@@ -178,7 +176,7 @@ def rule_case(op: str, shape: Shape, device: str) -> Case:
             steps=config.temporal_steps,
             min_confidence=config.temporal_threshold,
         )
-        authors = lambda: advance_streaks(  # noqa: E731
+        authors = lambda: advance_streaks(
             prediction, confidence, own.tokens, masked, own.state, config
         )
         vectorised = None

@@ -18,19 +18,9 @@ from typing import Any
 import torch
 from bars import bar_table, held
 from baselines import authors_step
-from harness import (
-    Parser,
-    Variant,
-    duration,
-    environment,
-    fail,
-    fastest_read,
-    measure,
-    summary,
-    table,
-    use_device,
-    write_json,
-)
+from reading import fastest_read
+from report import Parser, duration, environment, fail, table, use_device, write_json
+from timing import Variant, measure, summary
 
 import r2dllm_ext as r2
 from r2dllm_ext.models import ModelConfig, Transformer
@@ -71,8 +61,8 @@ def step_variants(
         state.reset()
 
     def ways(name: str, model: Callable[..., Any]) -> list[Variant]:
-        forward = lambda: model(tokens, **options).logits  # noqa: E731
-        ours = lambda: r2.decode_step(forward(), tokens, state, config)  # noqa: E731
+        forward = lambda: model(tokens, **options).logits
+        ours = lambda: r2.decode_step(forward(), tokens, state, config)
         called = [
             Variant(f"forward {name}", forward, graph=False),
             Variant(f"ours {name}", ours, renew, graph=False),
@@ -162,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device == "cuda" and args.batch == 1 and not args.small:
         best = min((us, name) for name, us in median.items() if name in shares and "graph" in name)
         bars = [
-            held(f"{best[1]}: ms a step", best[0] * 1e-3, "<=", 6, 4.5),
+            held(f"{best[1]}: ms a step", best[0] * 1e-3, "<=", 6, aim=4.5),
             held(f"{best[1]}: share outside the forward", shares[best[1]], "<", 0.01),
         ]
     print(bar_table(bars))

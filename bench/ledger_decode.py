@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import Parser, environment, fail, table, wilson, write_json
+from report import Parser, environment, fail, table, wilson, write_json
 from torch import Tensor
 
 from r2dllm_ext import generate, load_model
@@ -248,8 +248,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="ledger_decode.py", description=__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="DIR", help="checkpoint; default: the bundled model")
     parser.add_argument("--prompts", type=int, help="for the presets; default 512, quick 16")
-    parser.add_argument("--curve-prompts", type=int,
-                        help="for other settings; 0 = no curve; default 128, quick 8")  # fmt: skip
+    parser.add_argument(
+        "--curve-prompts", type=int, help="for other settings; 0 = no curve; default 128, quick 8"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the prompts")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")

@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Z95, Parser, environment, fail, table, wilson, write_json
 from ledger_decode import BLOCK_LENGTH, METHODS
+from report import Z95, Parser, environment, fail, table, wilson, write_json
 from torch import Tensor
 
 from r2dllm_ext import corrupt, ledger, load_model, sft, token_confidence
@@ -126,9 +126,13 @@ def training_of(arm: str, seed: int, args: argparse.Namespace) -> sft.Training:
 
 
 def trained(
-    base: str, arm: str, seed: int, examples: list[sft.Example], folder: Path,
+    base: str,
+    arm: str,
+    seed: int,
+    examples: list[sft.Example],
+    folder: Path,
     args: argparse.Namespace,
-) -> Transformer:  # fmt: skip
+) -> Transformer:
     """The model of an arm and a seed; trained now, unless it is there."""
     if not (folder / "model").is_dir():
         training = training_of(arm, seed, args)
@@ -285,8 +289,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for seed, (model, numbers) in enumerate(models[arm]):
                 where = args.out / "evaluation" / f"{arm}-{name}-{seed}"
                 own = [tests[i] for i in numbers]
-                by_seed.append(decode(model, own, preset(WORDS.mask_id), where, args,
-                                      f"{arm} {name}"))  # fmt: skip
+                by_seed.append(
+                    decode(model, own, preset(WORDS.mask_id), where, args, f"{arm} {name}")
+                )
             results[name][arm] = measured(by_seed)
             if name == JUDGED_BY:
                 nfe[arm] = {
@@ -321,8 +326,14 @@ def curves(
             for x in sorted((*others, METHODS[name].own)):
                 config = DECODERS[name](WORDS.mask_id, threshold=x)
                 where = args.out / "curves" / f"{arm}-{name}-{x}"
-                records = decode(models[arm][0][0], tests[: args.curve_prompts], config, where,
-                                 args, f"{arm} {name} {x:g}")  # fmt: skip
+                records = decode(
+                    models[arm][0][0],
+                    tests[: args.curve_prompts],
+                    config,
+                    where,
+                    args,
+                    f"{arm} {name} {x:g}",
+                )
                 summary = sft.summarise(records)
                 points.append([x, summary["nfe"], summary["accuracy"]])
             found.setdefault(name, {})[arm] = points
@@ -334,8 +345,18 @@ def curves(
 
 def report(content: dict[str, Any]) -> str:
     rules = [rule.name.lower() for rule in Rule if rule]
-    header = ("decoder", "arm", "n", "correct", "95 % interval", "NFE", "vs base", "p90",
-              "tokens/NFE", *rules)  # fmt: skip
+    header = (
+        "decoder",
+        "arm",
+        "n",
+        "correct",
+        "95 % interval",
+        "NFE",
+        "vs base",
+        "p90",
+        "tokens/NFE",
+        *rules,
+    )
     rows = []
     for name, arms in content["results"].items():
         for arm, r in arms.items():
@@ -381,22 +402,33 @@ def plot(content: dict[str, Any], path: Path) -> None:
         for arm, points in arms.items():
             style = {"ls": "-" if name == JUDGED_BY else ":", "color": colours[arm], "marker": "o"}
             label = arm if name == JUDGED_BY else None
-            left.plot([p[1] for p in points], [100 * p[2] for p in points], ms=3, label=label,
-                      **style)  # fmt: skip
+            left.plot(
+                [p[1] for p in points], [100 * p[2] for p in points], ms=3, label=label, **style
+            )
     others = ", ".join(name for name in content["curves"] if name != JUDGED_BY)
-    left.set(xlabel="forwards per answer (mean)", ylabel="fully correct answers, %",
-             title=f"over thresholds ({JUDGED_BY} solid, {others} dotted)")  # fmt: skip
+    left.set(
+        xlabel="forwards per answer (mean)",
+        ylabel="fully correct answers, %",
+        title=f"over thresholds ({JUDGED_BY} solid, {others} dotted)",
+    )
     below = [0.0] * len(ARMS)
     for rule in (rule for rule in Rule if rule):
-        shares = [content["results"][JUDGED_BY][arm]["rule_share"][rule.name.lower()]
-                  for arm in ARMS]  # fmt: skip
+        shares = [
+            content["results"][JUDGED_BY][arm]["rule_share"][rule.name.lower()] for arm in ARMS
+        ]
         middle.bar(ARMS, shares, bottom=below, color=RULE_COLORS[rule], label=rule.name.lower())
         below = [a + b for a, b in zip(below, shares, strict=True)]
     middle.set(ylabel="share of the tokens", title=f"committed by ({JUDGED_BY})")
     right.plot([0, 1], [0, 1], color="#bbbbbb", lw=1)
     for arm, r in content["calibration"].items():
-        right.plot([b[1] for b in r["bins"]], [b[2] for b in r["bins"]], marker="o", ms=3,
-                   color=colours[arm], label=f"{arm} (ECE {r['ece']:.3f})")  # fmt: skip
+        right.plot(
+            [b[1] for b in r["bins"]],
+            [b[2] for b in r["bins"]],
+            marker="o",
+            ms=3,
+            color=colours[arm],
+            label=f"{arm} (ECE {r['ece']:.3f})",
+        )
     right.set(xlabel="confidence", ylabel="right", title="calibration on held-out answers")
     for axes in (left, middle, right):
         if axes.get_legend_handles_labels()[0]:
@@ -412,8 +444,13 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="ledger_sft.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="for all that is written, results.json among it")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for all that is written, results.json among it",
+    )
     parser.add_argument("--model", metavar="DIR", help="checkpoint; default: the bundled model")
     parser.add_argument("--seeds", type=int, help="default 3, quick 1")
     parser.add_argument("--prompts", type=int, help="to test on; default 512, quick 32")
@@ -426,21 +463,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of training; default 240, quick 20")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--autocast", action="store_true", help="train in bfloat16")
-    parser.add_argument("--curve-prompts", type=int,
-                        help="for other thresholds; 0 = none; default 128, quick 0")  # fmt: skip
+    parser.add_argument(
+        "--curve-prompts", type=int, help="for other thresholds; 0 = none; default 128, quick 0"
+    )
     parser.add_argument("--calibration", type=int, default=256, help="held-out answers for it")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="dual")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--quick", action="store_true", help="under 5 minutes; proves nothing")
     args = parser.parse_args(arguments)
-    defaults = {"seeds": (3, 1), "prompts": (512, 32), "pool": (1024, 96), "steps": (240, 20),
-                "curve_prompts": (128, 0)}  # fmt: skip
+    defaults = {
+        "seeds": (3, 1),
+        "prompts": (512, 32),
+        "pool": (1024, 96),
+        "steps": (240, 20),
+        "curve_prompts": (128, 0),
+    }
     for name, (full, quick) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
-    least = {"seeds": 1, "prompts": 2, "pool": 2, "steps": 1, "curve_prompts": 0, "batch": 1,
-             "calibration": 1, "threads": 1}  # fmt: skip
+    least = {
+        "seeds": 1,
+        "prompts": 2,
+        "pool": 2,
+        "steps": 1,
+        "curve_prompts": 0,
+        "batch": 1,
+        "calibration": 1,
+        "threads": 1,
+    }
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -457,8 +508,19 @@ def main(arguments: list[str] | None = None) -> None:
     for package in ("tqdm", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             fail(f"needs {package}: pip install {package}")
-    names = ("seeds", "prompts", "pool", "quantile", "steps", "learning_rate", "autocast",
-             "curve_prompts", "calibration", "batch", "cache")  # fmt: skip
+    names = (
+        "seeds",
+        "prompts",
+        "pool",
+        "quantile",
+        "steps",
+        "learning_rate",
+        "autocast",
+        "curve_prompts",
+        "calibration",
+        "batch",
+        "cache",
+    )
     chosen = {name: getattr(args, name) for name in names}
     chosen["training"] = {arm: dataclasses.asdict(training_of(arm, 0, args)) for arm in ARMS[1:]}
     began, goes_on = time.perf_counter(), (args.out / "settings.json").exists()

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from comparisons import Case, Disagreement
-from harness import Variant, as_words, on_cuda, optional
+from report import on_cuda, optional
 from shapes import Shape
+from timing import Variant, as_words
 from torch import Tensor
 
 import r2dllm_ext as r2
@@ -78,7 +79,7 @@ class LogitsProblem:
 
 def logits_variants(problem: LogitsProblem) -> list[Variant]:
     """What needs no compiler and no other library; ours first."""
-    inplace = lambda z, t: r2.sft_loss(z, t, inplace_backward=True)  # noqa: E731
+    inplace = lambda z, t: r2.sft_loss(z, t, inplace_backward=True)
     return [
         problem.variant("ours", inplace),
         problem.variant("out of place", r2.sft_loss),
@@ -91,8 +92,9 @@ def sft_loss_case(
 ) -> Case:
     problem = LogitsProblem(shape, dtype, share, device)
     variants, skipped = logits_variants(problem), {}
-    add_compiled(variants, skipped, compiled, lambda f: problem.variant("compiled", f),
-                 F.cross_entropy)  # fmt: skip
+    add_compiled(
+        variants, skipped, compiled, lambda f: problem.variant("compiled", f), F.cross_entropy
+    )
     skipped["liger"] = optional("liger_kernel") or on_cuda(device)
     if skipped["liger"] is None:
         from liger_kernel.transformers import LigerCrossEntropyLoss
@@ -158,7 +160,7 @@ def hidden_variants(problem: HiddenProblem) -> list[Variant]:
     ]
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
-        chunked = lambda h, w, t: F.linear_cross_entropy(h, w, t, options=options)  # noqa: E731
+        chunked = lambda h, w, t: F.linear_cross_entropy(h, w, t, options=options)
         variants.append(problem.variant("torch chunked", chunked, graph=False))
     return variants
 
@@ -170,14 +172,15 @@ def linear_sft_loss_case(
         variants, skipped = hidden_variants(problem), {}
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             skipped["torch chunked"] = f"torch {torch.__version__} is older than 2.13"
-        add_compiled(variants, skipped, compiled, lambda f: problem.variant("compiled", f),
-                     eager_linear)  # fmt: skip
+        add_compiled(
+            variants, skipped, compiled, lambda f: problem.variant("compiled", f), eager_linear
+        )
         skipped["liger"] = optional("liger_kernel") or on_cuda(device)
         if skipped["liger"] is None:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
             liger = LigerFusedLinearCrossEntropyLoss()
-            call = lambda h, w, t: liger(w, h, t)  # noqa: E731
+            call = lambda h, w, t: liger(w, h, t)
             variants.append(problem.variant("liger", call, graph=False))
         skipped["cce"] = optional("cut_cross_entropy") or on_cuda(device)
         if skipped["cce"] is None:

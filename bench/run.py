@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bars import Bar, bar_table, cpu_bars, cuda_bars
+from bars import SPEEDS, Bar, bar_table, cpu_bars, cuda_bars
 from comparisons import (
     Disagreement,
     decode_step_case,
@@ -18,25 +18,12 @@ from comparisons import (
     rule_case,
     token_confidence_case,
 )
-from harness import (
-    Parser,
-    Variant,
-    cache_state,
-    device_work,
-    duration,
-    environment,
-    fail,
-    fastest_read,
-    measure,
-    mebibytes,
-    summary,
-    table,
-    use_device,
-    write_json,
-)
 from loss import CASES, LOSSES, SHARES, WIDTH, returned_bytes
 from memory import peak_memory
+from reading import fastest_read
+from report import Parser, duration, environment, fail, mebibytes, table, use_device, write_json
 from shapes import DTYPES, NAMED, TINY, Shape, parse_shape, spiked_block
+from timing import Variant, cache_state, device_work, measure, summary
 
 COLUMNS = ("ours", "authors", "vectorised", "compiled", "softmax", "triton", "flashinfer", "read")
 RULES = ("window_pool", "positional_ambiguity", "update_stability")
@@ -97,7 +84,7 @@ def run_loss(row: Row, args: Any) -> dict[str, Any]:
 
 
 def check_and_time(op: str, shape: Shape, dtype: str, args: Any, timed: bool) -> dict[str, Any]:
-    before = lambda: None  # noqa: E731
+    before = lambda: None
     if op in RULES:
         case = rule_case(op, shape, args.device)
     else:
@@ -172,10 +159,11 @@ def cases(args: argparse.Namespace) -> list[Row]:
 def step_table(records: list[dict[str, Any]]) -> str:
     """Without the columns that no record has."""
     there = [name for name in COLUMNS[1:-1] if any(name in r.get("columns", {}) for r in records)]
-    header = (
-        "op", "B", "L", "V", "dtype", "ours", "IQR", "GB/s", "of read",
-        *(word for name in there for word in (name, "x")), "read", "peak MiB", "authors MiB",
-    )  # fmt: skip
+    header = [
+        *("op", "B", "L", "V", "dtype", "ours", "IQR", "GB/s", "of read"),
+        *(word for name in there for word in (name, "x")),
+        *("read", "peak MiB", "authors MiB"),
+    ]
     return table(header, [line(record, there) for record in records], left=1)
 
 
@@ -199,9 +187,9 @@ def line(record: dict[str, Any], others: list[str]) -> list[str]:
 
 
 LOSS_HEADER = (
-    "op", "rows", "V", "dtype", "with loss", "variant", "time", "IQR", "x", "error of loss",
-    "of gradient", "peak MiB",
-)  # fmt: skip
+    *("op", "rows", "V", "dtype", "with loss", "variant", "time", "IQR", "x"),
+    *("error of loss", "of gradient", "peak MiB"),
+)
 
 
 def loss_lines(record: dict[str, Any]) -> Iterator[list[str]]:
@@ -212,11 +200,15 @@ def loss_lines(record: dict[str, Any]) -> Iterator[list[str]]:
     for name, column in record["columns"].items():
         errors = record["errors"].get(name, {})
         yield [
-            *where, f"{record['share']} %", name, duration(column["median_us"]),
-            duration(column["q3_us"] - column["q1_us"]), f"{record['ratio'][name]:.3g}",
+            *where,
+            f"{record['share']} %",
+            name,
+            duration(column["median_us"]),
+            duration(column["q3_us"] - column["q1_us"]),
+            f"{record['ratio'][name]:.3g}",
             *(f"{errors[of]:.1e}" if errors else "-" for of in ("loss", "gradient")),
             mebibytes(peaks.get(name)),
-        ]  # fmt: skip
+        ]
 
 
 def report(records: list[dict[str, Any]], bars: list[Bar]) -> None:
@@ -259,26 +251,58 @@ def report(records: list[dict[str, Any]], bars: list[Bar]) -> None:
     print(bar_table(bars))
 
 
+def held_against(instruction_set: str, threads: int) -> str:
+    """Which bars these were."""
+    if instruction_set not in SPEEDS:
+        return f"bars: none of speed, as nothing was recorded for {instruction_set}"
+    return f"bars: those of {instruction_set}, recorded with 2 threads; this run had {threads}"
+
+
 # ---- command line ----------------------------------------------------------------------------
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="run.py", description="Benchmarks of the ops.")
-    parser.add_argument("--op", action="append", choices=(*OPS, "all"),
-                        help="repeatable; default decode_step and overhead")  # fmt: skip
-    parser.add_argument("--shape", action="append", metavar="NAME|B,L,V",
-                        help=f"repeatable; names: {', '.join(NAMED)}")  # fmt: skip
+    parser.add_argument(
+        "--op",
+        action="append",
+        choices=(*OPS, "all"),
+        help="repeatable; default decode_step and overhead",
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="NAME|B,L,V",
+        help=f"repeatable; names: {', '.join(NAMED)}",
+    )
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable")
-    parser.add_argument("--share", action="append", type=int, choices=SHARES,
-                        help="percent of the rows that carry loss; repeatable")  # fmt: skip
+    parser.add_argument(
+        "--share",
+        action="append",
+        type=int,
+        choices=SHARES,
+        help="percent of the rows that carry loss; repeatable",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
-    parser.add_argument("--cache", choices=("warm", "cold"), default="warm",
-                        help="a call finds the logits just read, or swept caches")  # fmt: skip
-    parser.add_argument("--memory", choices=("auto", "on", "off"), default="auto",
-                        help="auto: all decode_step rows; if quick, llada-8 alone")  # fmt: skip
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                        help="the torch.compile column; default: unless quick")  # fmt: skip
+    parser.add_argument(
+        "--cache",
+        choices=("warm", "cold"),
+        default="warm",
+        help="a call finds the logits just read, or swept caches",
+    )
+    parser.add_argument(
+        "--memory",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="auto: all decode_step rows; if quick, llada-8 alone",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the torch.compile column; default: unless quick",
+    )
     parser.add_argument("--seconds", type=float, help="per row; default 4, quick 1")
     parser.add_argument("--quick", action="store_true", help="few rows, under 30 s")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -319,12 +343,16 @@ def main(arguments: list[str] | None = None) -> None:
             except Disagreement as error:
                 print(f"run.py: {error}")
                 raise SystemExit(1) from None
-    bars = cuda_bars(records, args.cache) if args.device == "cuda" else cpu_bars(records)
+    machine = environment(args.device)
+    used = machine["machine"]["instruction_set"]
+    bars = cuda_bars(records, args.cache) if args.device == "cuda" else cpu_bars(records, used)
     print()
     report(records, bars)
+    if args.device == "cpu":
+        print(held_against(used, args.threads))
     print(f"{time.perf_counter() - began:.0f} s")
     settings = {key: getattr(args, key) for key in ("threads", "cache", "seconds", "quick")}
-    content = {"schema": 1, **environment(args.device), "settings": settings}
+    content = {"schema": 1, **machine, "settings": settings}
     write_json(args.json, content | {"records": records, "bars": bars})
 
 

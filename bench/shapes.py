@@ -55,8 +55,23 @@ def parse_shape(text: str) -> Shape:
 # THRESHOLD, three WINDOW, a gap, an AMBIGUITY (two cells, one prediction), a gap, a STABILITY (its
 # streak is two steps old), undecided cells. Far enough from 0.8 and 0.9 for bfloat16 logits.
 _PATTERN = (
-    0.97, 0.85, 0.85, 0.85, 0.25, 0.85, 0.35, 0.2, 0.25, 0.85, 0.2, 0.3, 0.25, 0.2, 0.35, 0.2
-)  # fmt: skip
+    0.97,
+    0.85,
+    0.85,
+    0.85,
+    0.25,
+    0.85,
+    0.35,
+    0.2,
+    0.25,
+    0.85,
+    0.2,
+    0.3,
+    0.25,
+    0.2,
+    0.35,
+    0.2,
+)
 _AMBIGUOUS, _STABLE = 5, 9
 # In every second row no cell reaches the threshold, so that the best one is FORCED.
 _BEST, _SECOND = 0.88, 0.86

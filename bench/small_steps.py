@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from harness import Parser, fail, use_device
+from report import Parser, fail, use_device
 
 import r2dllm_ext as r2
 
@@ -57,9 +57,14 @@ def check(
             twice = r2.DecodeState(*shape, device=where)
             for _ in range(2):
                 old = r2.update_stability_(
-                    twice, prediction, confidence, was_masked=masked, is_masked=masked,
-                    steps=2, min_confidence=0.1,
-                )  # fmt: skip
+                    twice,
+                    prediction,
+                    confidence,
+                    was_masked=masked,
+                    is_masked=masked,
+                    steps=2,
+                    min_confidence=0.1,
+                )
             half = vocab // 2
             parts = [
                 r2.vocab_statistics(part, first_id=first, exclude_id=MASK).values

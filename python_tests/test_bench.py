@@ -148,7 +148,7 @@ def test_rules_alone_agree(r2, op):
     assert names == ["ours", "authors", "vectorised"][: 3 - (op == "update_stability")]
 
 
-# ---- the harness -----------------------------------------------------------------------------
+# ---- timing and report -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_rules_alone_agree(r2, op):
     ],
 )
 def test_wilson_interval(successes, n, low, high):
-    from harness import wilson
+    from report import wilson
 
     assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_edges():
-    from harness import wilson
+    from report import wilson
 
     assert wilson(0, 0) == (0.0, 1.0)
     low, high = wilson(500_000, 1_000_000)
@@ -180,7 +180,7 @@ def test_wilson_edges():
 
 def test_measure_is_fair():
     """Every call is renewed and preceded by `before`, and no variant is starved."""
-    from harness import Variant, measure
+    from timing import Variant, measure
 
     log = []
     variants = [
@@ -196,7 +196,7 @@ def test_measure_is_fair():
 
 def test_reads_cover_every_byte():
     """The words that the read-only pass goes over are the whole buffer, whatever its size."""
-    from harness import as_words
+    from timing import as_words
 
     for columns in (1, 2, 3, 8):
         for dtype in (torch.bfloat16, torch.float32):
@@ -205,7 +205,7 @@ def test_reads_cover_every_byte():
 
 
 def test_summary_is_exact():
-    from harness import summary
+    from timing import summary
 
     assert summary([1.0, 2.0, 3.0, 4.0, 5.0]) == {
         "median_us": 3.0,
@@ -217,34 +217,95 @@ def test_summary_is_exact():
     }
 
 
-def test_bars():
-    from bars import bar_table, cpu_bars, cuda_bars
-    from shapes import NAMED, TINY
+def record(op, shape, dtype, **rest):
+    return {"op": op, "shape": shape._asdict(), "dtype": dtype, **rest}
 
-    def record(op, shape, dtype, **rest):
-        return {"op": op, "shape": shape._asdict(), "dtype": dtype, **rest}
+
+def verdicts(bars) -> dict[str, bool]:
+    """Of the bars that were measured."""
+    return {bar["bar"]: bar["passed"] for bar in bars if bar["passed"] is not None}
+
+
+def test_bars_of_an_instruction_set():
+    from bars import bar_table, cpu_bars
+    from shapes import NAMED, TINY
 
     records = [
         record("decode_step", NAMED["llada-1"], "bf16", ratio={"authors": 60.0, "softmax": 9.0}),
         record("decode_step", NAMED["llada-8"], "bf16", extra_peak_bytes={"ours": 2**20}),
-        record("overhead", TINY, "fp32", columns={"ours": {"median_us": 30.0}}),
+        record("overhead", TINY, "fp32", columns={"ours": {"median_us": 20.1}}),
         record("sft_loss", NAMED["llada-8"], "fp32", share=100, ratio={"eager": 9.0}),
-        record("sft_loss", NAMED["llada-8"], "bf16", share=50, ratio={"eager": 5.0},
-               extra_peak_bytes={"ours": 2**20}),
-    ]  # fmt: skip
-    held = cpu_bars(records)
-    assert [bar["passed"] for bar in held[:7]] == [True, False, None, True, False, False, True]
-    assert all(bar["passed"] is None for bar in held[7:])
-    assert held[3]["value"] == 1.0
-    assert bar_table(held).count("FAIL") == 3 and bar_table(held[2:3]) == ""
+        record(
+            "sft_loss",
+            NAMED["llada-8"],
+            "bf16",
+            share=50,
+            ratio={"eager": 5.0},
+            extra_peak_bytes={"ours": 2**20 + 1},
+        ),
+    ]
+    everywhere = {
+        "decode_step 8 x 32 x 126464 bf16: extra peak memory, MiB": True,
+        "sft_loss 256 x 126464 bf16, half ignored: extra peak memory, MiB": False,
+        "overhead of a call, us": False,
+    }
+    assert verdicts(cpu_bars(records, "portable")) == everywhere
+    assert verdicts(cpu_bars(records, "avx512")) == everywhere | {
+        "decode_step 1 x 32 x 126464 bf16: times faster than authors": True,
+        "decode_step 1 x 32 x 126464 bf16: times faster than softmax": False,
+        "sft_loss 256 x 126464 bf16, half ignored: times faster than eager": False,
+    }
+    assert verdicts(cpu_bars(records, "avx2")) == everywhere | {
+        "decode_step 1 x 32 x 126464 bf16: times faster than authors": True,
+        "decode_step 1 x 32 x 126464 bf16: times faster than softmax": True,
+        "sft_loss 256 x 126464 bf16, half ignored: times faster than eager": True,
+    }
+    assert bar_table(cpu_bars(records, "avx512")).count("FAIL") == 4
+    assert bar_table(cpu_bars([], "avx512")) == ""
+
+
+def test_a_call_may_cost_six_small_operations():
+    from bars import cpu_bars
+    from shapes import TINY
+
+    columns = {"ours": {"median_us": 23.9}, "torch_add": {"median_us": 4.0}}
+    assert verdicts(cpu_bars([record("overhead", TINY, "fp32", columns=columns)], "avx2")) == {
+        "overhead of a call, us": True
+    }
+
+
+def test_recorded_runs_hold_the_bars_of_their_instruction_set():
+    from bars import SPEEDS, cpu_bars, find, ratio
+    from shapes import NAMED
+
+    runs = [json.loads(path.read_text()) for path in (BENCH / "results").glob("*_cpu_*.json")]
+    recorded = {run["machine"]["instruction_set"] for run in runs}
+    assert {"avx512"} <= recorded <= set(SPEEDS)
+    for instruction_set in recorded:
+        own = [run for run in runs if run["machine"]["instruction_set"] == instruction_set]
+        records = [record for run in own for record in run["records"]]
+        assert all(verdicts(cpu_bars(records, instruction_set)).values())
+        for (op, rows, dtype, other), speed in SPEEDS[instruction_set].items():
+            value = ratio(find(records, op, NAMED[f"llada-{rows}"], dtype), other)
+            assert value == pytest.approx(speed.recorded, rel=1e-3) and speed.least < value
+
+
+def test_bars_of_a_card():
+    from bars import cuda_bars
+    from shapes import NAMED
 
     records = [
-        record("decode_step", NAMED["llada-1"], "bf16", ratio={"authors": 199.0},
-               columns={"ours": {"median_us": 8.0}},
-               device_work={"ours": {"launches": 2.0, "host_syncs": 0.0}}),
+        record(
+            "decode_step",
+            NAMED["llada-1"],
+            "bf16",
+            ratio={"authors": 199.0},
+            columns={"ours": {"median_us": 8.0}},
+            device_work={"ours": {"launches": 2.0, "host_syncs": 0.0}},
+        ),
         record("decode_step", NAMED["llada-8"], "bf16", columns={"ours": {"median_us": 22.5}}),
         record("sft_loss", NAMED["llada-64"], "bf16", share=50, ratio={"read + write": 0.9}),
-    ]  # fmt: skip
+    ]
     warm, cold = (cuda_bars(records, cache) for cache in ("warm", "cold"))
     assert [bar["passed"] for bar in warm] == [True, True, False, True, True, None, None, None]
     assert [bar["passed"] for bar in cold[3:6]] == [False, None, True]
@@ -270,12 +331,30 @@ def test_memory_of_a_known_size(r2):
 def test_quick_run(r2, tmp_path):
     out = tmp_path / "bench.json"
     done = run(
-        "run.py", "--quick", "--shape", "2,32,512", "--op", "decode_step", "--op", "overhead",
-        "--op", "token_confidence", "--op", "window_pool", "--seconds", "0.05", "--memory", "off",
-        "--threads", "1", "--json", str(out),
-    )  # fmt: skip
+        "run.py",
+        "--quick",
+        "--shape",
+        "2,32,512",
+        "--op",
+        "decode_step",
+        "--op",
+        "overhead",
+        "--op",
+        "token_confidence",
+        "--op",
+        "window_pool",
+        "--seconds",
+        "0.05",
+        "--memory",
+        "off",
+        "--threads",
+        "1",
+        "--json",
+        str(out),
+    )
     assert done.returncode == 0, done.stderr
-    assert "overhead of a call" in done.stdout
+    used = r2.build_info()["cpu_in_use"]
+    assert "overhead of a call" in done.stdout and used in done.stdout.split("bars: ")[1]
     content = json.loads(out.read_text())
     assert {"schema", "machine", "versions", "commit", "command", "settings", "bars"} <= set(
         content
@@ -314,7 +393,7 @@ def test_a_step_with_its_forward(r2, tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_read_kernel_compiles(tmp_path):
-    from gpu_kernels import compile_read
+    from reading import compile_read
 
     assert compile_read("90", tmp_path).stat().st_size > 0
 
@@ -493,16 +572,18 @@ def test_calibration_error():
     ],
 )
 def test_success_is_what_was_stated(lean_nfe, lean_right, random_nfe, failed):
-    from harness import wilson
     from ledger_sft import verdict
+    from report import wilson
 
     n = 100
     results = {
         "base": {"nfe": 10.0, "accuracy": 0.6, "wilson95": wilson(60, n)},
         "lean": {"nfe": lean_nfe, "accuracy": lean_right / n},
     }
-    nfe = {"lean": {i: lean_nfe + i % 2 for i in range(n)},
-           "random": {i: random_nfe + i % 2 - 0.5 * (i % 3 == 0) for i in range(n)}}  # fmt: skip
+    nfe = {
+        "lean": {i: lean_nfe + i % 2 for i in range(n)},
+        "random": {i: random_nfe + i % 2 - 0.5 * (i % 3 == 0) for i in range(n)},
+    }
     if failed == "fewer_forwards_than_random":
         nfe["random"] = nfe["lean"]
     got = verdict("lean", results, nfe)

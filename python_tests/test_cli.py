@@ -396,52 +396,6 @@ def test_trace_of_ids_as_svg(run, foreign, tmp_path):
     assert result.status == 0 and out.read_text().lstrip().startswith("<?xml")
 
 
-def script(table: dict[tuple[int, int], tuple[int, float]], vocabulary: int = 6):
-    """A model that predicts, in forward n, `table[n, cell] = (token, probability)`, else 0 at 0.3.
-
-    Also [B, T] ids are all it reads; rows of a batch are treated alike.
-    """
-    calls = []
-
-    def model(ids):
-        n = len(calls)
-        calls.append(n)
-        rest = torch.full((ids.shape[1], vocabulary), 0.7 / (vocabulary - 1))
-        rest[:, 0] = 0.3
-        for (step, cell), (token, p) in table.items():
-            if step == n:
-                rest[cell] = (1 - p) / (vocabulary - 1)
-                rest[cell, token] = p
-        return SimpleNamespace(logits=rest.log().expand(len(ids), -1, -1))
-
-    return model
-
-
-def test_redundancies_are_found():
-    from r2dllm_ext.trace_plot import _history, _redundancies
-
-    # Prompt of one token; cell 1 is position 0. Nothing but the best cell is committed.
-    table = {
-        (0, 1): (1, 0.99), (0, 2): (2, 0.85), (0, 3): (3, 0.84), (0, 4): (3, 0.4),
-        (1, 2): (2, 0.89), (1, 3): (2, 0.86), (1, 4): (3, 0.5),
-        (2, 3): (3, 0.88), (2, 4): (3, 0.5),
-        (3, 4): (3, 0.95),
-    }  # fmt: skip
-    config = DecodeConfig.vanilla(5)
-    out = generate(
-        script(table), torch.tensor([[4]]), gen_length=4, block_length=4, config=config, trace=True
-    )
-    assert out.sequences.tolist() == [[4, 1, 2, 3, 3]]
-    history = _history(out.trace, 0)
-    marks = _redundancies(history, config.replace(confidence_cluster_size=2))
-    # Position 2 says 3, 2, 3: only what it says from its last change on counts as stalled.
-    assert np.argwhere(marks.stalled).tolist() == [[0, 1], [0, 3], [1, 3], [2, 3]]
-    # A window of 2 may hold one committed cell; (0.85, 0.84) is confident, (0.86, 0.5) is not.
-    assert np.argwhere(marks.window).tolist() == [[0, 1], [0, 2], [1, 2]]
-    # (3, 3) in step 0 with 0.84 > 0.8; in step 2 the best of (3, 3) is committed by the base rule.
-    assert marks.runs == [(0, range(2, 4), True)]
-
-
 def random_trace(batch: int = 2, **options):
     model, words = tiny(), Tokenizer()
     prompt = torch.tensor([words.encode("to the")] * batch)

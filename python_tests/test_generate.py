@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import r2dllm_ext as r2
-from r2dllm_ext import generation
+from r2dllm_ext import generation, step_graph
 
 MASK, STOP, VOCAB = 9, 8, 10
 
@@ -83,10 +83,20 @@ def test_the_stop_token_alone_does_not_finish_a_row():
     model = Scripted([[1, 2, STOP, STOP]], 1, logit=3.0)
     seen = []
     result = run(
-        model, torch.tensor([[0]]), gen_length=4, stop_id=STOP, on_step=seen.append,
-        config=r2.DecodeConfig(MASK, base="budget", error_budget=0.0, confidence_cluster_size=0,
-                               token_cluster=None, temporal_steps=0),
-    )  # fmt: skip
+        model,
+        torch.tensor([[0]]),
+        gen_length=4,
+        stop_id=STOP,
+        on_step=seen.append,
+        config=r2.DecodeConfig(
+            MASK,
+            base="budget",
+            error_budget=0.0,
+            confidence_cluster_size=0,
+            token_cluster=None,
+            temporal_steps=0,
+        ),
+    )
     assert result.sequences.tolist() == [[0, 1, 2, STOP, STOP]]
     assert result.nfe == 3 == len(seen)
 
@@ -232,7 +242,10 @@ def test_bad_prompt_and_bad_model():
         run(Scripted([[1] * 8], 1), torch.tensor([[0]], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"prompt takes shape \[B, P\], got \[3\]"):
         run(Scripted([[1] * 8], 1), torch.tensor([0, 0, 0]))
-    short = lambda ids: SimpleNamespace(logits=torch.zeros(1, 3, VOCAB))  # noqa: E731
+
+    def short(ids):
+        return SimpleNamespace(logits=torch.zeros(1, 3, VOCAB))
+
     with pytest.raises(ValueError, match=r"has to return logits \[1, 9, V\], got \[1, 3, 10\]"):
         run(short, torch.tensor([[0]]))
 
@@ -331,9 +344,9 @@ class RecordedLoop:
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
-    monkeypatch.setattr(generation, "StepGraph", RecordedGraph)
-    monkeypatch.setattr(generation, "LoopGraph", RecordedLoop)
-    monkeypatch.setattr(generation, "_check_graph", lambda kind, device, **options: None)
+    monkeypatch.setattr(step_graph, "StepGraph", RecordedGraph)
+    monkeypatch.setattr(step_graph, "LoopGraph", RecordedLoop)
+    monkeypatch.setattr(generation, "check_graph", lambda kind, device, **options: None)
     RecordedGraph.made = RecordedGraph.replays = RecordedGraph.reports = 0
     return RecordedGraph
 
@@ -370,8 +383,11 @@ def test_the_loop_over_graphs_decodes_the_same_tokens(graphs_on_cpu, temperature
 @pytest.mark.parametrize("preset", ["vanilla", "r2"])
 def test_graphs_stop_where_the_plain_loop_stops(graphs_on_cpu, preset, kind):
     """Equal tokens, though a finished row stays in the batch; no step once all are finished."""
-    answers = [[1, 2, STOP, 4, 5, 6, 7, 1, 0, 0, 0, 0], [1, 2, 3, 4, STOP, 5, 5, 5, 0, 0, 0, 0],
-               [7, STOP, 1, 2] * 3]  # fmt: skip
+    answers = [
+        [1, 2, STOP, 4, 5, 6, 7, 1, 0, 0, 0, 0],
+        [1, 2, 3, 4, STOP, 5, 5, 5, 0, 0, 0, 0],
+        [7, STOP, 1, 2] * 3,
+    ]
     prompt = torch.tensor([[0], [1], [2]])
     options = {
         "gen_length": 12,
@@ -410,7 +426,7 @@ def test_cuda_graph_errors():
     with pytest.raises(ValueError, match="cuda_graph takes False, True or 'loop', got 'yes'"):
         run(model, prompt, cuda_graph="yes")
     model.device = "cuda"
-    if not generation.HAS_LOOPS:
+    if not step_graph.HAS_LOOPS:
         with pytest.raises(ValueError, match="'loop' with torch 2.15 or newer"):
             run(model, prompt, cuda_graph="loop")
     for options in ({"on_step": print}, {"trace": True}, {"progress": True}):
@@ -425,7 +441,7 @@ def test_cuda_graph_errors():
 @pytest.mark.parametrize("kind", [True, "loop"])
 @pytest.mark.parametrize("graphs", ["recorded", "cuda"])
 def test_graphs_on_the_ledger_model(request, graphs, cache, shift, temperature, stop, kind):
-    if graphs == "cuda" and kind == "loop" and not generation.HAS_LOOPS:
+    if graphs == "cuda" and kind == "loop" and not step_graph.HAS_LOOPS:
         pytest.skip("torch is older than 2.15")
     on_cuda = graphs == "cuda"
     device = request.getfixturevalue("cuda") if on_cuda else "cpu"

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`redundancy_score` on scripted traces, with answers worked out by hand."""
+"""`redundancy_score` on scripted traces, worked out by hand, and its cells in a picture."""
 
 import pytest
 import torch
 
 from r2dllm_ext import DecodeConfig, Rule, generate, load_model, redundancy_score
+from r2dllm_ext.redundancy import redundant_cells
 from r2dllm_ext.trace import Trace
+from r2dllm_ext.trace_plot import plot_trace
 
 CONFIG = DecodeConfig.r2(99)  # windows of 3, mean 0.8, at most 1 committed; runs of 2
 T, W, C, S = Rule.THRESHOLD, Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY
@@ -64,9 +66,13 @@ def score(trace, config=CONFIG, **options):
 
 def expect(got, tokens, *, total, stability, window, ambiguity, nfe, rules=0):
     want = {
-        "total": total, "stability": stability, "window": window, "ambiguity": ambiguity,
-        "nfe_per_token": nfe, "rule_count": rules,
-    }  # fmt: skip
+        "total": total,
+        "stability": stability,
+        "window": window,
+        "ambiguity": ambiguity,
+        "nfe_per_token": nfe,
+        "rule_count": rules,
+    }
     assert got == {name: [pytest.approx(n / tokens)] for name, n in want.items()}
 
 
@@ -233,6 +239,39 @@ def test_real_decodes_keep_what_the_definition_promises():
         assert (got.rule_count > 0).any() == (preset == "r2")
 
 
+def test_the_picture_draws_the_cells_that_are_scored():
+    """Dots, bars and frames of a row are its redundant cells, by position and step of the row."""
+    lean = [(0, [(1, 0.9, T), (2, 0.9, T), (3, 0.9, T), (4, 0.9, T)])]
+    busy = [
+        (0, [(1, 0.9, T), (2, 0.875), (2, 0.85), (2, 0.1)]),
+        (0, [None, (2, 0.9, T), (3, 0.7), (3, 0.4)]),
+        (0, [None, None, (2, 0.9, S), (3, 0.9, W)]),
+        (1, [(5, 0.9, T), (6, 0.85), (6, 0.81), (7, 0.9, T)]),
+        (1, [None, (6, 0.9, T), (8, 0.9, T), None]),
+    ]
+    trace = scripted(lean, busy)
+    cells = redundant_cells(trace, CONFIG)
+    marked = {
+        name: [(i + 4 * int(trace.block[s]), s) for s, i in mask[:, 1].nonzero().tolist()]
+        for name, mask in cells._asdict().items()
+    }
+    assert marked == {
+        "stability": [(1, 0), (3, 1), (5, 3)],
+        "window": [(1, 0), (2, 0), (5, 3), (6, 3)],
+        "ambiguity": [(2, 0), (3, 0), (6, 3)],
+    }
+    assert not any(mask[:, 0].any() for mask in cells)
+
+    bars, frames, dots = plot_trace(trace, row=1, config=CONFIG).axes[0].collections[-3:]
+    drawn = []
+    for (left, y), (right, _) in bars.get_segments():
+        drawn += [(x, round(y)) for x in range(round(left + 0.5), round(right + 0.5))]
+    assert drawn == marked["window"]
+    boxes = [path.get_extents().get_points().mean(0).round() for path in frames.get_paths()]
+    assert [tuple(map(int, box)) for box in boxes] == marked["ambiguity"]
+    assert [tuple(map(int, dot)) for dot in dots.get_offsets()] == marked["stability"]
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -248,3 +287,6 @@ def test_errors(change, error, message):
     with pytest.raises(error) as raised:
         redundancy_score(**(arguments | change))
     assert str(raised.value).startswith("redundancy_score: ") and message in str(raised.value)
+    with pytest.raises(error) as raised:
+        redundant_cells(**(arguments | change))
+    assert str(raised.value).startswith("redundant_cells: ") and message in str(raised.value)

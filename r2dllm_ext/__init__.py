@@ -55,7 +55,8 @@ __all__ = [
 # torch, here and now; without it whoever asks for an op is told how to build.
 if find_spec("._built_with", __name__) is not None:
     from ._library import build_info
-    from .generation import Generation, NoProgressError, StepEvent, generate
+    from .decode_progress import NoProgressError
+    from .generation import Generation, StepEvent, generate
     from .ops import (
         DecodeStep,
         RowStats,

@@ -102,7 +102,7 @@ def corrupt(
         blocks = (answer_mask.sum(1) + block_length - 1).div(block_length, rounding_mode="floor")
         chosen = (uniform(seed, row, step, 0, Draw.BLOCK) * blocks).long()[:, None]
         active, behind = answer_mask & (block == chosen), answer_mask & (block > chosen)
-    if mode == "trajectory":
+    if commit_step is not None:  # mode "trajectory"
         cell = (rank - chosen * block_length).clamp(0, block_length - 1)
         masked = _latest(commit_step, active, cell, t, block_length)
         t = masked.sum(1, keepdim=True).double() / active.sum(1, keepdim=True).clamp(min=1)

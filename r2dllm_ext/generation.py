@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from .config import DecodeConfig
+from .decode_progress import BlockProgress, finished_rows
 from .model_driver import CACHES, ModelDriver
 from .ops import DecodeStep, decode_step
 from .state import DecodeState
-from .step_graph import HAS_LOOPS, LoopCounters, LoopGraph, StepGraph, replay_until
+from .step_graph import check_graph, generate_by_graph
 from .trace import Trace, TraceRecorder
 
 
@@ -34,23 +35,6 @@ class StepEvent(NamedTuple):
     rows: list[int]  # rows of the batch that are still being decoded
     step: DecodeStep  # of these rows
     sequences: torch.Tensor  # [B, P + gen_length], the live buffer: read it, don't write
-
-
-class NoProgressError(RuntimeError):
-    """The model can't finish a row.
-
-    Attributes:
-        step: forwards made, the failing one included.
-        row: row of the batch.
-        sequences: [B, P + gen_length] int64, the tokens decided so far.
-    """
-
-    def __init__(self, reason: str, step: int, row: int, sequences: torch.Tensor) -> None:
-        super().__init__(
-            f"generate: no progress at step {step}, row {row}: {reason}. The tokens decided so far "
-            "are in the exception's `sequences`."
-        )
-        self.step, self.row, self.sequences = step, row, sequences
 
 
 @torch.no_grad()
@@ -126,189 +110,63 @@ def generate(
     _check_mask_id(model, config)
     device = torch.device(getattr(model, "device", prompt.device))
     if cuda_graph:
-        _check_graph(cuda_graph, device, on_step=on_step, progress=progress, trace=trace)
+        check_graph(cuda_graph, device, on_step=on_step, progress=progress, trace=trace)
     batch, prompt_length = prompt.shape
     sequences = torch.full(
         (batch, prompt_length + gen_length), config.mask_id, dtype=torch.int64, device=device
     )
     sequences[:, :prompt_length] = prompt
-
     driver = ModelDriver(model, cache, logits_shift, _key_mask(attention_mask, gen_length, device))
-    recorder = TraceRecorder(batch, prompt_length, gen_length, block_length) if trace else None
-    bar = _progress_bar(batch * gen_length) if progress else None
-    rows = list(range(batch))  # not finished
     state = DecodeState(batch, block_length, device=device)
     if cuda_graph:
-        on_device = cuda_graph == "loop"
-        nfe = _generate_by_graph(
-            driver, sequences, prompt_length, state, config, stop_id, on_device
-        )
+        decoding = (driver, sequences, prompt_length, state, config, stop_id)
+        nfe = generate_by_graph(*decoding, loop=cuda_graph == "loop")
         return Generation(sequences, nfe, None)
-    nfe = 0
-    try:
+
+    recorder = TraceRecorder(batch, prompt_length, gen_length, block_length) if trace else None
+    rows, nfe = list(range(batch)), 0  # rows that are not finished
+    with _progress_bar(batch * gen_length) if progress else contextlib.nullcontext() as bar:
         for block in range(gen_length // block_length):
+            if not rows:
+                break
             start = prompt_length + block * block_length
             end = start + block_length
             state.reset()
-            watch = _Watch(config, rows, block_length)
+            block_progress = BlockProgress(config, rows, block_length)
             first = True
-            while rows and (first or watch.remaining or driver.owes_block_step):
+            while rows and (first or block_progress.remaining or driver.owes_block_step):
                 ids = sequences if len(rows) == batch else sequences[rows]
                 logits, shift, full_pass = driver.forward(ids, start, end, rows, new_block=first)
-                step_config = driver.step_config(config, full_pass)
+                first = False
                 nfe += 1
+                step_config = driver.step_config(config, full_pass)
                 tokens = ids[:, start:end]
-                masked = tokens == config.mask_id if recorder else None
+                masked = tokens == config.mask_id
                 step = decode_step(logits, tokens, state, step_config, logits_shift=shift)
                 if ids is not sequences:
                     sequences[rows, start:end] = tokens
-                if recorder:
+                committed = block_progress.update(step, nfe, sequences)
+
+                if recorder is not None:
                     recorder.record(block, full_pass, rows, masked, step)
-                committed = watch.update(step, nfe, sequences)
                 if bar is not None:
                     bar.update(committed)
                     bar.set_postfix(nfe=nfe, refresh=False)
                 if on_step is not None:
                     on_step(StepEvent(nfe, block, start, list(rows), step, sequences))
-                if stop_id is not None:
-                    finished = _finished(tokens, stop_id, config.mask_id)
-                    keep = (~finished).nonzero().flatten().tolist()
-                    if len(keep) < len(rows):
-                        gone = [row for i, row in enumerate(rows) if i not in keep]
-                        _fill(sequences, gone, stop_id, config.mask_id)
-                        rows = [rows[i] for i in keep]
-                        state = state.take(torch.tensor(keep, device=device, dtype=torch.int64))
-                        driver.keep_rows(keep)
-                        watch.keep_rows(keep)
-                first = False
-            if not rows:
-                break
-    finally:
-        if bar is not None:
-            bar.close()
+                if stop_id is None:
+                    continue
+                finished = finished_rows(tokens, stop_id, config.mask_id)
+                if finished.any():
+                    gone = torch.tensor(rows, device=device)[finished]
+                    cells = sequences[gone]
+                    sequences[gone] = cells.masked_fill(cells == config.mask_id, stop_id)
+                    keep = (~finished).nonzero().flatten()
+                    state, kept = state.take(keep), keep.tolist()
+                    rows = [rows[i] for i in kept]
+                    driver.keep_rows(kept)
+                    block_progress.keep_rows(kept)
     return Generation(sequences, nfe, recorder.finish(sequences) if recorder else None)
-
-
-def _generate_by_graph(
-    driver: ModelDriver,
-    sequences: torch.Tensor,
-    prompt_length: int,
-    state: DecodeState,
-    config: DecodeConfig,
-    stop_id: int | None,
-    on_device: bool,
-) -> int:
-    """Decodes `sequences` in place by a graph of forward and step, captured once or, if need be, in
-    each block; returns the number of forwards."""
-    rows, length, nfe = list(range(len(sequences))), state.block_length, 0
-    pool = torch.cuda.graph_pool_handle() if sequences.is_cuda else None
-    columns = torch.arange(length, device=sequences.device)
-    driver.columns, graph = columns, None
-    counters = LoopCounters(len(rows), sequences.device)
-
-    def forward(start, new_block=False):
-        return driver.forward(sequences, start, start + length, rows, new_block=new_block)
-
-    def step(start, new_block=False):
-        logits, shift, full_pass = forward(start, new_block)
-        tokens = sequences.index_select(1, columns)
-        step_config = driver.step_config(config, full_pass)
-        judged = decode_step(logits, tokens, state, step_config, logits_shift=shift)
-        sequences.index_copy_(1, columns, tokens)
-        return judged if stop_id is None else finish(judged, tokens)
-
-    def finish(judged, tokens):  # a finished row has no masked cell from here on
-        finished = _finished(tokens, stop_id, config.mask_id)
-        undecided = finished[:, None] & (sequences == config.mask_id)
-        sequences.masked_fill_(undecided, stop_id)
-        return judged._replace(remaining=judged.remaining.masked_fill(finished, 0))
-
-    def all_finished(start):
-        tokens = sequences[:, start : start + length]
-        return stop_id is not None and bool(_finished(tokens, stop_id, config.mask_id).all())
-
-    for start in range(prompt_length, sequences.shape[1] if rows else 0, length):
-        if all_finished(start):
-            break
-        torch.arange(start, start + length, out=columns)
-        watch = _Watch(config, rows, length)
-        state.reset()
-        if driver.cache != "none":
-            nfe += 1
-            watch.update(step(start, new_block=True), nfe, sequences)
-            if all_finished(start):
-                break
-            if not (watch.remaining or driver.owes_block_step):
-                continue
-        if graph is None or driver.graph_fits_one_block:
-            captured = (partial(step, start), partial(forward, start), pool)
-            graph = LoopGraph(*captured, counters) if on_device else StepGraph(*captured)
-        if on_device:
-            counters.reset(watch.left)
-            while True:
-                judged, steps = graph.run()
-                nfe += steps
-                watch.update(judged, nfe, sequences)
-                if not watch.remaining:
-                    break
-            continue
-
-        def done(judged, replays, watch=watch, before=nfe):
-            watch.update(judged, before + replays, sequences)
-            return watch.remaining == 0
-
-        replays, in_vain = replay_until(graph, done)
-        nfe += replays
-        state.counters[:, 1] -= in_vain  # random numbers go on as without a graph
-    return nfe
-
-
-class _Watch:
-    """Counts on the host what remains of each row, and notices a row that is stuck."""
-
-    # A model that predicts the mask id (allow_mask_id) may commit nothing for a while.
-    _PATIENCE = 256
-
-    def __init__(self, config: DecodeConfig, rows: list[int], block_length: int) -> None:
-        self._rows = rows
-        self.left = [block_length] * len(rows)
-        self._stalled = [0] * len(rows)
-        self._limit = self._PATIENCE + (config.steps_per_block or 0)
-
-    @property
-    def remaining(self) -> int:
-        return sum(self.left)
-
-    def keep_rows(self, keep: list[int]) -> None:
-        self._rows = [self._rows[i] for i in keep]
-        self.left = [self.left[i] for i in keep]
-        self._stalled = [self._stalled[i] for i in keep]
-
-    def update(self, step: DecodeStep, nfe: int, sequences: torch.Tensor) -> int:
-        """Takes note of a step; returns how many tokens it committed."""
-        before, self.left = self.left, step.remaining.tolist()
-        for i, (old, new) in enumerate(zip(before, self.left, strict=True)):
-            self._stalled[i] = self._stalled[i] + 1 if new == old > 0 else 0
-            if not self._stalled[i]:
-                continue
-            if not (step.prediction[i] >= 0).any():
-                reason = "the logits of every masked position are non-finite"
-                raise NoProgressError(reason, nfe, self._rows[i], sequences.clone())
-            if self._stalled[i] > self._limit:
-                reason = f"nothing was committed in {self._stalled[i]} steps"
-                raise NoProgressError(reason, nfe, self._rows[i], sequences.clone())
-        return sum(before) - sum(self.left)
-
-
-def _finished(tokens: torch.Tensor, stop_id: int, mask_id: int) -> torch.Tensor:
-    """[B] bool, rows of `tokens` [B, L] with a stop token before which everything is decided."""
-    undecided_before = (tokens == mask_id).cumsum(1) > 0
-    return ((tokens == stop_id) & ~undecided_before).any(1)
-
-
-def _fill(sequences: torch.Tensor, rows: list[int], stop_id: int, mask_id: int) -> None:
-    values = sequences[rows]
-    sequences[rows] = values.masked_fill(values == mask_id, stop_id)
 
 
 def _key_mask(attention_mask, gen_length: int, device) -> torch.Tensor | None:
@@ -343,26 +201,7 @@ def _check_mask_id(model: Any, config: DecodeConfig) -> None:
         )
 
 
-def _check_graph(cuda_graph: bool | str, device: torch.device, **looks_at_steps) -> None:
-    if cuda_graph not in (True, "loop"):
-        raise ValueError(f"generate: cuda_graph takes False, True or 'loop', got {cuda_graph!r}")
-    if device.type != "cuda":
-        raise ValueError(f"generate: cuda_graph takes False on {device}, got {cuda_graph!r}")
-    if cuda_graph == "loop" and not HAS_LOOPS:
-        raise ValueError(
-            "generate: cuda_graph takes 'loop' with torch 2.15 or newer, this is "
-            f"{torch.__version__}"
-        )
-    for name, value in looks_at_steps.items():
-        if value is not None and value is not False:
-            raise ValueError(
-                f"generate: {name} takes its default with cuda_graph={cuda_graph!r}, got {value!r}"
-            )
-
-
-def _check(
-    prompt, gen_length, block_length, config, cache, logits_shift, attention_mask
-) -> None:  # fmt: skip
+def _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask) -> None:
     if not isinstance(prompt, torch.Tensor):
         raise TypeError(f"generate: prompt takes a torch.Tensor, got {type(prompt).__name__}")
     if prompt.dtype != torch.int64:

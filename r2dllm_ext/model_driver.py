@@ -82,17 +82,21 @@ class ModelDriver:
         if self._past is not None and keep:
             self._past = [tuple(tensor[keep] for tensor in pair) for pair in self._past]
 
-    def _full_pass(self, ids, start, end, options) -> tuple[torch.Tensor, int, bool]:
+    def _full_pass(
+        self, ids: torch.Tensor, start: int, end: int, options: dict[str, Any]
+    ) -> tuple[torch.Tensor, int, bool]:
         if self.cache != "none":
             options["use_cache"] = True
             self.owes_block_step = self._shift == 1
         # Position i is predicted by row i - shift; position 0 by row 0.
         if self.columns is None:
             begin = max(start - self._shift, 0)
-            rows, shift = (begin, begin + end - start), self._shift - (start - begin)
+            shift = self._shift - (start - begin)
+            logits, output = self._logits(ids, (begin, begin + end - start), options)
         else:
-            rows, shift = (self.columns - self._shift).clamp_(min=0), 0
-        logits, output = self._logits(ids, rows, options)
+            shift = 0
+            rows = (self.columns - self._shift).clamp_(min=0)
+            logits, output = self._logits(ids, rows, options)
         if self.cache != "none":
             self._keep(output.past_key_values, start)
         return logits, shift, True
@@ -108,7 +112,9 @@ class ModelDriver:
             return
         self._past = past
 
-    def _logits(self, inputs, rows: tuple[int, int] | torch.Tensor, options):
+    def _logits(
+        self, inputs: torch.Tensor, rows: tuple[int, int] | torch.Tensor, options: dict[str, Any]
+    ) -> tuple[torch.Tensor, Any]:
         """Rows [begin, end), or those listed, of the logits, and the model's output."""
         batch, length = inputs.shape
         listed = isinstance(rows, torch.Tensor)

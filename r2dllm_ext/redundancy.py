@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`redundancy_score`: how often a decode recomputed what it could have committed."""
+"""`redundant_cells`, `redundancy_score`: what a decode recomputed but could have committed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ class RedundancyScore(NamedTuple):
     rule_count: Tensor  # tokens that the rules of R2-dLLM committed: a share
 
 
+class RedundantCells(NamedTuple):
+    """Result of `redundant_cells`. All [S, B, L] bool: steps, rows, cells of the active block."""
+
+    stability: Tensor
+    window: Tensor
+    ambiguity: Tensor
+
+
 def redundancy_score(
     trace: Trace,
     config: DecodeConfig,
@@ -36,29 +44,14 @@ def redundancy_score(
 ) -> RedundancyScore:
     """Score every row of a decode; low is lean.
 
-    A slot is a cell of the active block that is still masked after a step: it will be computed
-    again. A slot is redundant
-      by stability, if its prediction already is the token that will be committed and does not
-      change until then;
-      by a window, if some `confidence_cluster_size` cells of the block, at most
-      `confidence_cluster_unmasked` of which are no slots, have slots of mean confidence >=
-      `spatial_threshold`;
-      by ambiguity, if it belongs to a run of at least `token_cluster_size` (and 2) neighbouring
-      slots with one prediction whose best confidence exceeds `spatial_threshold`, and is not the
-      best.
-    The total counts a slot once. Everything is divided by the answer's tokens: dividing by slots
-    would favour slow decodes.
+    Counts the cells that `redundant_cells` finds, in total each once, and divides them by the
+    answer's tokens: dividing by the cells that were computed would favour slow decodes.
 
     Compare decodes of one kind only: where the rules of R2-dLLM were on they have removed the
     redundancy. To select training data, score decodes by the base rule (`DecodeConfig.fast_dllm`).
 
     Args:
-        trace: of `generate(..., trace=True)`.
-        config: whose windows, runs and thresholds judge. A rule that is off is judged by its
-            default, so that a base decode's own config will do.
-        stop_id: the answer ends with the first one, itself included: cells behind it do not count,
-            and it makes no run. Default: the answer is all G positions.
-        exclude_ids: further predictions that make no run (a newline, say).
+        trace, config, stop_id, exclude_ids: see `redundant_cells`.
 
     Returns:
         RedundancyScore of tensors [B] float64 on the CPU; zeros for an empty answer.
@@ -72,28 +65,84 @@ def redundancy_score(
     >>> bool(score.total <= score.stability + score.window + score.ambiguity)
     True
     """
-    _check(trace, config, stop_id, exclude_ids)
+    _check("redundancy_score", trace, config, stop_id, exclude_ids)
+    cells = _redundant_cells(trace, config, stop_id, exclude_ids)
     answer = trace.sequences[:, trace.prompt_length :]
     length = _answer_length(answer, stop_id)  # [B]
-    L = trace.block_length
-    position = trace.block[:, None] * L + torch.arange(L)  # [S, L], of a block's cells
-    slot = trace.masked & (trace.rule == Rule.NONE)
-    slot &= position[:, None] < length[:, None]  # [S, B, L]
-
-    parts = {
-        "stability": slot & _stalled(trace, answer, position),
-        "window": _window(trace, slot, config),
-        "ambiguity": _ambiguity(trace, slot, config, [stop_id, *exclude_ids]),
-    }
-    parts["total"] = parts["stability"] | parts["window"] | parts["ambiguity"]
+    inside = torch.arange(answer.shape[1]) < length[:, None]
     r2_rules = torch.tensor([Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY], dtype=torch.uint8)
     by_rule = torch.isin(trace.commit_rule, r2_rules)
-    inside = torch.arange(answer.shape[1]) < length[:, None]
-    counts = {name: part.sum((0, 2)) for name, part in parts.items()}
-    counts["nfe_per_token"] = trace.row_nfe()
-    counts["rule_count"] = (by_rule & inside).sum(1)
     tokens = length.clamp(min=1).double()
-    return RedundancyScore(**{name: count / tokens for name, count in counts.items()})
+
+    def per_token(redundant: Tensor) -> Tensor:
+        return redundant.sum((0, 2)) / tokens
+
+    return RedundancyScore(
+        total=per_token(cells.stability | cells.window | cells.ambiguity),
+        stability=per_token(cells.stability),
+        window=per_token(cells.window),
+        ambiguity=per_token(cells.ambiguity),
+        nfe_per_token=trace.row_nfe() / tokens,
+        rule_count=(by_rule & inside).sum(1) / tokens,
+    )
+
+
+def redundant_cells(
+    trace: Trace,
+    config: DecodeConfig,
+    *,
+    stop_id: int | None = None,
+    exclude_ids: Sequence[int] = (),
+) -> RedundantCells:
+    """Which cells of a decode were computed again in vain.
+
+    A cell of the active block waits if it is still masked after a step: it will be computed again.
+    A waiting cell is redundant
+      by stability, if its prediction already is the token that will be committed and does not
+      change until then;
+      by a window, if some `confidence_cluster_size` cells of the block, at most
+      `confidence_cluster_unmasked` of which do not wait, have waiting cells of mean confidence >=
+      `spatial_threshold`;
+      by ambiguity, if it belongs to a run of at least `token_cluster_size` (and 2) neighbouring
+      waiting cells with one prediction whose best confidence exceeds `spatial_threshold`, and is
+      not the best.
+
+    Args:
+        trace: of `generate(..., trace=True)`.
+        config: whose windows, runs and thresholds judge. A rule that is off is judged by its
+            default, so that a base decode's own config will do.
+        stop_id: the answer ends with the first one, itself included: cells behind it do not count,
+            and it makes no run. Default: the answer is all G positions.
+        exclude_ids: further predictions that make no run (a newline, say).
+
+    Returns:
+        RedundantCells of tensors [S, B, L] bool on the CPU, as those of `trace`.
+
+    Raises:
+        TypeError, ValueError: name the argument, what it got and what it takes.
+
+    >>> model, config = load_model("ledger"), DecodeConfig.fast_dllm(2)
+    >>> out = generate(model, torch.tensor([[33, 14]]), gen_length=32, config=config, trace=True)
+    >>> redundant_cells(out.trace, config).window.shape == out.trace.rule.shape
+    True
+    """
+    _check("redundant_cells", trace, config, stop_id, exclude_ids)
+    return _redundant_cells(trace, config, stop_id, exclude_ids)
+
+
+def _redundant_cells(
+    trace: Trace, config: DecodeConfig, stop_id: int | None, exclude_ids: Sequence[int]
+) -> RedundantCells:
+    answer = trace.sequences[:, trace.prompt_length :]
+    L = trace.block_length
+    position = trace.block[:, None] * L + torch.arange(L)  # [S, L], of a block's cells
+    waits = trace.masked & (trace.rule == Rule.NONE)
+    waits &= position[:, None] < _answer_length(answer, stop_id)[:, None]  # [S, B, L]
+    return RedundantCells(
+        stability=waits & _stalled(trace, answer, position),
+        window=_window(trace, waits, config),
+        ambiguity=_ambiguity(trace, waits, config, [stop_id, *exclude_ids]),
+    )
 
 
 def _answer_length(answer: Tensor, stop_id: int | None) -> Tensor:
@@ -119,22 +168,24 @@ def _stalled(trace: Trace, answer: Tensor, position: Tensor) -> Tensor:
     return stalled & (step < commit)
 
 
-def _window(trace: Trace, slot: Tensor, config: DecodeConfig) -> Tensor:
+def _window(trace: Trace, waits: Tensor, config: DecodeConfig) -> Tensor:
+    window = config.confidence_cluster_size or _R2.confidence_cluster_size
+    assert window is not None  # `DecodeConfig.r2` has windows
     pooled = window_pool(
         trace.confidence.flatten(0, 1),
-        slot.flatten(0, 1),
-        window=config.confidence_cluster_size or _R2.confidence_cluster_size,
+        waits.flatten(0, 1),
+        window=window,
         min_confidence=config.spatial_threshold,
         max_unmasked=config.confidence_cluster_unmasked,
     )
-    return pooled.view_as(slot)
+    return pooled.view_as(waits)
 
 
 def _ambiguity(
-    trace: Trace, slot: Tensor, config: DecodeConfig, exclude_ids: list[int | None]
+    trace: Trace, waits: Tensor, config: DecodeConfig, exclude_ids: list[int | None]
 ) -> Tensor:
     excluded = torch.tensor([i for i in exclude_ids if i is not None], dtype=torch.int64)
-    belongs = slot & (trace.prediction >= 0) & trace.confidence.isfinite()
+    belongs = waits & (trace.prediction >= 0) & trace.confidence.isfinite()
     belongs = (belongs & ~torch.isin(trace.prediction, excluded)).flatten(0, 1)
     prediction = trace.prediction.flatten(0, 1)
     best = positional_ambiguity(
@@ -151,17 +202,17 @@ def _ambiguity(
     begins[:, 1:] = ~same
     run = begins.cumsum(1) - 1
     has_best = torch.zeros_like(run).scatter_add(1, run, best.long()) > 0
-    return (belongs & has_best.gather(1, run) & ~best).view_as(slot)
+    return (belongs & has_best.gather(1, run) & ~best).view_as(waits)
 
 
-def _check(trace, config, stop_id, exclude_ids) -> None:
+def _check(function: str, trace, config, stop_id, exclude_ids) -> None:
     for name, value, kind in (("trace", trace, Trace), ("config", config, DecodeConfig)):
         if not isinstance(value, kind):
             got = type(value).__name__
-            raise TypeError(f"redundancy_score: {name} takes a {kind.__name__}, got {got}")
+            raise TypeError(f"{function}: {name} takes a {kind.__name__}, got {got}")
     named = [("stop_id", i) for i in [stop_id] if i is not None]
     for name, i in named + [("exclude_ids", i) for i in exclude_ids]:
         if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(f"redundancy_score: {name} takes token ids, got {i!r}")
+            raise TypeError(f"{function}: {name} takes token ids, got {i!r}")
         if i < 0:
-            raise ValueError(f"redundancy_score: {name} takes token ids >= 0, got {i}")
+            raise ValueError(f"{function}: {name} takes token ids >= 0, got {i}")

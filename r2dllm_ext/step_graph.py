@@ -5,18 +5,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ops import DecodeStep
+from .config import DecodeConfig
+from .decode_progress import BlockProgress, finished_rows
+from .model_driver import ModelDriver
+from .ops import DecodeStep, decode_step
+from .state import DecodeState
 
 HAS_LOOPS = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")  # torch 2.15
 
 
 @contextlib.contextmanager
-def _capture(forward: Callable[[], object], pool) -> Iterator[torch.cuda.CUDAGraph]:
-    """Captures what is done inside.
+def _capture(forward: Callable[[], object], pool: Any) -> Iterator[Any]:
+    """Captures what is done inside; gives the `torch.cuda.CUDAGraph` (what torch 2.15 has of it is
+    unknown to the types of older ones).
 
     `forward` is run once before, so that what libraries set up when they first meet a shape is not
     captured.
@@ -47,7 +54,9 @@ class StepGraph:
         pool: `torch.cuda.graph_pool_handle()`, memory that consecutive graphs share.
     """
 
-    def __init__(self, step: Callable[[], DecodeStep], forward: Callable[[], object], pool) -> None:
+    def __init__(
+        self, step: Callable[[], DecodeStep], forward: Callable[[], object], pool: Any
+    ) -> None:
         with _capture(forward, pool) as self._graph:
             self._step = step()
         remaining = self._step.remaining
@@ -73,8 +82,10 @@ class StepGraph:
 
 
 def replay_until(graph: StepGraph, done: Callable[[DecodeStep, int], bool]) -> tuple[int, int]:
-    """Replays until `done(step, replays so far)`, which sees each step while the next one runs: the
-    device never waits for the host, and the last replay is in vain.
+    """Replays until `done(step, replays so far)`.
+
+    It sees each step while the next one runs, so that the device never waits for the host; when it
+    says so, one replay too many is under way.
 
     Returns the number of replays, and how many of these were in vain.
     """
@@ -115,7 +126,7 @@ class LoopGraph:
         self,
         step: Callable[[], DecodeStep],
         forward: Callable[[], object],
-        pool,
+        pool: Any,
         counters: LoopCounters,
     ) -> None:
         enters = torch.ones((), dtype=torch.bool, device=counters.steps.device)
@@ -135,3 +146,132 @@ class LoopGraph:
         self._graph.replay()
         steps = int(self._counters.steps)
         return self._step._replace(remaining=self._step.remaining.cpu()), steps
+
+
+class _BlockStep:
+    """Forward and decode step of the active block, in place.
+
+    As a graph needs them: on tensors that stay where they are, `_columns` telling which block it
+    is, and nothing read on the host.
+    """
+
+    def __init__(
+        self,
+        driver: ModelDriver,
+        sequences: Tensor,
+        state: DecodeState,
+        config: DecodeConfig,
+        stop_id: int | None,
+    ) -> None:
+        self._driver, self._sequences, self._state = driver, sequences, state
+        self._config, self._stop_id = config, stop_id
+        self._rows = list(range(len(sequences)))
+        self._columns = torch.arange(state.block_length, device=sequences.device)
+        driver.columns = self._columns
+
+    def begin_block(self, start: int) -> None:
+        torch.arange(start, start + len(self._columns), out=self._columns)
+        self._state.reset()
+
+    def forward(self, start: int, new_block: bool = False) -> tuple[Tensor, int, bool]:
+        end = start + len(self._columns)
+        return self._driver.forward(self._sequences, start, end, self._rows, new_block=new_block)
+
+    def step(self, start: int, new_block: bool = False) -> DecodeStep:
+        """In a finished row nothing remains."""
+        logits, shift, full_pass = self.forward(start, new_block)
+        tokens = self._sequences.index_select(1, self._columns)
+        config = self._driver.step_config(self._config, full_pass)
+        step = decode_step(logits, tokens, self._state, config, logits_shift=shift)
+        self._sequences.index_copy_(1, self._columns, tokens)
+        if self._stop_id is None:
+            return step
+        finished = finished_rows(tokens, self._stop_id, self._config.mask_id)
+        undecided = finished[:, None] & (self._sequences == self._config.mask_id)
+        self._sequences.masked_fill_(undecided, self._stop_id)
+        return step._replace(remaining=step.remaining.masked_fill(finished, 0))
+
+    def all_finished(self, start: int) -> bool:
+        """A host read."""
+        if self._stop_id is None:
+            return False
+        tokens = self._sequences[:, start : start + len(self._columns)]
+        return bool(finished_rows(tokens, self._stop_id, self._config.mask_id).all())
+
+
+def generate_by_graph(
+    driver: ModelDriver,
+    sequences: Tensor,
+    prompt_length: int,
+    state: DecodeState,
+    config: DecodeConfig,
+    stop_id: int | None,
+    *,
+    loop: bool,
+) -> int:
+    """Decodes `sequences` [B, P + G] in place by a graph of forward and step.
+
+    It is captured once, or, where it fits one block only, in each block. With `loop` the loop over
+    the steps of a block is part of it. Returns the number of forwards.
+    """
+    rows, length, nfe = list(range(len(sequences))), state.block_length, 0
+    if not rows:
+        return nfe
+    block = _BlockStep(driver, sequences, state, config, stop_id)
+    pool = torch.cuda.graph_pool_handle() if sequences.is_cuda else None
+    counters = LoopCounters(len(rows), sequences.device)
+    replayed: StepGraph | None = None
+    looping: LoopGraph | None = None
+    for start in range(prompt_length, sequences.shape[1], length):
+        if block.all_finished(start):
+            break
+        block.begin_block(start)
+        progress = BlockProgress(config, rows, length)
+        if driver.cache != "none":
+            nfe += 1
+            progress.update(block.step(start, new_block=True), nfe, sequences)
+            if block.all_finished(start):
+                break
+            if not (progress.remaining or driver.owes_block_step):
+                continue
+        captured = (partial(block.step, start), partial(block.forward, start), pool)
+        if loop:
+            if looping is None or driver.graph_fits_one_block:
+                looping = LoopGraph(*captured, counters)
+            counters.reset(progress.left)
+            while True:
+                step, steps = looping.run()
+                nfe += steps
+                progress.update(step, nfe, sequences)
+                if not progress.remaining:
+                    break
+        else:
+            if replayed is None or driver.graph_fits_one_block:
+                replayed = StepGraph(*captured)
+
+            def done(step: DecodeStep, replays: int, progress=progress, before=nfe) -> bool:
+                progress.update(step, before + replays, sequences)
+                return progress.remaining == 0
+
+            replays, in_vain = replay_until(replayed, done)
+            nfe += replays
+            state.counters[:, 1] -= in_vain  # random numbers go on as without a graph
+    return nfe
+
+
+def check_graph(cuda_graph: bool | str, device: torch.device, **looks_at_steps: Any) -> None:
+    """Raises a ValueError if `generate` can't do as it is asked; see there."""
+    if cuda_graph not in (True, "loop"):
+        raise ValueError(f"generate: cuda_graph takes False, True or 'loop', got {cuda_graph!r}")
+    if device.type != "cuda":
+        raise ValueError(f"generate: cuda_graph takes False on {device}, got {cuda_graph!r}")
+    if cuda_graph == "loop" and not HAS_LOOPS:
+        raise ValueError(
+            "generate: cuda_graph takes 'loop' with torch 2.15 or newer, this is "
+            f"{torch.__version__}"
+        )
+    for name, value in looks_at_steps.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"generate: {name} takes its default with cuda_graph={cuda_graph!r}, got {value!r}"
+            )

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from .config import DecodeConfig, Rule
-from .ops import window_pool
-from .reference.positional_ambiguity import runs
+from .redundancy import RedundantCells, redundant_cells
 from .trace import Trace
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    from matplotlib.transforms import Transform
 
 # The base rule in cool colours, the three rules of R2-dLLM in warm ones; told apart by every eye.
 RULE_COLORS = {
@@ -43,19 +45,17 @@ def plot_trace(
 ) -> Figure:
     """Draw one row of a trace: x = generated position, y = step, colour = rule of the commit.
 
-    A masked cell is the darker the surer its prediction. Three marks show what was decoded more
-    than once, each in the colour of the rule that removes it: a dot where the prediction already
-    was the final token and stayed so (temporal), a bar under cells in a confident window, a frame
-    around neighbours that predict one token: strong where the best of them is confident enough
-    for the rule, thin otherwise (spatial). Windows and runs are judged as the rules see them:
-    after the commits of the rules before them.
+    A masked cell is the darker the surer its prediction. Three marks show the cells that
+    `redundant_cells` finds, each in the colour of the rule that removes them: a dot where the
+    prediction already was the final token and stayed so, a bar under a confident window, a frame
+    around cells that compete with a surer neighbour for one token.
 
     Args:
         trace: of `generate(..., trace=True)`.
         row: of the batch.
         labels: texts of the G generated positions, for the axis; left out where too narrow.
-        config: whose window and cluster sizes and thresholds judge the redundancies; a rule that is
-            off is judged by its default. Default: `DecodeConfig.r2`.
+        config: whose windows, runs and thresholds judge what is redundant. Default:
+            `DecodeConfig.r2`.
         title: first line bold, the others small. Default: forwards and tokens.
 
     Returns:
@@ -75,11 +75,10 @@ def plot_trace(
         raise ValueError(f"plot_trace: row takes 0..{batch - 1}, got {row}")
     if labels is not None and len(labels) != positions:
         raise ValueError(f"plot_trace: labels takes {positions} texts, got {len(labels)}")
-    history = _history(trace, row)
+    history = _history(trace, redundant_cells(trace, config or DecodeConfig.r2(0)), row)
     if not history.steps:
         raise ValueError("plot_trace: the trace has no step of this row")
-    marks = _redundancies(history, config or DecodeConfig.r2(0))
-    return _draw(history, marks, labels, title)
+    return _draw(history, labels, title)
 
 
 def require_matplotlib() -> None:
@@ -106,6 +105,7 @@ class _History:
     final: np.ndarray  # [G] tokens
     commit_step: np.ndarray  # [G], counted in these steps; -1 = never
     commit_rule: np.ndarray  # [G]
+    redundant: dict[Rule, np.ndarray]  # by the rule that removes it
 
     @property
     def steps(self) -> int:
@@ -115,37 +115,17 @@ class _History:
     def positions(self) -> int:
         return len(self.final)
 
-    @property
-    def waiting(self) -> np.ndarray:
-        """[S, G], cells that are masked still after the step."""
-        return self.masked & (self.rule == Rule.NONE)
 
-    def masked_after(self, *rules: Rule) -> np.ndarray:
-        """[S, G], cells that are masked once these rules have committed."""
-        return self.masked & ~np.isin(self.rule, rules)
-
-    def in_block(self, values: np.ndarray) -> torch.Tensor:
-        """[S, L] of [S, G]."""
-        return torch.from_numpy(np.take_along_axis(values, self.cells, axis=1))
-
-
-@dataclass(frozen=True)
-class _Redundancies:
-    stalled: np.ndarray  # [S, G]
-    window: np.ndarray  # [S, G]
-    runs: list[tuple[int, range, bool]]  # step, positions, confident enough for the rule
-
-
-def _history(trace: Trace, row: int) -> _History:
+def _history(trace: Trace, redundant: RedundantCells, row: int) -> _History:
     positions, length = trace.commit_step.shape[1], trace.block_length
     own = trace.masked[:, row].any(-1)
     block = trace.block[own].numpy()
     cells = block[:, None] * length + np.arange(length)
 
     def spread(values: torch.Tensor, empty) -> np.ndarray:
-        values = values[own, row].numpy()
-        wide = np.full((len(block), positions), empty, dtype=values.dtype)
-        np.put_along_axis(wide, cells, values, axis=1)
+        narrow = values[own, row].numpy()
+        wide = np.full((len(block), positions), empty, dtype=narrow.dtype)
+        np.put_along_axis(wide, cells, narrow, axis=1)
         return wide
 
     committed = trace.commit_step[row]
@@ -161,46 +141,15 @@ def _history(trace: Trace, row: int) -> _History:
         final=trace.sequences[row, trace.prompt_length :].numpy(),
         commit_step=renumbered.numpy(),
         commit_rule=trace.commit_rule[row].numpy(),
+        redundant={
+            Rule.STABILITY: spread(redundant.stability, False),
+            Rule.WINDOW: spread(redundant.window, False),
+            Rule.AMBIGUITY: spread(redundant.ambiguity, False),
+        },
     )
 
 
-def _redundancies(history: _History, config: DecodeConfig) -> _Redundancies:
-    base = (Rule.THRESHOLD, Rule.FORCED, Rule.BASE)
-    pooled = window_pool(
-        history.in_block(history.confidence),
-        history.in_block(history.masked_after(*base)),
-        window=config.confidence_cluster_size or DecodeConfig.r2(0).confidence_cluster_size,
-        min_confidence=config.spatial_threshold,
-        max_unmasked=config.confidence_cluster_unmasked,
-    )
-    window = np.zeros_like(history.masked)
-    np.put_along_axis(window, history.cells, pooled.numpy(), axis=1)
-    after_window = history.masked_after(*base, Rule.WINDOW)
-    found = []
-    for step in range(history.steps):
-        prediction = history.prediction[step]
-        belongs = after_window[step] & (prediction >= 0)
-        for run in runs(prediction.tolist(), belongs.tolist()):
-            if len(run) >= max(2, config.token_cluster_size):
-                best = history.confidence[step, run.start : run.stop].max()
-                found.append((step, run, bool(best > config.spatial_threshold)))
-    return _Redundancies(_stalled(history), window, found)
-
-
-def _stalled(history: _History) -> np.ndarray:
-    """Cells that wait although their prediction is the final token, from here to the commit."""
-    right = history.waiting & (history.prediction == history.final) & (history.commit_step >= 0)
-    steps = np.arange(history.steps)[:, None]
-    later_right = np.ones(history.positions, dtype=bool)
-    for step in range(history.steps - 1, -1, -1):
-        later_right &= right[step] | (steps[step] >= history.commit_step)
-        right[step] &= later_right
-    return right
-
-
-def _draw(
-    history: _History, marks: _Redundancies, labels: Sequence[str] | None, title: str | None
-) -> Figure:
+def _draw(history: _History, labels: Sequence[str] | None, title: str | None) -> Figure:
     from matplotlib.figure import Figure
 
     if title is None:
@@ -212,18 +161,19 @@ def _draw(
     axes = figure.add_axes(layout.box(_LEFT, layout.bottom, layout.grid_width, layout.grid_height))
     _draw_cells(axes, history)
     _draw_grid(axes, history, layout)
-    _draw_marks(axes, marks, layout)
+    _draw_marks(axes, history, layout)
     _draw_axes(axes, history, layout, labels)
     left = _LEFT + layout.grid_width + _GAP
     side = figure.add_axes(layout.box(left, layout.bottom, _SIDE, layout.grid_height))
     _draw_counts(side, history)
-    _draw_head(figure, history, marks, layout, title)
+    _draw_head(figure, history, layout, title)
     return figure
 
 
 # Inches.
 _LEFT, _GAP, _SIDE, _RIGHT = 0.75, 0.15, 1.6, 0.3
 _LINE, _LABEL_LENGTH = 0.24, 14
+_FRAME = 1.6  # points
 
 
 class _Layout:
@@ -246,8 +196,13 @@ class _Layout:
         """The shorter side of a cell, in points."""
         return 72 * min(self.cell)
 
-    def box(self, left: float, bottom: float, width: float, height: float) -> list[float]:
-        return [left / self.width, bottom / self.height, width / self.width, height / self.height]
+    def box(
+        self, left: float, bottom: float, width: float, height: float
+    ) -> tuple[float, float, float, float]:
+        return left / self.width, bottom / self.height, width / self.width, height / self.height
+
+
+Color = tuple[float, float, float]
 
 
 def _rgb(color: str) -> np.ndarray:
@@ -256,8 +211,9 @@ def _rgb(color: str) -> np.ndarray:
     return np.array(to_rgb(color))
 
 
-def _mix(color: str, other: str, share: float) -> np.ndarray:
-    return share * _rgb(color) + (1 - share) * _rgb(other)
+def _mix(color: str, other: str, share: float) -> Color:
+    red, green, blue = (share * _rgb(color) + (1 - share) * _rgb(other)).tolist()
+    return red, green, blue
 
 
 def _draw_cells(axes: Axes, history: _History) -> None:
@@ -282,73 +238,81 @@ def _draw_cells(axes: Axes, history: _History) -> None:
 
 
 def _draw_grid(axes: Axes, history: _History, layout: _Layout) -> None:
-    edges = [-0.5, history.positions - 0.5, history.steps - 0.5, -0.5]
     if layout.small_cell > 4:
-        line = {"color": _PAPER, "linewidth": min(1.0, layout.small_cell / 12), "zorder": 2}
-        axes.vlines(np.arange(history.positions + 1) - 0.5, edges[3], edges[2], **line)
-        axes.hlines(np.arange(history.steps + 1) - 0.5, edges[0], edges[1], **line)
+        for lines, count, end in (
+            (axes.vlines, history.positions, history.steps),
+            (axes.hlines, history.steps, history.positions),
+        ):
+            width = min(1.0, layout.small_cell / 12)
+            places = np.arange(count + 1) - 0.5
+            lines(places, -0.5, end - 0.5, color=_PAPER, linewidth=width, zorder=2)
     length = history.cells.shape[1]
     for start in range(0, history.positions, length):
         axes.text(
-            start + length / 2 - 0.5, -0.5, f"block {start // length}", ha="center", va="bottom",
-            fontsize=9, color=_MUTED, transform=_offset(axes, 0, 4),
-        )  # fmt: skip
+            start + length / 2 - 0.5,
+            -0.5,
+            f"block {start // length}",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=_MUTED,
+            transform=_offset(axes, 0, 4),
+        )
         if start:
             axes.axvline(start - 0.5, color=_INK, linewidth=1.1, zorder=3)
-    axes.set_xlim(edges[0], edges[1])
-    axes.set_ylim(edges[2], edges[3])
+    axes.set_xlim(-0.5, history.positions - 0.5)
+    axes.set_ylim(history.steps - 0.5, -0.5)
 
 
-def _offset(axes: Axes, right: float, up: float):
+def _offset(axes: Axes, right: float, up: float) -> Transform:
     """Data coordinates moved by some points."""
     from matplotlib.transforms import ScaledTranslation
 
     return axes.transData + ScaledTranslation(right / 72, up / 72, axes.figure.dpi_scale_trans)
 
 
-def _draw_marks(axes: Axes, marks: _Redundancies, layout: _Layout) -> None:
+def _draw_marks(axes: Axes, history: _History, layout: _Layout) -> None:
     from matplotlib.collections import LineCollection, PatchCollection
     from matplotlib.patches import Rectangle
 
     small, thickness = layout.small_cell, max(0.8, 72 * layout.cell[1] * 0.16)
     bars = [
-        [(run.start - 0.5, step + 0.36), (run.stop - 0.5, step + 0.36)]
-        for step in range(len(marks.window))
-        for run in runs([0] * marks.window.shape[1], marks.window[step].tolist())
+        [(first - 0.5, step + 0.36), (end - 0.5, step + 0.36)]
+        for step, marked in enumerate(history.redundant[Rule.WINDOW])
+        for first, end in _stretches(marked)
+    ]
+    window = _mark(Rule.WINDOW)
+    axes.add_collection(
+        LineCollection(bars, colors=[window], linewidths=thickness, capstyle="butt", zorder=4)
+    )
+    frames = [
+        Rectangle((position - 0.42, step - 0.42), 0.84, 0.84)
+        for step, position in np.argwhere(history.redundant[Rule.AMBIGUITY]).tolist()
     ]
     axes.add_collection(
-        LineCollection(
-            bars, colors=[_mark(Rule.WINDOW)], linewidths=thickness, capstyle="butt", zorder=4
+        PatchCollection(
+            frames,
+            facecolor="none",
+            edgecolor=_mark(Rule.AMBIGUITY),
+            linewidth=min(_FRAME, small / 6),
+            zorder=5,
         )
     )
-    for strong in (False, True):
-        frames = [
-            Rectangle((run.start - 0.42, step - 0.42), len(run) - 0.16, 0.84)
-            for step, run, confident in marks.runs
-            if confident == strong
-        ]
-        width, color = _frame(strong)
-        axes.add_collection(
-            PatchCollection(
-                frames, facecolor="none", edgecolor=color, linewidth=min(width, small / 6), zorder=5
-            )
-        )
-    steps, positions = np.nonzero(marks.stalled)
+    steps, positions = np.nonzero(history.redundant[Rule.STABILITY])
     axes.scatter(
         positions, steps, s=(small * 0.36) ** 2, color=_mark(Rule.STABILITY), linewidths=0, zorder=6
     )
 
 
-def _frame(confident: bool) -> tuple[float, tuple[float, ...]]:
-    """Line width and colour of the frame around a run."""
-    return (
-        (1.6, (*_mark(Rule.AMBIGUITY), 1.0)) if confident else (0.7, (*_mark(Rule.AMBIGUITY), 0.5))
-    )
+def _stretches(marked: np.ndarray) -> list[list[int]]:
+    """[first, end) of each stretch of neighbours that are marked."""
+    edges = np.diff(np.concatenate([[0], marked, [0]]).astype(np.int8))
+    return np.flatnonzero(edges).reshape(-1, 2).tolist()
 
 
-def _mark(rule: Rule) -> tuple[float, ...]:
+def _mark(rule: Rule) -> Color:
     """The rule's colour, dark enough for small marks and text."""
-    return tuple(_mix(RULE_COLORS[rule], "#000000", 0.78))
+    return _mix(RULE_COLORS[rule], "#000000", 0.78)
 
 
 def _draw_axes(
@@ -362,7 +326,7 @@ def _draw_axes(
     axes.set_xlabel("position in the answer", fontsize=10, color=_INK)
     axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
     axes.tick_params(axis="y", pad=9 if cached else 4)
-    if layout.labelled:
+    if labels is not None and layout.labelled:
         axes.set_xticks(range(history.positions))
         texts = axes.set_xticklabels([_shown(text) for text in labels])
         for label, rule in zip(texts, history.commit_rule.tolist(), strict=True):
@@ -374,9 +338,15 @@ def _draw_axes(
         spine.set_visible(False)
     if cached:
         axes.plot(
-            [-0.5] * len(full), full, marker="<", linestyle="", markersize=4.5, color=_INK,
-            clip_on=False, transform=_offset(axes, -5, 0),
-        )  # fmt: skip
+            [-0.5] * len(full),
+            full,
+            marker="<",
+            linestyle="",
+            markersize=4.5,
+            color=_INK,
+            clip_on=False,
+            transform=_offset(axes, -5, 0),
+        )
 
 
 def _shown(text: str) -> str:
@@ -405,15 +375,13 @@ def _draw_counts(axes: Axes, history: _History) -> None:
         spine.set_visible(False)
 
 
-def _integers(bins: int | str):
+def _integers(bins: int | Literal["auto"]) -> MaxNLocator:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=bins, integer=True)
 
 
-def _draw_head(
-    figure: Figure, history: _History, marks: _Redundancies, layout: _Layout, title: str
-) -> None:
+def _draw_head(figure: Figure, history: _History, layout: _Layout, title: str) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -422,44 +390,61 @@ def _draw_head(
 
     left = _LEFT / layout.width
     first, *others = title.split("\n")
-    text = {"ha": "left", "va": "top", "parse_math": False}
+    text: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
     figure.text(left, down(0.2), first, fontsize=14, weight="bold", color=_INK, **text)
     for line, words in enumerate(others):
         figure.text(left, down(0.52 + line * _LINE), words, fontsize=9.5, color=_MUTED, **text)
 
     top = 0.58 + _LINE * len(others)
     counts = {rule: int((history.commit_rule == rule).sum()) for rule in RULE_COLORS}
-    commits = [
+    commits: list[Artist] = [
         Patch(facecolor=color, label=f"{rule.name.lower()} {counts[rule]}")
         for rule, color in RULE_COLORS.items()
     ]
-    window, temporal = _mark(Rule.WINDOW), _mark(Rule.STABILITY)
-    confident = sum(strong for _, _, strong in marks.runs)
-    redundancies = [
-        Line2D([], [], marker="o", linestyle="", markersize=4.5, color=temporal,
-               label=f"final already, not committed ({int(marks.stalled.sum())} cells)"),
-        Line2D([], [], linewidth=3, color=window,
-               label=f"in a confident window ({int(marks.window.sum())} cells)"),
-        _frame_handle(True, f"run of one prediction, confident ({confident})"),
-        _frame_handle(False, f"run, not confident ({len(marks.runs) - confident})"),
-    ]  # fmt: skip
+    waiting = {rule: f"({int(cells.sum())} cells)" for rule, cells in history.redundant.items()}
+    redundancies: list[Artist] = [
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            markersize=4.5,
+            color=_mark(Rule.STABILITY),
+            label=f"final already, not committed {waiting[Rule.STABILITY]}",
+        ),
+        Line2D(
+            [],
+            [],
+            linewidth=3,
+            color=_mark(Rule.WINDOW),
+            label=f"in a confident window {waiting[Rule.WINDOW]}",
+        ),
+        Patch(
+            facecolor="none",
+            edgecolor=_mark(Rule.AMBIGUITY),
+            linewidth=_FRAME,
+            label=f"competes with a surer neighbour {waiting[Rule.AMBIGUITY]}",
+        ),
+    ]
     for line, (name, handles) in enumerate((("committed", commits), ("redundant", redundancies))):
         y = down(top + line * 0.27)
         figure.text(left, y, name, fontsize=9.5, weight="bold", color=_INK, ha="left", va="top")
         figure.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(left + 0.95 / layout.width, y),
-            ncols=len(handles), frameon=False, fontsize=9.5, labelcolor=_INK, borderpad=0,
-            borderaxespad=0, handlelength=1.1, handleheight=0.9, handletextpad=0.5,
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(left + 0.95 / layout.width, y),
+            ncols=len(handles),
+            frameon=False,
+            fontsize=9.5,
+            labelcolor=_INK,
+            borderpad=0,
+            borderaxespad=0,
+            handlelength=1.1,
+            handleheight=0.9,
+            handletextpad=0.5,
             columnspacing=1.5,
-        )  # fmt: skip
+        )
     _draw_ramp(figure, layout, down(top + 0.14))
-
-
-def _frame_handle(confident: bool, label: str):
-    from matplotlib.patches import Patch
-
-    width, color = _frame(confident)
-    return Patch(facecolor="none", edgecolor=color, linewidth=width, label=label)
 
 
 def _draw_ramp(figure: Figure, layout: _Layout, y: float) -> None:

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import r2dllm_ext as r2
-
 from ..corruption import IGNORE_INDEX, Corruption, corrupt
 from ..models import Transformer
+from ..ops import linear_sft_loss
 from .prompts import left_padded
 
 
@@ -141,7 +140,7 @@ class Objective(nn.Module):
         """Mean weighted loss of the batch's rows, a scalar."""
         hidden, _ = self.model.hidden_states(batch.ids, attention_mask=batch.keys)
         hidden = hidden.flatten(0, 1).index_select(0, batch.rows)
-        return r2.linear_sft_loss(
+        return linear_sft_loss(
             hidden,
             self.model.lm_head_weight,
             batch.targets,
