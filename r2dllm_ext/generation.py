@@ -11,8 +11,8 @@ import torch
 
 from .config import DecodeConfig
 from .model_driver import CACHES, ModelDriver
-from .ops import DecodeStep, decode_step
-from .state import DecodeState
+from .ops import decode_step
+from .state import Counter, DecodeState, DecodeStep
 from .step_graph import HAS_LOOPS, LoopCounters, LoopGraph, StepGraph, replay_until
 from .trace import Trace, TraceRecorder
 
@@ -259,7 +259,7 @@ def _generate_by_graph(
 
         replays, in_vain = replay_until(graph, done)
         nfe += replays
-        state.counters[:, 1] -= in_vain  # random numbers go on as without a graph
+        state.counters[:, Counter.STEP] -= in_vain  # random numbers go on as without a graph
     return nfe
 
 
