@@ -255,6 +255,22 @@ def test_schedule_over_a_block(implementation):
     assert state.counters.tolist() == [[0, 4, 4, 7, 0]]
 
 
+def test_a_schedule_commits_while_a_cell_may_be(implementation):
+    """Cells that become candidates after the block began outlive the quota: one a step is forced,
+    and past the end all that are there follow."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, base="schedule", steps_per_block=3, **OFF)
+    logits = sure_logits([(1, 0.9 - 0.1 * i) for i in range(6)]).to(device)
+    tokens = torch.full((1, 6), MASK, device=device)
+    state = DecodeState(1, 6, device=device)
+    seen = []
+    for candidates in ("x.....", ".xxxxx", ".xxxxx", ".xxxxx"):
+        options = {"candidates": bools(candidates).to(device) & (tokens == MASK)}
+        step = ops.decode_step(logits, tokens, state, config, **options)
+        seen.append((rules_of(step), step.remaining.item()))
+    assert seen == [("b.....", 0), (".f....", 4), ("..f...", 3), ("...bbb", 0)]
+
+
 # ---- decode_step -----------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ def base_rule(
 
     Returns:
         Two disjoint [B, L] bool, subsets of `is_masked`: the rule's own cells; in a row that has
-        none of these, its best cell, which is forced (but for a schedule).
+        none of these, its best cell, which is forced. So each row that may commit a cell does.
     """
     own, forced = torch.zeros_like(is_masked), torch.zeros_like(is_masked)
     for b in range(is_masked.shape[0]):
@@ -49,7 +49,7 @@ def base_rule(
         else:
             count = budget_count(ranked, config.error_budget)
         own[b, falling[:count]] = True
-        if count == 0 and config.base != "schedule":
+        if count == 0:
             forced[b, falling[0]] = True
     return own, forced
 
