@@ -128,7 +128,9 @@ class DecodeConfig:
     )
     seed: int = field(default=0, metadata=_takes(integer))
     allow_mask_id: bool = field(default=False, metadata=_takes(flag))
-    confidence_dtype: str = field(default="float32", metadata=_chosen(CONFIDENCE_DTYPES))
+    confidence_dtype: str = field(
+        default="float32", metadata={**_chosen(CONFIDENCE_DTYPES), "op": "logits".__eq__}
+    )
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
