@@ -175,8 +175,13 @@ class DecodeConfig:
         return tuple(option.metadata["op"](getattr(self, option.name)) for option in _OP_ORDER)
 
 
-# The order of the op's schema.
-_OP_ORDER = dataclasses.fields(DecodeConfig)
+# The order of the op's schema: first what published presets set, then the rows as they stand. An
+# op's argument costs a call half a microsecond, unless it is left out at the end.
+_FIRST = ("mask_id", "allow_mask_id", "confidence_dtype", "temperature")
+_OP_ORDER = sorted(
+    dataclasses.fields(DecodeConfig),
+    key=lambda option: _FIRST.index(option.name) if option.name in _FIRST else len(_FIRST),
+)
 # The id of the mask has no default, which is what ends the loop of __post_init__.
 _OP_DEFAULTS = [
     None if option.default is dataclasses.MISSING else option.metadata["op"](option.default)
