@@ -226,7 +226,7 @@ def test_decode_step(r2, device):
     """Several steps of a block under any config: decisions, tokens and state, bit for bit."""
     fired = Counter()
 
-    @settings(max_examples=250)
+    @settings(max_examples=500)
     @given(
         data=st.data(),
         seed=seeds,

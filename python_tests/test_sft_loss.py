@@ -489,7 +489,7 @@ WRONG_LOSS = {
     "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer > 0"),
     "normalizer -1": ({"normalizer": -1.0}, ValueError, "normalizer -1.0"),
     "normalizer nan": ({"normalizer": float("nan")}, ValueError, "normalizer nan"),
-    "normalizer text": ({"normalizer": "sum"}, TypeError, "normalizer str"),
+    "normalizer text": ({"normalizer": "sum"}, TypeError, "normalizer number sum"),
     "normalizer shape": ({"normalizer": torch.ones(1)}, ValueError, "normalizer [] [1]"),
     "normalizer bool": ({"normalizer": torch.tensor(True)}, TypeError, "normalizer Bool"),
     "normalizer grad": (

@@ -12,8 +12,8 @@ import torch
 from .config import DecodeConfig
 from .decode_progress import BlockProgress, finished_rows
 from .model_driver import CACHES, ModelDriver
-from .ops import DecodeStep, decode_step
-from .state import DecodeState
+from .ops import decode_step
+from .state import DecodeState, DecodeStep
 from .step_graph import check_graph, generate_by_graph
 from .trace import Trace, TraceRecorder
 

@@ -8,6 +8,7 @@ which no product leaves int64.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
 
@@ -17,8 +18,10 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 class Draw(IntEnum):
-    """What a number is drawn for: the last word of the counter. 0 and 1 belong to the decoder."""
+    """What a number is drawn for: the last word of the counter."""
 
+    TOKEN = 0  # the token of a cell (temperature > 0), as in csrc/rules/random.h
+    RUN = 1  # the cell of a run (token_cluster="random"), as there
     MASK = 2  # is this cell masked
     BLOCK = 3  # which block is active
     RATIO = 4  # how much of it is masked
@@ -37,7 +40,8 @@ def philox4x32(
             among them, the results are tensors.
         key: two words.
     """
-    c0, c1, c2, c3 = counter
+    words: Any = counter  # tensors or integers, the arithmetic is the same
+    c0, c1, c2, c3 = words
     k0, k1 = key
     for _ in range(10):
         high0, low0 = _product(_MULTIPLIERS[0], c0)

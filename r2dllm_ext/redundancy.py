@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import instance, integer
 from .config import DecodeConfig, Rule
 from .ops import positional_ambiguity, window_pool
 from .trace import Trace
@@ -65,12 +66,13 @@ def redundancy_score(
     >>> bool(score.total <= score.stability + score.window + score.ambiguity)
     True
     """
-    _check("redundancy_score", trace, config, stop_id, exclude_ids)
+    stop_id, exclude_ids = _check("redundancy_score", trace, config, stop_id, exclude_ids)
     cells = _redundant_cells(trace, config, stop_id, exclude_ids)
     answer = trace.sequences[:, trace.prompt_length :]
     length = _answer_length(answer, stop_id)  # [B]
-    inside = torch.arange(answer.shape[1]) < length[:, None]
-    r2_rules = torch.tensor([Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY], dtype=torch.uint8)
+    inside = torch.arange(answer.shape[1], device="cpu") < length[:, None]
+    rules = [Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY]
+    r2_rules = torch.tensor(rules, dtype=torch.uint8, device="cpu")
     by_rule = torch.isin(trace.commit_rule, r2_rules)
     tokens = length.clamp(min=1).double()
 
@@ -126,7 +128,7 @@ def redundant_cells(
     >>> redundant_cells(out.trace, config).window.shape == out.trace.rule.shape
     True
     """
-    _check("redundant_cells", trace, config, stop_id, exclude_ids)
+    stop_id, exclude_ids = _check("redundant_cells", trace, config, stop_id, exclude_ids)
     return _redundant_cells(trace, config, stop_id, exclude_ids)
 
 
@@ -135,7 +137,9 @@ def _redundant_cells(
 ) -> RedundantCells:
     answer = trace.sequences[:, trace.prompt_length :]
     L = trace.block_length
-    position = trace.block[:, None] * L + torch.arange(L)  # [S, L], of a block's cells
+    position = trace.block[:, None] * L + torch.arange(
+        L, device="cpu"
+    )  # [S, L], of a block's cells
     waits = trace.masked & (trace.rule == Rule.NONE)
     waits &= position[:, None] < _answer_length(answer, stop_id)[:, None]  # [S, B, L]
     return RedundantCells(
@@ -149,14 +153,14 @@ def _answer_length(answer: Tensor, stop_id: int | None) -> Tensor:
     """Tokens up to the first stop token, itself included; [B]."""
     B, G = answer.shape
     if stop_id is None or G == 0:
-        return torch.full((B,), G)
+        return torch.full((B,), G, dtype=torch.int64, device="cpu")
     stops = answer == stop_id
     return torch.where(stops.any(1), stops.int().argmax(1) + 1, G)
 
 
 def _stalled(trace: Trace, answer: Tensor, position: Tensor) -> Tensor:
     """[S, B, L]: from this step to its commit the cell predicts the token it will get."""
-    step = torch.arange(trace.nfe)[:, None, None]
+    step = torch.arange(trace.nfe, device="cpu")[:, None, None]
     commit = trace.commit_step[:, position].transpose(0, 1)  # [S, B, L]
     final = answer[:, position].transpose(0, 1)
     settled = (trace.prediction == final) | (step > commit)
@@ -184,7 +188,8 @@ def _window(trace: Trace, waits: Tensor, config: DecodeConfig) -> Tensor:
 def _ambiguity(
     trace: Trace, waits: Tensor, config: DecodeConfig, exclude_ids: list[int | None]
 ) -> Tensor:
-    excluded = torch.tensor([i for i in exclude_ids if i is not None], dtype=torch.int64)
+    given = [i for i in exclude_ids if i is not None]
+    excluded = torch.tensor(given, dtype=torch.int64, device="cpu")
     belongs = waits & (trace.prediction >= 0) & trace.confidence.isfinite()
     belongs = (belongs & ~torch.isin(trace.prediction, excluded)).flatten(0, 1)
     prediction = trace.prediction.flatten(0, 1)
@@ -205,14 +210,11 @@ def _ambiguity(
     return (belongs & has_best.gather(1, run) & ~best).view_as(waits)
 
 
-def _check(function: str, trace, config, stop_id, exclude_ids) -> None:
-    for name, value, kind in (("trace", trace, Trace), ("config", config, DecodeConfig)):
-        if not isinstance(value, kind):
-            got = type(value).__name__
-            raise TypeError(f"{function}: {name} takes a {kind.__name__}, got {got}")
-    named = [("stop_id", i) for i in [stop_id] if i is not None]
-    for name, i in named + [("exclude_ids", i) for i in exclude_ids]:
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(f"{function}: {name} takes token ids, got {i!r}")
-        if i < 0:
-            raise ValueError(f"{function}: {name} takes token ids >= 0, got {i}")
+def _check(
+    function: str, trace: Trace, config: DecodeConfig, stop_id: int | None, exclude_ids
+) -> tuple[int | None, list[int]]:
+    """The ids as plain integers."""
+    instance(function, "trace", trace, Trace)
+    instance(function, "config", config, DecodeConfig)
+    stop_id = integer(function, "stop_id", stop_id, 0, optional=True)
+    return stop_id, [integer(function, "exclude_ids", i, 0) for i in exclude_ids]

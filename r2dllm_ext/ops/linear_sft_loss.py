@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import is_tensor, same_device
+from .._checks import is_tensor, same_device
 from .sft_loss import gate_index, normalizer_tensor
 
 _CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of logits; enough rows for an efficient product
@@ -410,9 +410,15 @@ def _linear_sft_loss_backward(
 def _(hidden, head, targets, weight, bias, normalizer, rows, max_rows, chunk_rows, dtype,
       entropy_weight, entropy_temperature, entropy_gate, ignore_index, needs):  # fmt: skip
     same_device(
-        "linear_sft_loss", hidden, lm_head_weight=head, targets=targets, weight=weight, bias=bias,
-        normalizer=normalizer, rows=rows,
-    )  # fmt: skip
+        "linear_sft_loss",
+        hidden=hidden,
+        lm_head_weight=head,
+        targets=targets,
+        weight=weight,
+        bias=bias,
+        normalizer=normalizer,
+        rows=rows,
+    )
     row = hidden.new_empty(targets.shape, dtype=_wide(dtype))
     computed = needs if _with_the_loss(needs, entropy_weight, entropy_gate) else [False] * 3
     return row.new_empty(()), row, torch.empty_like(row), *_empty(hidden, head, dtype, computed)
