@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the extension `r2dllm_ext._C`; everything else about the package is in pyproject.toml.
 
-C++20 throughout. R2DLLM_CUDA=auto (default) builds the CUDA back end where a toolkit and a CUDA build of torch are
-found and says what it chose and why; 0 never does; 1 fails where it can't. R2DLLM_CUDA=emulate is
-for tests: CPU tensors go through the CUDA back end, compiled for the CPU with a fibre per thread.
+C++20 throughout. R2DLLM_CUDA=auto (default) builds the CUDA back end where a toolkit and a CUDA
+build of torch are found and says what it chose and why; 0 never does; 1 fails where it can't.
+R2DLLM_CUDA=emulate is for tests: CPU tensors go through the CUDA back end, compiled for the CPU
+with a fibre per thread.
 """
 
 import os

@@ -137,9 +137,8 @@ def _redundant_cells(
 ) -> RedundantCells:
     answer = trace.sequences[:, trace.prompt_length :]
     L = trace.block_length
-    position = trace.block[:, None] * L + torch.arange(
-        L, device="cpu"
-    )  # [S, L], of a block's cells
+    in_block = torch.arange(L, device="cpu")
+    position = trace.block[:, None] * L + in_block  # [S, L], of a block's cells
     waits = trace.masked & (trace.rule == Rule.NONE)
     waits &= position[:, None] < _answer_length(answer, stop_id)[:, None]  # [S, B, L]
     return RedundantCells(

@@ -158,7 +158,8 @@ class RowStep {
       int64_t prefix = 0;
       if (options_.base == BaseRule::kSchedule) {
         const int64_t steps = options_.steps_per_block > 0 ? options_.steps_per_block : row.length;
-        prefix = schedule_quota(row.counters[kBlockMasked], row.counters[kBlockStep], steps);
+        const int64_t step = row.counters[kBlockStep];
+        prefix = step < steps ? schedule_quota(row.counters[kBlockMasked], step, steps) : count;
       } else if (options_.base == BaseRule::kFactor) {
         prefix = factor_prefix(count, options_.factor, confidence);
       } else {
@@ -167,7 +168,7 @@ class RowStep {
       for (int64_t rank = 0; rank < count && rank < prefix; ++rank) {
         commit(row.order[rank], Rule::kBase);
       }
-      if (prefix == 0 && options_.base == BaseRule::kBudget) commit(row.order[0], Rule::kForced);
+      if (prefix == 0) commit(row.order[0], Rule::kForced);
     });
   }
 

@@ -126,7 +126,6 @@ TEST(schedule_shares_the_cells_among_the_steps) {
   CHECK(schedule_quota(7, 0, 3) == 3);
   CHECK(schedule_quota(7, 1, 3) == 2);
   CHECK(schedule_quota(7, 2, 3) == 2);
-  CHECK(schedule_quota(7, 3, 3) == 7);
   StepOptions options = no_rules();
   options.base = BaseRule::kSchedule;
   options.steps_per_block = 2;
