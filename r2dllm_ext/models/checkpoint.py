@@ -192,7 +192,7 @@ def _sources(folder: Path) -> dict[str, Path]:
     if not isinstance(where, dict):
         raise ValueError(f"load_model: {folder / _INDEX} has no weight_map, an object of key: file")
     for key, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not file or Path(file).name != file:
             raise ValueError(
                 f"load_model: weight_map of {folder / _INDEX} takes names of files beside it, got "
                 f"{file!r} for key {key}"

@@ -50,7 +50,7 @@ class Rotary(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
-        fake = _makes_no_plain_tensors()  # then the device may not exist
+        fake = _makes_no_plain_tensors()  # then its device need not exist, nor will this be read
         self._build(length, torch.device("cpu") if fake else torch.get_default_device())
 
     def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
