@@ -50,10 +50,11 @@ Tensor update_stability_(const Tensor& streak_count, const Tensor& streak_id,
 }
 
 TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
+  // Not "mode": torch's own tracing calls ops that write with keywords, and has one of that name.
   m.def(
       "update_stability_(Tensor(a!) streak_count, Tensor(b!) streak_id, Tensor(c!) streak_sum, "
       "Tensor(d!) streak_max, Tensor prediction, Tensor confidence, Tensor was_masked, "
-      "Tensor is_masked, int steps, float min_confidence, int mode=0) -> Tensor",
+      "Tensor is_masked, int steps, float min_confidence, int temporal_eval=0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -86,7 +86,7 @@ def _(
     is_masked,
     steps,
     min_confidence,
-    mode=0,
+    temporal_eval=0,
 ):
     same_device(
         "update_stability_",
