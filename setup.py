@@ -15,6 +15,11 @@ from pathlib import Path
 
 from setuptools import setup
 
+# Empty counts as unset, also for torch's build helpers, which read most of these themselves.
+for name in ("CC", "CXX", "CUDA_HOME", "MAX_JOBS", "R2DLLM_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    if os.environ.get(name) == "":
+        del os.environ[name]
+
 ROOT = Path(__file__).parent
 PACKAGE = "r2dllm_ext"
 

@@ -2,6 +2,8 @@
 // The pass over V on one slice of a row, per instruction set. No torch: raw pointers only.
 #pragma once
 
+#include <vector>
+
 #include "../rules/confidence.h"
 #include "../rules/logits_view.h"
 #include "../rules/row_loss.h"
@@ -35,7 +37,21 @@ struct VocabKernels {
   void (*store)(void* logits, int64_t i, double value);  // rounded to nearest
 };
 
-// The best of what was compiled and of what this processor runs; chosen once.
+// Best first. Only "portable" has kernels for float64, which all others share.
+struct InstructionSet {
+  const char* name;
+  const VocabKernels* kernels;  // by LogitType; null: not compiled
+  bool processor_runs_it;
+
+  bool is_supported() const { return kernels != nullptr && processor_runs_it; }
+};
+std::vector<InstructionSet> instruction_sets();
+
+// The kernels called `wanted`; null or empty: the best that are supported. Throws
+// std::invalid_argument, which names R2DLLM_CPU and what is supported, if these are not.
+const VocabKernels* choose_kernels(const char* wanted);
+
+// What the environment variable R2DLLM_CPU asks for; it is read once.
 const VocabKernels& vocab_kernels(LogitType type);
 const char* instruction_set();
 
