@@ -286,6 +286,22 @@ def test_bits_do_not_depend_on_threads_or_batch(r2, threads):
     assert all(same_bits(a[0], b[9]) for a, b in zip(alone, stats, strict=True))
 
 
+@pytest.mark.parametrize("op", ["row_stats", "sft_loss"])
+def test_forward_mode_raises(r2, device, op):
+    """A derivative that is not there is neither None nor 0."""
+    logits, targets, _ = inputs((4, 33), torch.float32, device)
+
+    def loss(z):
+        result = getattr(r2, op)(z, targets)
+        return result if op == "sft_loss" else result.nll.sum()
+
+    words = f"{op}: logits takes no tangent of forward-mode"
+    with pytest.raises(NotImplementedError, match=words):
+        torch.func.jvp(loss, (logits,), (logits,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=words):
+        loss(torch.autograd.forward_ad.make_dual(logits, logits))
+
+
 # ---- in place --------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import is_tensor, same_device
+from ._checks import is_tensor, no_tangent, same_device
 
 STATE_SIZE = 6  # floats that a row keeps for its backward (RowState in csrc/rules/row_loss.h)
 
@@ -60,6 +60,7 @@ def row_stats(
     (tensor([1.3863, 0.0000]), tensor([ 0, -1]))
     """
     is_tensor("row_stats", logits=logits, targets=targets)
+    no_tangent("row_stats", logits=logits)
     return RowStats(*torch.ops.r2dllm.row_stats(logits, targets, temperature, ignore_index)[:4])
 
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ._checks import is_tensor, same_device
+from ._checks import is_tensor, no_tangent, same_device
 from .row_stats import STATE_SIZE, stats_dtype
 
 ENTROPY_GATES = ("correct", "all")  # the order of EntropyGate in csrc/rules/row_loss.h
@@ -58,6 +58,7 @@ def sft_loss(
         TypeError, ValueError: name the argument, what it got and what it takes; so does a target
             outside [0, V) on the CPU. On CUDA it makes the loss NaN.
         RuntimeError: on a double backward, or one over logits that are no longer there.
+        NotImplementedError: in forward-mode differentiation.
 
     Arithmetic is float32 whatever the dtype of the logits (float64 for float64); rows are added up
     in their order: the same bits with any number of threads. No host synchronisation on CUDA. The
@@ -69,6 +70,7 @@ def sft_loss(
     (tensor(1.3863), tensor([ 0.2500, -0.7500,  0.2500,  0.2500]))
     """
     is_tensor("sft_loss", logits=logits, targets=targets)
+    no_tangent("sft_loss", logits=logits)
     return torch.ops.r2dllm.sft_loss(
         logits, targets, weight, normalizer_tensor("sft_loss", normalizer, logits),
         entropy_weight, entropy_temperature, gate_index("sft_loss", entropy_gate), ignore_index,
