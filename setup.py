@@ -17,17 +17,17 @@ from typing import NoReturn
 
 from setuptools import setup
 
+# Empty counts as unset, also for torch's build helpers, which read most of these themselves.
+for name in ("CC", "CXX", "CUDA_HOME", "MAX_JOBS", "R2DLLM_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    if os.environ.get(name) == "":
+        del os.environ[name]
+
 ROOT = Path(__file__).parent
 PACKAGE = "r2dllm_ext"
 
 
 def fail(problem: str, fix: str) -> NoReturn:
     sys.exit(f"\nr2dllm_ext: {problem}\n  {fix}\n")
-
-
-for variable in ("CC", "CXX", "CUDA_HOME", "MAX_JOBS", "R2DLLM_CUDA", "TORCH_CUDA_ARCH_LIST"):
-    if os.environ.get(variable) == "":
-        del os.environ[variable]  # empty counts as unset, for torch's build helpers too
 
 
 def find_toolkit() -> str | None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _INT64 = 2**63
 
@@ -187,4 +188,16 @@ def same_device(where: str, **tensors: Tensor | None) -> None:
         if other is not None and like is not None and other.device != like.device:
             raise ValueError(
                 f"{where}: {name} takes the device of {first} ({like.device}), got {other.device}"
+            )
+
+
+def no_tangent(where: str, **tensors: Tensor | None) -> None:
+    """Forward mode takes the result of an op without a jvp for a constant: None, or zeros."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{where}: {name} takes no tangent of forward-mode differentiation, got one; "
+                "gradients come from the backward (torch.autograd.grad, torch.func.vjp)"
             )

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from .._checks import integer, is_tensor, number, same_device
+from .._checks import integer, is_tensor, no_tangent, number, same_device
 
-STATE_SIZE = 6  # floats that a row keeps for its backward (RowState in csrc/rules/row_loss.h)
+STATE_SIZE = 6  # floats that a row keeps for its backward (RowState in csrc/rules/row_stats.h)
 
 
 class RowStats(NamedTuple):
@@ -61,6 +61,7 @@ def row_stats(
     """
     op = "row_stats"
     is_tensor(op, logits=logits, targets=targets)
+    no_tangent(op, logits=logits)
     temperature = number(op, "temperature", temperature)
     ignore_index = integer(op, "ignore_index", ignore_index)
     return RowStats(*torch.ops.r2dllm.row_stats(logits, targets, temperature, ignore_index)[:4])

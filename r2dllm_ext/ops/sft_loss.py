@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import choice, flag, integer, is_tensor, number, same_device
+from .._checks import choice, flag, integer, is_tensor, no_tangent, number, same_device
 from .row_stats import STATE_SIZE, stats_dtype
 
-ENTROPY_GATES = ("correct", "all")  # the order of EntropyGate in csrc/rules/row_loss.h
+ENTROPY_GATES = ("correct", "all")  # the order of EntropyGate in csrc/rules/sft_loss.h
 
 
 def sft_loss(
@@ -56,6 +56,7 @@ def sft_loss(
         TypeError, ValueError: name the argument, what it got and what it takes; so does a target
             outside [0, V) on the CPU. On CUDA it makes the loss NaN.
         RuntimeError: on a double backward, or one over logits that are no longer there.
+        NotImplementedError: in forward-mode differentiation.
 
     Arithmetic is float32 whatever the dtype of the logits (float64 for float64); rows are added up
     in their order: the same bits with any number of threads. No host synchronisation on CUDA. The
@@ -69,6 +70,7 @@ def sft_loss(
     op = "sft_loss"
     is_tensor(op, logits=logits, targets=targets)
     is_tensor(op, weight=weight, optional=True)
+    no_tangent(op, logits=logits)
     return torch.ops.r2dllm.sft_loss(
         logits,
         targets,

@@ -46,11 +46,11 @@ def current_ranks() -> Ranks:
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """The process group that `torchrun` describes, if it does; yields this process' device."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):  # empty counts as unset
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
