@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the extension `r2dllm_ext._C`; everything else about the package is in pyproject.toml.
 
-R2DLLM_CUDA=auto (default) builds the CUDA back end where a toolkit and a CUDA build of torch are
-found and says what it chose and why; 0 never does; 1 fails where it can't. R2DLLM_CUDA=emulate is
-for tests: CPU tensors go through the CUDA back end, compiled for the CPU with a fibre per thread.
+C++20 throughout. R2DLLM_CUDA=auto (default) builds the CUDA back end where a toolkit and a CUDA
+build of torch are found and says what it chose and why; 0 never does; 1 fails where it can't.
+R2DLLM_CUDA=emulate is for tests: CPU tensors go through the CUDA back end, compiled for the CPU
+with a fibre per thread.
 """
 
 import os
@@ -12,14 +13,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import setup
+
+# Empty counts as unset, also for torch's build helpers, which read most of these themselves.
+for name in ("CC", "CXX", "CUDA_HOME", "MAX_JOBS", "R2DLLM_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    if os.environ.get(name) == "":
+        del os.environ[name]
 
 ROOT = Path(__file__).parent
 PACKAGE = "r2dllm_ext"
 
 
-def fail(problem: str, fix: str) -> None:
+def fail(problem: str, fix: str) -> NoReturn:
     sys.exit(f"\nr2dllm_ext: {problem}\n  {fix}\n")
 
 
@@ -41,12 +48,18 @@ if TOOLKIT:
     os.environ["CUDA_HOME"] = TOOLKIT  # torch reads it when its build helpers are imported
 
 try:
+    import pybind11
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-except ImportError:
+    from torch.utils.cpp_extension import (
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        include_paths,
+    )
+except ImportError as error:
     fail(
-        "torch is not there at build time.",
-        "Install it first, then: pip install --no-build-isolation .",
+        f"{error.name} is not there at build time.",
+        "Install torch and pybind11 first, then: pip install --no-build-isolation .",
     )
 
 
@@ -77,7 +90,7 @@ class Build(BuildExtension):
         if shutil.which(compiler) is None:
             fail(
                 f"no C++ compiler: {compiler!r} is not on the PATH.",
-                "Install g++ 9 or newer (Debian: apt-get install g++), or set CXX.",
+                "Install g++ 10 or newer (Debian: apt-get install g++), or set CXX.",
             )
         print(f"r2dllm_ext: {'CUDA and CPU' if USE_CUDA else 'CPU only'} ({REASON})", flush=True)
         super().run()
@@ -106,20 +119,29 @@ def cuda_architectures() -> str:
 def extension():
     version = re.search(r'"(.+)"', (ROOT / PACKAGE / "_version.py").read_text()).group(1)
     csrc, emulation = ROOT / "csrc", ROOT / "csrc" / "tests" / "emulated_cuda"
-    sources = [p for p in csrc.rglob("*.cpp") if "tests" not in p.parts]
+    sources = [p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "tests"]
     macros = [
         ("R2DLLM_VERSION", f'"{version}"'),
         ("R2DLLM_TORCH_VERSION", f'"{torch.__version__}"'),
     ]
+    # pybind11's header is that of the pip package, before the one that torch brings.
+    system = [f"-isystem{path}" for path in (pybind11.get_include(), *include_paths())]
+    common = ["-std=c++20", "-O3"]
     # No contraction: CPU and CUDA have to agree bit for bit after the pass over V.
-    flags = {"cxx": ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]}
+    flags = {
+        "cxx": [
+            *common,
+            *system,
+            *("-Wall", "-Wextra", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"),
+        ]
+    }
     if USE_CUDA:
         sources += (csrc / "cuda").glob("*.cu")
         macros += [
             ("R2DLLM_WITH_CUDA", None),
             ("R2DLLM_CUDA_ARCHITECTURES", f'"{cuda_architectures()}"'),
         ]
-        flags["nvcc"] = ["-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
+        flags["nvcc"] = [*common, "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
     elif EMULATES_CUDA:
         sources.append(emulation / "backend.cpp")
         macros += [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from r2dllm_ext.config import DecodeConfig
-from r2dllm_ext.state import DecodeState
+from r2dllm_ext.state import Counter, DecodeState
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -94,7 +94,7 @@ class Block:
         count, streak_id = self._streaks
         self.tokens.fill_(self.mask_id)
         self.state.reset()
-        self.state.counters[:, 1] = 0
+        self.state.counters[:, Counter.STEP] = 0
         self.state.streak_count.copy_(count)
         self.state.streak_id.copy_(streak_id)
         self.state.streak_sum.copy_(count * 0.85)

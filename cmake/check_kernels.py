@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90", "100", "120")
-FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v")  # as setup.py
+FLAGS = ("-std=c++20", "-O3", "--fmad=false", "-Xptxas", "-v")  # as setup.py
 
 
 class Limits(NamedTuple):

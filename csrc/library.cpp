@@ -11,10 +11,11 @@ namespace py = pybind11;
 namespace {
 
 py::dict build_info() {
-  py::list compiled;
-  if (r2dllm::cpu::avx512_kernels() != nullptr) compiled.append("avx512");
-  if (r2dllm::cpu::avx2_kernels() != nullptr) compiled.append("avx2");
-  compiled.append("portable");
+  py::list compiled, supported;
+  for (const auto& set : r2dllm::cpu::instruction_sets()) {
+    if (set.kernels != nullptr) compiled.append(set.name);
+    if (set.is_supported()) supported.append(set.name);
+  }
 
   py::dict info;
   info["version"] = R2DLLM_VERSION;
@@ -27,6 +28,7 @@ py::dict build_info() {
   info["cuda_architectures"] = py::list();
 #endif
   info["cpu_compiled"] = compiled;
+  info["cpu_supported"] = supported;
   info["cpu_in_use"] = r2dllm::cpu::instruction_set();
   return info;
 }

@@ -132,13 +132,34 @@ def clone(state):
     return copy.deepcopy(state)
 
 
-MAX_ULPS = 2  # of float32: how far a confidence may be from the float64 softmax
+# Relative error of anything made of the probabilities of a row, where V < 10^6: the bound of
+# csrc/cpu/vocab_kernels.h with 1 for 1 - p, and of float64 as long a sum as a slice has terms.
+ROW_ERROR = dict.fromkeys((torch.float32, *NARROW), 24 * 2.0**-24)
+ROW_ERROR[torch.float64] = 4096 * 2.0**-53
+
+
+def confidence_ulps(p: Tensor, vocab: int, device: str) -> Tensor:
+    """How far the confidence of an argmax may be from the float64 softmax `p`, in its last places.
+
+    On the CPU the bound of csrc/cpu/vocab_kernels.h, for any instruction set. On CUDA a term is
+    within 4 * 2^-24 too, no more than three roundings lead to a double, and z - max is rounded when
+    it is multiplied by log2(e): 1 per nat beside the 0.25 of log2(e) itself.
+    """
+    terms, per_nat = (2 * 4 + 3, 1.25) if runs_cuda(device) else (2 * 4 + 11, 0.25)
+    below = (p * vocab / (1 - p).clamp_min(1e-9)).log1p()
+    relative = (1 - p) * (terms + per_nat * below) * 2.0**-24
+    return relative * p / last_place(p) + 0.5
 
 
 def ulps(got: Tensor, want: Tensor) -> Tensor:
     """Distance of float32 `got` from float64 `want` in units of want's last float32 place."""
-    exponent = torch.frexp(want.clamp_min(torch.finfo(torch.float32).tiny)).exponent
-    return (got.double() - want).abs() / torch.ldexp(torch.ones_like(want), exponent - 24)
+    return (got.double() - want).abs() / last_place(want)
+
+
+def last_place(p: Tensor) -> Tensor:
+    """The float32 spacing at float64 `p`."""
+    exponent = torch.frexp(p.clamp_min(torch.finfo(torch.float32).tiny)).exponent
+    return torch.ldexp(torch.ones_like(p), exponent - 24)
 
 
 # ---- random draws (hypothesis) ---------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from cases import assert_same, clone, random_steps, state_tensors
 
 from r2dllm_ext.config import DecodeConfig
-from r2dllm_ext.state import DecodeState
+from r2dllm_ext.state import Counter, DecodeState
 
 CONFIGS = {
     "r2": DecodeConfig(0),
@@ -59,9 +59,14 @@ def test_rules_in_a_graph(r2, device):
         window = r2.window_pool(confidence, masked, window=3, min_confidence=0.5)
         run = r2.positional_ambiguity(prediction, confidence, masked & ~window, min_confidence=0.3)
         final = r2.update_stability_(
-            state, prediction, confidence, was_masked=masked, is_masked=masked & ~window & ~run,
-            steps=1, min_confidence=0.2,
-        )  # fmt: skip
+            state,
+            prediction,
+            confidence,
+            was_masked=masked,
+            is_masked=masked & ~window & ~run,
+            steps=1,
+            min_confidence=0.2,
+        )
         return prediction, confidence, window, run, final
 
     logits = random_steps(5, (3, 16, 65), 1, 0)[0].to(device)
@@ -92,7 +97,7 @@ def test_errors_in_a_graph(r2, device):
     tokens = torch.zeros(2, 3, dtype=torch.int32, device=device)
     with pytest.raises(Exception, match="tokens"):
         step(torch.randn(2, 3, 5, device=device), tokens, state, CONFIGS["r2"])
-    assert not tokens.any() and not state.counters[:, 1].any()
+    assert not tokens.any() and not state.counters[:, Counter.STEP].any()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

@@ -138,7 +138,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("length", [40, 4000])
-@pytest.mark.parametrize("block_length", [1, 32, 4000, 10**6, 2**63 - 1, 10**30])
+@pytest.mark.parametrize("block_length", [1, 32, 4000, 10**6, 2**63 - 1])
 @pytest.mark.parametrize("mode", ["block", "iid", "trajectory"])
 def test_memory_grows_with_the_tokens_alone(mode, block_length, length):
     tokens, answers = sequences([length - 2] * 3, total=length)
@@ -280,13 +280,22 @@ def test_devices_agree(cuda):
     "change, error, message",
     [
         ({"tokens": [[1]]}, TypeError, "tokens takes a torch.Tensor, got list"),
-        ({"tokens": torch.zeros(3)}, ValueError, "tokens takes [B, T] torch.int64"),
+        (
+            {"tokens": torch.zeros(3)},
+            TypeError,
+            "tokens takes dtype torch.int64, got",
+        ),
+        ({"tokens": torch.arange(3)}, ValueError, "tokens takes shape [B, T], got [3]"),
         (
             {"answers": torch.zeros(1, 19, dtype=torch.bool)},
             ValueError,
-            "answer_mask takes [1, 20]",
+            "answer_mask takes shape [B, T] = [1, 20]",
         ),
-        ({"answers": torch.zeros(1, 20)}, ValueError, "torch.bool, got [1, 20] torch.float32"),
+        (
+            {"answers": torch.zeros(1, 20)},
+            TypeError,
+            "answer_mask takes dtype torch.bool",
+        ),
         ({"mode": "blocks"}, ValueError, "mode takes one of"),
         ({"weighting": None}, ValueError, "weighting takes one of"),
         ({"mask_id": -1}, ValueError, "mask_id takes an integer >= 0, got -1"),
@@ -299,8 +308,8 @@ def test_devices_agree(cuda):
         ({"ratio": (0.6,)}, TypeError, "ratio takes a number in [0, 1]"),
         ({"ratio": "half"}, TypeError, "ratio takes a number in [0, 1]"),
         ({"ratio": torch.tensor([2.0])}, ValueError, "ratio takes numbers in [0, 1]"),
-        ({"ratio": torch.tensor([0.5, 0.5])}, ValueError, "ratio takes [B] = [1]"),
-        ({"row": torch.zeros(2, dtype=torch.int64)}, ValueError, "row takes [1] torch.int64"),
+        ({"ratio": torch.tensor([0.5, 0.5])}, ValueError, "ratio takes shape [B] = [1]"),
+        ({"row": torch.zeros(2, dtype=torch.int64)}, ValueError, "row takes shape [B] = [1]"),
         ({"mode": "trajectory"}, ValueError, "commit_step belongs to mode 'trajectory'"),
         (
             {"commit_step": torch.zeros(1, 20, dtype=torch.int64)},

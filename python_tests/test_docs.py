@@ -35,15 +35,28 @@ def test_public_names_are_documented():
     assert undocumented == []
 
 
-def test_readme_examples():
+def test_readme_examples(capsys):
     readme = Path(__file__).parent.parent / "README.md"
     if not readme.exists():
         pytest.skip("needs the source tree beside the tests")
-    blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    text = readme.read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
+    printed = text[text.index("```text\n") + len("```text\n") :].partition("```")[0]
+    assert capsys.readouterr().out == printed
     assert not (scope["x"] == scope["model"].mask_id).any()
     assert scope["out"].nfe < 96
     assert scope["hidden"].grad.shape == scope["hidden"].shape
+
+
+def test_readme_has_two_commands():
+    """What a stranger types, and what CI runs (.ci/run)."""
+    readme = Path(__file__).parent.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("needs the source tree beside the tests")
+    start = readme.read_text().partition("\n## Quick start\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```bash\n(.*?)^```", start, re.DOTALL | re.MULTILINE)
+    assert [block.splitlines()[-1] for block in blocks] == ["r2dllm demo", ".ci/check"]

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: ValueError or TypeError naming op, argument, got and taken; nothing is written."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from cases import STREAKS, assert_same, clone, runs_cuda, same_bits, state_tensors
+from torch.utils._pytree import tree_leaves
 
-from r2dllm_ext.config import DecodeConfig
-from r2dllm_ext.state import DecodeState
+from r2dllm_ext.config import DecodeConfig, Rule
+from r2dllm_ext.state import Counter, DecodeState
 
 B, L, V = 2, 3, 7
 
@@ -49,7 +53,9 @@ STEPS = {
     "logits V = 0": (change("logits", lambda t: t[..., :0]), ValueError, "logits"),
     "logits stride": (change("logits", stretched), ValueError, "logits stride 1 42 14 2"),
     "logits grad": (
-        change("logits", lambda t: t.clone().requires_grad_()), ValueError, "logits require grad",
+        change("logits", lambda t: t.clone().requires_grad_()),
+        ValueError,
+        "logits require grad",
     ),
     "logits list": (change("logits", lambda t: t.tolist()), TypeError, "logits Tensor list"),
     "logits batch": (change("logits", lambda t: t[:1]), ValueError, "tokens [B, L]"),
@@ -64,7 +70,8 @@ STEPS = {
     "candidates int": (change("candidates", ones(B, L, dtype=torch.int8)), TypeError, "candidates"),
     "candidates shape": (change("candidates", ones(B, 1)), ValueError, "candidates [2, 3] [2, 1]"),
     "candidates device": (
-        change("candidates", lambda _: torch.ones(B, L).bool().to("meta")), ValueError,
+        change("candidates", lambda _: torch.ones(B, L).bool().to("meta")),
+        ValueError,
         "candidates device meta",
     ),
     "candidates list": (change("candidates", lambda _: [[True] * L] * B), TypeError, "candidates"),
@@ -75,19 +82,23 @@ STEPS = {
     "state batch": (change("state", lambda _: DecodeState(3, 3)), ValueError, "state [3, 3]"),
     "state length": (change("state", lambda _: DecodeState(B, 1)), ValueError, "state [2, 1]"),
     "state device": (
-        change("state", lambda _: DecodeState(B, L, device="meta")), ValueError,
+        change("state", lambda _: DecodeState(B, L, device="meta")),
+        ValueError,
         "state device meta",
     ),
     "state dtype": (
-        change_state("streak_sum", lambda t: t.double()), TypeError,
+        change_state("streak_sum", lambda t: t.double()),
+        TypeError,
         "state streak_sum Float Double",
     ),
     "state counters": (change_state("counters", lambda t: t[:, :3]), ValueError, "state counters"),
     "state strides": (
-        change_state("streak_id", lambda t: t.t().contiguous().t()), ValueError, "state streak_id",
+        change_state("streak_id", lambda t: t.t().contiguous().t()),
+        ValueError,
+        "state streak_id",
     ),
     "shift": (change("logits_shift", lambda _: 2), ValueError, "logits_shift 2"),
-}  # fmt: skip
+}
 
 
 def check_message(error: pytest.ExceptionInfo, op: str, words: str) -> None:
@@ -108,16 +119,13 @@ def test_step(r2, device, op, what):
     if isinstance(call.state, DecodeState) and call.state.device.type == "cpu":
         call.state = call.state.to(device)
     with pytest.raises(exception) as error:
-        getattr(r2, op)(
-            call.logits, call.tokens, call.state, call.config,
-            candidates=call.candidates, logits_shift=call.logits_shift,
-        )  # fmt: skip
+        getattr(r2, op)(**vars(call))
     check_message(error, op, words)
     assert not tokens.any()
     if call.state is not None and what not in ("state batch", "state length", "state device"):
         for name in STREAKS:
             assert same_bits(getattr(call.state, name).float(), getattr(state, name).float()), name
-        assert call.state.counters[:, 1].tolist() == [0, 0]
+        assert call.state.counters[:, Counter.STEP].tolist() == [0, 0]
 
 
 def test_tokens_that_share_memory(r2, device):
@@ -127,7 +135,7 @@ def test_tokens_that_share_memory(r2, device):
     with pytest.raises(ValueError) as error:
         r2.decode_step(call.logits, tokens, call.state, call.config)
     check_message(error, "decode_step", "tokens memory")
-    assert not tokens.any() and not call.state.counters[:, 1].any()
+    assert not tokens.any() and not call.state.counters[:, Counter.STEP].any()
     assert r2.select(call.logits, tokens, call.state, call.config).rule.any()
 
 
@@ -158,19 +166,26 @@ def valid(op: str, device: str) -> dict:
     masked = torch.ones(B, L, dtype=torch.bool, device=device)
     p = torch.full((B, L), 0.5, device=device)
     ids = torch.ones(B, L, dtype=torch.int64, device=device)
+    logits = torch.zeros(B, L, V, device=device)
+    state = DecodeState(B, L, device=device)
+    cells = {"prediction": ids, "confidence": p, "is_masked": masked, "min_confidence": 0.5}
+    step = {"logits": logits, "tokens": ids * 0, "state": state, "config": DecodeConfig(0)}
     return {
-        "token_confidence": {"logits": torch.zeros(B, L, V, device=device)},
+        "token_confidence": {"logits": logits},
+        "vocab_statistics": {"logits": logits},
         "window_pool": {
-            "confidence": p, "is_masked": masked, "window": 2, "min_confidence": 0.5,
+            "confidence": p,
+            "is_masked": masked,
+            "window": 2,
+            "min_confidence": 0.5,
         },
-        "positional_ambiguity": {
-            "prediction": ids, "confidence": p, "is_masked": masked, "min_confidence": 0.5,
-        },
-        "update_stability_": {
-            "state": DecodeState(B, L, device=device), "prediction": ids, "confidence": p,
-            "was_masked": masked, "is_masked": masked, "steps": 2, "min_confidence": 0.5,
-        },
-    }[op]  # fmt: skip
+        "positional_ambiguity": cells,
+        "update_stability_": {"state": state, **cells, "was_masked": masked, "steps": 2},
+        "decode_step": step,
+        "select": step,
+        "row_stats": {"logits": logits, "targets": ids},
+        "sft_loss": {"logits": logits, "targets": ids},
+    }[op]
 
 
 def same(value):
@@ -234,13 +249,109 @@ def test_rule(r2, device, op, argument, spoil, exception, words):
     if isinstance(bad, (torch.Tensor, DecodeState)) and "meta" not in str(bad.device):
         bad = bad.to(device)
     arguments[argument] = bad
-    order = {"update_stability_": 3, "positional_ambiguity": 3, "window_pool": 2}.get(op, 1)
-    positional = [arguments.pop(name) for name in list(arguments)[:order]]
     with pytest.raises(exception) as error:
-        getattr(r2, op)(*positional, **arguments)
+        getattr(r2, op)(**arguments)
     check_message(error, op, f"{argument} {words}")
     if state is not None:
         assert_same(state_tensors(state), state_tensors(DecodeState(B, L, device=device)))
+
+
+# ---- scalars ---------------------------------------------------------------------------------
+
+INTEGERS = [
+    ("decode_step", "logits_shift"),
+    ("select", "logits_shift"),
+    ("token_confidence", "exclude_id"),
+    ("vocab_statistics", "first_id"),
+    ("vocab_statistics", "exclude_id"),
+    ("window_pool", "window"),
+    ("window_pool", "max_unmasked"),
+    ("positional_ambiguity", "min_run"),
+    ("positional_ambiguity", "seed"),
+    ("positional_ambiguity", "step"),
+    ("update_stability_", "steps"),
+    ("row_stats", "ignore_index"),
+    ("sft_loss", "ignore_index"),
+]
+NUMBERS = [
+    ("window_pool", "min_confidence"),
+    ("positional_ambiguity", "min_confidence"),
+    ("update_stability_", "min_confidence"),
+    ("row_stats", "temperature"),
+    ("sft_loss", "entropy_weight"),
+    ("sft_loss", "entropy_temperature"),
+    ("sft_loss", "normalizer"),
+]
+OPTIONAL_TENSORS = [
+    ("decode_step", "candidates"),
+    ("token_confidence", "candidates"),
+    ("vocab_statistics", "candidates"),
+    ("positional_ambiguity", "row"),
+    ("sft_loss", "weight"),
+]
+
+
+def refused(r2, op: str, argument: str, value, exception) -> str:
+    """The message; what it says of op, argument and value is checked, and that the state stays."""
+    arguments = valid(op, "cpu") | {argument: value}
+    with pytest.raises(exception) as error:
+        getattr(r2, op)(**arguments)
+    message = str(error.value)
+    assert message.startswith(f"{op}: {argument} takes "), message
+    if "state" in arguments:
+        assert_same(state_tensors(arguments["state"]), state_tensors(DecodeState(B, L)))
+    return message
+
+
+@pytest.mark.parametrize("op, argument", INTEGERS)
+def test_what_is_no_integer(r2, op, argument):
+    no_integers = (2.5, 1.0, "1", True, [1], torch.tensor(True), torch.tensor([1]), np.float64(1))
+    for value in no_integers:
+        assert "an integer" in refused(r2, op, argument, value, TypeError)
+    for value in (2**63, -(2**63) - 1, 10**30):
+        message = refused(r2, op, argument, value, ValueError)
+        assert " of 64 bits" in message or "in [0, 1]" in message
+        assert message.endswith(f", got {value}")
+
+
+@pytest.mark.parametrize("op, argument", INTEGERS)
+def test_whatever_indexes_is_an_integer(r2, op, argument):
+    def result(value):
+        made = getattr(r2, op)(**valid(op, "cpu") | {argument: value})
+        return [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+
+    for value in (np.int64(1), np.uint8(1), torch.tensor(1), Rule.THRESHOLD):
+        assert_same(result(value), result(1))
+
+
+@pytest.mark.parametrize("op, argument", NUMBERS)
+def test_what_is_no_number(r2, op, argument):
+    for value in ("0.5", True, [0.5], 1j):
+        assert "number" in refused(r2, op, argument, value, TypeError)
+    refused(r2, op, argument, 10**400, ValueError)
+    half = [getattr(r2, op)(**valid(op, "cpu") | {argument: x}) for x in (0.5, np.float32(0.5))]
+    assert_same(*(tree_leaves(made) for made in half))
+
+
+@pytest.mark.parametrize("op, argument", OPTIONAL_TENSORS)
+def test_what_is_no_tensor(r2, op, argument):
+    for value in ([[1]], "mask", 0.5):
+        message = refused(r2, op, argument, value, TypeError)
+        assert message.endswith(f"a torch.Tensor or None, got {type(value).__name__}")
+
+
+def test_a_flag_is_a_bool(r2):
+    for value in (1, None, "yes"):
+        refused(r2, "sft_loss", "inplace_backward", value, TypeError)
+
+
+@pytest.mark.parametrize("name", ["values", "dtype"])
+def test_statistics_of_something_else(r2, name):
+    part = r2.vocab_statistics(torch.zeros(B, L, V))._replace(**{name: [1.0]})
+    for op, argument in (("decode_step", "logits"), ("merge_statistics", "parts")):
+        arguments = valid(op, "cpu") | {"logits": part} if op == "decode_step" else {"parts": part}
+        with pytest.raises(TypeError, match=rf"{op}: {argument}.{name} takes .*, got list"):
+            getattr(r2, op)(**arguments)
 
 
 # ---- DecodeConfig and DecodeState ------------------------------------------------------------
@@ -284,8 +395,8 @@ def test_config_field(field, value, exception):
         with pytest.raises(exception) as error:
             make()
         message = str(error.value)
-        assert f"DecodeConfig.{field}: got {value!r}, takes " in message
-        assert len(message.split("takes ")[1]) > 3
+        assert message.startswith(f"DecodeConfig: {field} takes ")
+        assert message.endswith(f", got {value!r}")
 
 
 def test_every_field_is_validated():
@@ -311,14 +422,29 @@ def test_presets():
     assert DecodeConfig.fast_dllm(5) == DecodeConfig(5, threshold=0.9, **off)
     assert DecodeConfig.budget(5) == DecodeConfig(5, base="budget", error_budget=0.1, **off)
     assert DecodeConfig.r2(5) == DecodeConfig(5)
-    release = (0.9, 3, 0.8, 1, "confidence", 2, 3, 0.8, "last", 0.0, False, "float32")
-    config = DecodeConfig(5)
-    assert release == (
-        config.threshold, config.confidence_cluster_size, config.spatial_threshold,
-        config.confidence_cluster_unmasked, config.token_cluster, config.token_cluster_size,
-        config.temporal_steps, config.temporal_threshold, config.temporal_eval, config.temperature,
-        config.allow_mask_id, config.confidence_dtype,
-    )  # fmt: skip
+    release = {
+        "threshold": 0.9,
+        "confidence_cluster_size": 3,
+        "spatial_threshold": 0.8,
+        "confidence_cluster_unmasked": 1,
+        "token_cluster": "confidence",
+        "token_cluster_size": 2,
+        "temporal_steps": 3,
+        "temporal_threshold": 0.8,
+        "temporal_eval": "last",
+        "temperature": 0.0,
+        "allow_mask_id": False,
+        "confidence_dtype": "float32",
+    }
+    assert dataclasses.asdict(DecodeConfig(5)).items() >= release.items()
+
+
+def test_config_holds_plain_values():
+    """Numpy scalars and 0-dim tensors become integers and floats: equal, hashable, printable."""
+    given = DecodeConfig(np.int64(5), threshold=np.float32(0.5), top_k=torch.tensor(3), factor=2)
+    config = DecodeConfig(5, threshold=0.5, top_k=3, factor=2.0)
+    assert given == config and hash(given) == hash(config) and repr(given) == repr(config)
+    assert [type(value) for value in given._op_args] == [type(value) for value in config._op_args]
 
 
 @pytest.mark.parametrize(
@@ -326,5 +452,5 @@ def test_presets():
     [((-1, 2), ValueError), ((2, -1), ValueError), ((1.0, 2), TypeError), ((1, True), TypeError)],
 )
 def test_state_sizes(sizes, exception):
-    with pytest.raises(exception, match="DecodeState: (batch_size|block_length) takes"):
+    with pytest.raises(exception, match="DecodeState: (rows|block_length) takes"):
         DecodeState(*sizes)

@@ -251,7 +251,7 @@ def test_each_row_is_filled_up_with_the_id_that_ended_it():
         ("7", TypeError),
         (7.0, TypeError),
         (True, TypeError),
-        ([], TypeError),
+        ([], ValueError),
         ([7, None], TypeError),
         ([7, "8"], TypeError),
         ([[7]], TypeError),

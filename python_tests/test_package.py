@@ -64,6 +64,21 @@ def test_cuda_switch_misspelt():
     )
 
 
+@in_source_tree
+def test_empty_variables_count_as_unset():
+    """The build gets as far as an option that setup.py does not have."""
+    code = "import sys, runpy; sys.argv = ['setup.py', '--no-such-option']\n"
+    error = one_error(
+        run(code + "runpy.run_path('setup.py', run_name='__main__')", CXX="", R2DLLM_CUDA="")
+    )
+    assert "R2DLLM_CUDA takes" not in error and "--no-such-option" in error
+    code = "import os; os.environ.pop('CXX', None); before = dict(os.environ)\n"
+    code += "import sys, runpy; sys.argv = ['setup.py', '--version']\n"
+    code += "os.environ |= {'CXX': '', 'TORCH_CUDA_ARCH_LIST': ''}\n"
+    code += "runpy.run_path('setup.py', run_name='__main__'); print('CXX' in os.environ)"
+    assert run(code, R2DLLM_CUDA="0").stdout.split()[-1] == "False"
+
+
 def test_another_torch_at_import_time():
     result = run("import torch; torch.__version__ = '2.99.0'; import r2dllm_ext")
     error = one_error(result)

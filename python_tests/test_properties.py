@@ -13,10 +13,10 @@ import torch
 from cases import (
     DTYPES,
     LAYOUTS,
-    MAX_ULPS,
     OFF,
     assert_same,
     clone,
+    confidence_ulps,
     configs,
     laid_out,
     random_steps,
@@ -70,16 +70,14 @@ def test_token_confidence(r2, device):
         assert torch.equal(got[0].cpu(), want[0])
         assert torch.equal(got[1].cpu().isnan(), want[1].isnan())
         distance = ulps(got[1].cpu().nan_to_num(0.0), want[1].nan_to_num(0.0))
-        # One more than on realistic logits: between near-tied tokens the exponential's own error
-        # of 1.4 ulp is averaged over nothing. Seen: 2.34.
-        assert distance.numel() == 0 or distance.max() <= MAX_ULPS + 1
+        assert (distance <= confidence_ulps(want[1].nan_to_num(0.0), vocab, device)).all()
 
     check()
 
 
 @pytest.mark.parametrize("vocab, dtype", [(126464, torch.bfloat16), (152064, torch.float32)])
 def test_accuracy_on_real_vocabularies(r2, device, vocab, dtype):
-    """Within MAX_ULPS of the float64 softmax, from flat to peaked rows."""
+    """Within the kernels' bound of the float64 softmax, from flat to peaked rows."""
     g = torch.Generator().manual_seed(vocab)
     target = torch.randint(vocab, (2, 6), generator=g)
     p = torch.tensor([0.001, 0.1, 0.5, 0.9, 0.99, 0.99999]).expand(2, 6)
@@ -88,7 +86,7 @@ def test_accuracy_on_real_vocabularies(r2, device, vocab, dtype):
     want = reference.token_confidence(logits)
     assert torch.equal(got[0].cpu(), want[0])
     assert want[1].max() > 0.999 and want[1].min() < 0.05
-    assert ulps(got[1].cpu(), want[1]).max() <= MAX_ULPS
+    assert (ulps(got[1].cpu(), want[1]) <= confidence_ulps(want[1], vocab, device)).all()
 
 
 def test_a_confident_row_is_rounded_once(r2):
@@ -100,7 +98,7 @@ def test_a_confident_row_is_rounded_once(r2):
     prediction, confidence = r2.token_confidence(logits)
     want = reference.token_confidence(logits)
     assert torch.equal(prediction, want[0])
-    assert ulps(confidence, want[1]).max() <= 1
+    assert (ulps(confidence, want[1]) <= confidence_ulps(want[1], 9000, "cpu")).all()
 
 
 # ---- rules alone: exact ----------------------------------------------------------------------
@@ -226,7 +224,7 @@ def test_decode_step(r2, device):
     """Several steps of a block under any config: decisions, tokens and state, bit for bit."""
     fired = Counter()
 
-    @settings(max_examples=250)
+    @settings(max_examples=500)
     @given(
         data=st.data(),
         seed=seeds,

@@ -3,13 +3,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import OFF, RANDOM123, STREAKS, assert_same, clone, state_tensors, sure_logits
 
 from r2dllm_ext import reference
 from r2dllm_ext.config import DecodeConfig, Rule
-from r2dllm_ext.state import DecodeState
+from r2dllm_ext.state import Counter, DecodeState
 
 NAN, INF = math.nan, math.inf
 MASK = 15
@@ -254,6 +255,22 @@ def test_schedule_over_a_block(implementation):
     assert state.counters.tolist() == [[0, 4, 4, 7, 0]]
 
 
+def test_a_schedule_commits_while_a_cell_may_be(implementation):
+    """Cells that become candidates after the block began outlive the quota: one a step is forced,
+    and past the end all that are there follow."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, base="schedule", steps_per_block=3, **OFF)
+    logits = sure_logits([(1, 0.9 - 0.1 * i) for i in range(6)]).to(device)
+    tokens = torch.full((1, 6), MASK, device=device)
+    state = DecodeState(1, 6, device=device)
+    seen = []
+    for candidates in ("x.....", ".xxxxx", ".xxxxx", ".xxxxx"):
+        options = {"candidates": bools(candidates).to(device) & (tokens == MASK)}
+        step = ops.decode_step(logits, tokens, state, config, **options)
+        seen.append((rules_of(step), step.remaining.item()))
+    assert seen == [("b.....", 0), (".f....", 4), ("..f...", 3), ("...bbb", 0)]
+
+
 # ---- decode_step -----------------------------------------------------------------------------
 
 
@@ -446,7 +463,7 @@ def test_state_reset():
     state = DecodeState(3, 2)
     for tensor in state_tensors(state):
         tensor.fill_(7)
-    state.counters[:, 0] = torch.tensor([10, 11, 12])
+    state.counters[:, Counter.ROW_ID] = torch.tensor([10, 11, 12])
     whole = clone(state)
     state.reset(rows=torch.tensor([1]))
     assert state.streak_count.tolist() == [[7, 7], [0, 0], [7, 7]]
@@ -455,3 +472,84 @@ def test_state_reset():
     whole.reset()
     assert whole.counters.tolist() == [[10 + row, 7, 0, -1, 7] for row in range(3)]
     assert not whole.streak_sum.any() and not whole.streak_max.any()
+
+
+ROWS = [
+    # rows, those of 4 that are meant
+    ((0, 2), [0, 2]),
+    ([2, 0], [2, 0]),
+    ((), []),
+    ([], []),
+    (range(1, 4), [1, 2, 3]),
+    (slice(1, None), [1, 2, 3]),
+    (slice(None, None, 3), [0, 3]),
+    (3, [3]),
+    (-1, [3]),
+    ([True, False, False, True], [0, 3]),
+    (np.array([0, 2]), [0, 2]),
+    (np.array([False, True, True, False]), [1, 2]),
+    (np.int64(2), [2]),
+    (torch.tensor([1, -1]), [1, 3]),
+    (torch.tensor([1, 3], dtype=torch.uint8), [1, 3]),
+    (torch.tensor([False, False, False, True]), [3]),
+    (torch.tensor(2), [2]),
+    (torch.tensor([], dtype=torch.int64), []),
+]
+
+
+def filled_state() -> DecodeState:
+    """A state of 4 rows and 2 cells whose values say which row they are of."""
+    state = DecodeState(4, 2)
+    for tensor in state_tensors(state):
+        tensor.copy_((10 + torch.arange(4, dtype=tensor.dtype))[:, None].expand_as(tensor))
+    return state
+
+
+@pytest.mark.parametrize("rows, meant", ROWS, ids=[str(rows) for rows, _ in ROWS])
+def test_rows_of_a_state(rows, meant):
+    whole, state = filled_state(), filled_state()
+    taken = state.take(rows)
+    assert taken.rows == len(meant) and taken.block_length == 2
+    for part, tensor in zip(state_tensors(taken), state_tensors(whole), strict=True):
+        assert torch.equal(part, tensor[meant]) and part.is_contiguous()
+        part.fill_(99)  # not the memory of the whole
+    assert_same(state_tensors(state), state_tensors(whole))
+
+    assert state.reset(rows) is state
+    block = [Counter.BLOCK_STEP, Counter.BLOCK_MASKED]
+    for row in range(4):
+        was = (10 + row, 10 + row)
+        fresh = row in meant
+        assert state.streak_count[row].tolist() == ([0, 0] if fresh else [*was])
+        assert state.streak_id[row].tolist() == ([-1, -1] if fresh else [*was])
+        assert state.streak_sum[row].tolist() == ([0, 0] if fresh else [*was])
+        assert state.streak_max[row].tolist() == ([0, 0] if fresh else [*was])
+        assert state.counters[row, block].tolist() == ([0, -1] if fresh else [*was])
+        assert state.counters[row, [0, 1, 4]].tolist() == [10 + row] * 3
+
+
+@pytest.mark.parametrize(
+    "rows, exception",
+    [
+        ("02", TypeError),
+        (1.0, TypeError),
+        ([0, 1.0], TypeError),
+        ([0, True], TypeError),
+        ({}.items, TypeError),
+        (np.array([0.0]), TypeError),
+        (torch.tensor([0.0]), TypeError),
+        (4, ValueError),
+        ([-5], ValueError),
+        ([True], ValueError),
+        (np.array([True]), ValueError),
+        (torch.ones(3, dtype=torch.bool), ValueError),
+        (torch.zeros(1, 1, dtype=torch.int64), ValueError),
+    ],
+    ids=str,
+)
+def test_rows_that_a_state_has_not(rows, exception):
+    state = filled_state()
+    for method in ("take", "reset"):
+        with pytest.raises(exception, match=f"DecodeState.{method}: rows takes .*, got "):
+            getattr(state, method)(rows)
+    assert_same(state_tensors(state), state_tensors(filled_state()))

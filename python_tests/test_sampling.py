@@ -12,8 +12,8 @@ from cases import DTYPES, OFF, assert_same, sure_logits
 
 from r2dllm_ext import reference
 from r2dllm_ext.config import DecodeConfig, Rule
-from r2dllm_ext.reference.random import DOMAIN_CLUSTER, DOMAIN_TOKEN
-from r2dllm_ext.state import DecodeState
+from r2dllm_ext.philox import Draw
+from r2dllm_ext.state import Counter, DecodeState
 
 FALSE_ALARM = 1e-6
 BAND = 1e-6  # of the total mass, around a step of the cumulative distribution
@@ -29,9 +29,9 @@ def draw(ops, logits, config, *, rows=None, seeds=None, steps=1, device="cpu"):
     shape = logits.shape[:2]
     state = DecodeState(*shape, device=device)
     if rows is not None:
-        state.counters[:, 0] = torch.as_tensor(rows)
+        state.counters[:, Counter.ROW_ID] = torch.as_tensor(rows)
     if seeds is not None:
-        state.counters[:, 4] = torch.as_tensor(seeds)
+        state.counters[:, Counter.ROW_SEED] = torch.as_tensor(seeds)
     tokens = torch.full(shape, config.mask_id, device=device)
     made = [ops.select(logits.to(device), tokens, state, config) for _ in range(steps)]
     return tuple(torch.stack([step[i] for step in made]).cpu() for i in (0, 1))
@@ -99,7 +99,7 @@ def test_token_of_a_uniform_number(r2, device, dtype, top_k, top_p, allow):
     for s, b, i in torch.cartesian_prod(*map(torch.arange, tokens.shape)).tolist():
         z = without_mask(logits[b, i], config)
         weights = reference.token_weights(z, 0.9, top_k, top_p)
-        u = reference.uniform(seed, rows[b], s, i, DOMAIN_TOKEN)
+        u = reference.uniform(seed, rows[b], s, i, Draw.TOKEN)
         got, want = int(tokens[s, b, i]), reference.draw_token(weights, u)
         if got != want:
             mass = weights.cumsum(0) / weights.sum()
@@ -185,7 +185,7 @@ def test_a_row_may_have_its_own_seed(implementation):
 
     def run_cell(seed, row_seed):
         state = DecodeState(1, 6, device=device)
-        state.counters[:, 4] = row_seed
+        state.counters[:, Counter.ROW_SEED] = row_seed
         tokens = torch.full((1, 6), 15, device=device)
         return ops.decode_step(one, tokens, state, config.replace(seed=seed)).rule.tolist()
 
@@ -239,7 +239,7 @@ def test_random_cell_of_a_run(r2, device):
     step = r2.decode_step(logits, tokens, DecodeState(2000, 6, device=device), config)
     rows, cells = (step.rule.cpu() == Rule.AMBIGUITY).nonzero(as_tuple=True)
     assert rows.tolist() == list(range(2000))
-    want = [1 + int(reference.uniform(11, b, 0, 1, DOMAIN_CLUSTER) * 5) for b in range(2000)]
+    want = [1 + int(reference.uniform(11, b, 0, 1, Draw.RUN) * 5) for b in range(2000)]
     assert cells.tolist() == want
     assert p_value(cells.bincount(minlength=6)[1:], torch.full((5,), 400.0).double()) > FALSE_ALARM
 

@@ -6,6 +6,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from r2dllm_ext.models import ModelConfig, Transformer
 from r2dllm_ext.models.transformer import RMSNorm, _attend, _rotate
@@ -222,6 +224,107 @@ def test_rotary_tables_stay_float32_and_grow(ids):
     assert not any("rotary" in name for name in narrow.state_dict())
 
 
+class DoubledResults(TorchFunctionMode):
+    """A caller's mode under which no function returns what it should."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return (
+            result * 2
+            if isinstance(result, torch.Tensor) and result.is_floating_point()
+            else result
+        )
+
+
+def in_inference_mode(model, ids):
+    with torch.inference_mode():
+        model(ids)
+
+
+def with_fake_tensors(model, ids):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(ids))
+
+
+def under_a_default_device(model, ids):
+    with torch.device("meta"):
+        model(ids)
+
+
+def under_a_default_dtype(model, ids):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model(ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def under_autocast(model, ids):
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+
+
+def under_a_function_mode(model, ids):
+    with DoubledResults():
+        model.rotary(ids.shape[1], ids.device)
+
+
+def inside_a_transform(model, ids):
+    def loss(weight):
+        return torch.func.functional_call(model, {"norm.weight": weight}, ids).logits.sum()
+
+    torch.func.grad(loss)(model.norm.weight.detach())
+
+
+def inside_a_map(model, ids):
+    torch.func.vmap(lambda row: model(row[None]).logits)(ids)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        in_inference_mode,
+        with_fake_tensors,
+        under_a_default_device,
+        under_a_default_dtype,
+        under_autocast,
+        under_a_function_mode,
+        inside_a_transform,
+        inside_a_map,
+    ],
+)
+def test_tables_that_grow_under_a_mode_outlive_it(call, ids):
+    """What a module keeps is built outside the modes of the call that needs it first."""
+    wanted = build(CONFIGS["llada"])(ids).logits
+    model = build(dataclasses.replace(CONFIGS["llada"], max_length=4)).requires_grad_()
+    call(model, ids)
+    # Fake tables are made anew for each call; all others are the ones that are kept.
+    assert model.rotary.cos.shape[0] == (4 if call is with_fake_tensors else 32)
+    logits = model(ids).logits
+    assert torch.equal(logits, wanted)
+    logits.sum().backward()
+    assert model.embed.weight.grad.isfinite().all()
+
+
+def test_fake_models_stay_fake_and_leave_no_trace(ids):
+    config = dataclasses.replace(CONFIGS["llada"], max_length=4)
+    solid = build(config)
+    with FakeTensorMode() as mode:  # one that refuses to be mixed with real tensors
+        fake_ids = mode.from_tensor(ids)
+        assert isinstance(Transformer(config)(fake_ids).logits, FakeTensor)
+        fakes = {name: mode.from_tensor(weight) for name, weight in solid.named_parameters()}
+        out = torch.func.functional_call(solid, fakes, fake_ids)
+        assert isinstance(out.logits, FakeTensor)
+    assert torch.equal(solid(ids).logits, build(CONFIGS["llada"])(ids).logits)
+
+
+def test_a_model_built_and_moved_under_inference_mode_has_plain_tables():
+    with torch.inference_mode():
+        model = Transformer(CONFIGS["llada"]).to("meta").to_empty(device="cpu")
+    assert not model.rotary.cos.is_inference()
+    assert torch.equal(model.rotary.cos, build(CONFIGS["llada"]).rotary.cos)
+
+
 def test_rotation_in_the_precision_of_the_published_class(model, ids):
     """LLaDA rotates in float32 and rounds once; Dream in the dtype of the weights."""
     model = model.bfloat16()
@@ -280,34 +383,36 @@ def test_bad_calls_name_the_argument(ids):
     model = build(CONFIGS["llada"])
     past = model(ids, use_cache=True).past_key_values
     block = ids[:, START:END]
-    with pytest.raises(ValueError, match=r"input_ids is torch.float32 \[2, 24\]"):
+    with pytest.raises(ValueError, match=r"input_ids takes .*, got torch.float32 \[2, 24\]"):
         model(ids.float())
-    with pytest.raises(ValueError, match=r"input_ids .* takes int64 \[B, T\]"):
+    with pytest.raises(ValueError, match=r"input_ids takes int64 \[B, T\]"):
         model(ids[0])
-    with pytest.raises(ValueError, match=r"attention_mask is \[2, 23\].*\[2, 24\]"):
+    with pytest.raises(ValueError, match=r"attention_mask takes .*\[2, 24\], got \[2, 23\]"):
         model(ids, attention_mask=torch.ones(2, 23))
-    with pytest.raises(ValueError, match=r"past_key_values has 2 layers, takes 3"):
+    with pytest.raises(ValueError, match=r"past_key_values takes 3 layers, got 2"):
         model(block, past_key_values=past[:2])
-    with pytest.raises(ValueError, match=r"replace_position is \(8, 17\), takes 8 positions"):
+    with pytest.raises(ValueError, match=r"replace_position takes 8 positions .*, got \(8, 17\)"):
         model(block, past_key_values=past, replace_position=(8, 17))
-    with pytest.raises(ValueError, match=r"replace_position is \(20, 28\).* within the 24"):
+    with pytest.raises(ValueError, match=r"within the 24 of .*, got \(20, 28\)"):
         model(block, past_key_values=past, replace_position=(20, 28))
     with pytest.raises(ValueError, match=r"takes bool \[B, T_past\] = \[2, 24\]"):
         model(block, past_key_values=past, replace_position=torch.ones(2, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"true on \[9, 9\] positions a row, takes exactly 8"):
+    with pytest.raises(ValueError, match=r"takes exactly 8 true positions a row .* got \[9, 9\]"):
         model(block, past_key_values=past, replace_position=block_mask(START, END + 1))
-    with pytest.raises(ValueError, match=r"replace_position given, needs past_key_values"):
+    with pytest.raises(ValueError, match=r"replace_position takes past_key_values beside it"):
         model(block, replace_position=(START, END))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"family": "gpt"}, "family is 'gpt'"),
-        ({"layers": 0}, "layers is 0"),
-        ({"heads": 3}, "width 32 is not an even multiple of heads 3"),
-        ({"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
-        ({"embedding_size": 49}, "embedding_size 49 is below vocab_size 50"),
+        ({"family": "gpt"}, "family takes 'llada' or 'dream', got 'gpt'"),
+        ({"layers": 0}, "layers takes an int in .*, got 0"),
+        ({"heads": 3}, r"width takes an even multiple of heads \(3\), got 32"),
+        ({"kv_heads": 3}, r"heads takes a multiple of kv_heads \(3\), got 4"),
+        ({"embedding_size": 49}, r"embedding_size takes at least vocab_size \(50\), got 49"),
+        ({"eos_id": (1, 50)}, r"eos_id takes an id of the vocabulary \[0, 50\) or several"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling takes a RopeScaling or None, got {"),
     ],
 )
 def test_config_names_the_bad_field(change, message):

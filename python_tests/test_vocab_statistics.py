@@ -10,9 +10,9 @@ import pytest
 import torch
 from cases import (
     DTYPES,
-    MAX_ULPS,
     OFF,
     assert_same,
+    confidence_ulps,
     laid_out,
     random_steps,
     same_bits,
@@ -65,7 +65,9 @@ def test_steps_of_merged_shards_are_those_of_the_whole(r2, device, config):
                 distance = ulps(
                     got.confidence.cpu()[finite], want.confidence.cpu()[finite].double()
                 )
-                assert distance.max() <= 2 * MAX_ULPS
+                p = want.confidence.cpu()[finite].double()
+                # Either of them may be that far from the softmax.
+                assert (distance <= 2 * confidence_ulps(p, SHAPE[2], device) + 1).all()
 
 
 def test_one_shard_is_token_confidence(r2, device):

@@ -31,6 +31,7 @@ def _load() -> Any:
             f"{found}: {error}. Fix: rebuild it: pip install --no-build-isolation "
             "--force-reinstall --no-deps ."
         ) from error
+    _C.build_info()  # ValueError where R2DLLM_CPU asks for what this machine does not have
     return _C
 
 
@@ -41,10 +42,13 @@ def build_info() -> dict[str, Any]:
     """What was built and what runs.
 
     Returns a dict: `version` of the package, `torch` it was built against, `cuda` (bool),
-    `cuda_architectures`, `cpu_compiled` (instruction sets with kernels) and `cpu_in_use` (the one
-    chosen on this machine).
+    `cuda_architectures`, `cpu_compiled` (instruction sets with kernels, best first),
+    `cpu_supported` (those of them that this processor runs) and `cpu_in_use` (the one that the
+    environment variable R2DLLM_CPU names when the package is imported: "avx512", "avx2" or
+    "portable"; unset or empty, the first supported). The import raises ValueError if that one is
+    not supported.
 
-    >>> build_info()["cpu_in_use"] in build_info()["cpu_compiled"]
+    >>> build_info()["cpu_in_use"] in build_info()["cpu_supported"]
     True
     """
     return _C.build_info()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import choice, integer, number, refuse, tensor
 from .philox import Draw, uniform
 
 MODES = ("block", "iid", "trajectory")
@@ -91,9 +92,13 @@ def corrupt(
     tensor([[-100, -100,    1,    2, -100, -100, -100],
             [-100, -100, -100, -100,    3, -100, -100]])
     """
-    _check(tokens, answer_mask, mask_id, block_length, mode, seed, commit_step, weighting, row)
+    _check(tokens, answer_mask, mode, weighting, commit_step, row)
+    mask_id = integer("corrupt", "mask_id", mask_id, 0)
+    block_length = integer("corrupt", "block_length", block_length, 1)
+    seed, step = integer("corrupt", "seed", seed), integer("corrupt", "step", step)
     B = tokens.shape[0]
-    row = torch.arange(B, device=tokens.device) if row is None else row
+    if row is None:
+        row = torch.arange(B, dtype=torch.int64, device=tokens.device)
     t = _ratio(ratio, seed, row, step)[:, None]  # [B, 1] float64
     rank = answer_mask.cumsum(1) - 1  # place within the answer, whatever stands around it
     block_length = min(block_length, max(1, tokens.shape[1]))  # no answer is longer
@@ -103,7 +108,7 @@ def corrupt(
         blocks = (answer_mask.sum(1) + block_length - 1).div(block_length, rounding_mode="floor")
         chosen = (uniform(seed, row, step, 0, Draw.BLOCK) * blocks).long()[:, None]
         active, behind = answer_mask & (block == chosen), answer_mask & (block > chosen)
-    if mode == "trajectory":
+    if commit_step is not None:  # mode "trajectory"
         masked = _latest(commit_step, active, t)
         t = masked.sum(1, keepdim=True).double() / active.sum(1, keepdim=True).clamp(min=1)
     else:
@@ -123,27 +128,19 @@ def corrupt(
 def _ratio(ratio, seed: int, row: Tensor, step: int) -> Tensor:
     """t of every row, [B] float64."""
     if isinstance(ratio, Tensor):
-        if ratio.shape != row.shape or not ratio.is_floating_point():
-            raise ValueError(
-                f"corrupt: ratio takes [B] = {list(row.shape)} floating point, got {ratio.dtype} "
-                f"{list(ratio.shape)}"
-            )
-        if ratio.device != row.device:
-            raise ValueError(
-                f"corrupt: ratio takes the device of tokens ({row.device}), got {ratio.device}"
-            )
+        if not ratio.is_floating_point():
+            raise TypeError(f"corrupt: ratio takes a floating-point dtype, got {ratio.dtype}")
+        tensor("corrupt", "ratio", ratio, "[B]", like=("tokens", row))
         if ratio.device.type == "cpu" and not ((ratio >= 0) & (ratio <= 1)).all():
             raise ValueError("corrupt: ratio takes numbers in [0, 1], got others among them")
         return ratio.double()
     bounds = ratio if isinstance(ratio, tuple) else (ratio, ratio)
-    takes = f"takes a number in [0, 1], (low, high) or a tensor [B], got {ratio!r}"
-    if len(bounds) != 2 or not all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) for x in bounds
-    ):
-        raise TypeError(f"corrupt: ratio {takes}")
-    low, high = bounds
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"corrupt: ratio {takes}")
+    takes = "a number in [0, 1], (low, high) or a tensor [B]"
+    if len(bounds) != 2:
+        refuse(TypeError, "corrupt", "ratio", takes, ratio)
+    low, high = (number("corrupt", "ratio", bound, 0, 1) for bound in bounds)
+    if low > high:
+        refuse(ValueError, "corrupt", "ratio", takes, ratio)
     if low == high:
         return torch.full(row.shape, low, dtype=torch.float64, device=row.device)
     return low + (high - low) * uniform(seed, row, step, 0, Draw.RATIO)
@@ -168,47 +165,18 @@ def _weights(learned: Tensor, share: Tensor, weighting: str) -> Tensor:
     return torch.ones_like(share, dtype=torch.float32)
 
 
-def _check(
-    tokens, answer_mask, mask_id, block_length, mode, seed, commit_step, weighting, row
-) -> None:  # fmt: skip
-    same_shape = {"answer_mask": (answer_mask, torch.bool)}
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"corrupt: tokens takes a torch.Tensor, got {type(tokens).__name__}")
-    if tokens.dim() != 2 or tokens.dtype != torch.int64:
-        raise ValueError(
-            f"corrupt: tokens takes [B, T] torch.int64, got {list(tokens.shape)} {tokens.dtype}"
-        )
-    for name, value, choices in (("mode", mode, MODES), ("weighting", weighting, WEIGHTINGS)):
-        if value not in choices:
-            raise ValueError(f"corrupt: {name} takes one of {choices}, got {value!r}")
-    for name, value, least in (("mask_id", mask_id, 0), ("block_length", block_length, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"corrupt: {name} takes an integer >= {least}, got {value!r}")
-        if value < least:
-            raise ValueError(f"corrupt: {name} takes an integer >= {least}, got {value}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"corrupt: seed takes an integer, got {seed!r}")
+def _check(tokens, answer_mask, mode, weighting, commit_step, row) -> None:
+    tensor("corrupt", "tokens", tokens, "[B, T]", torch.int64)
+    like = ("tokens", tokens)
+    tensor("corrupt", "answer_mask", answer_mask, "[B, T]", torch.bool, like=like)
+    choice("corrupt", "mode", mode, MODES)
+    choice("corrupt", "weighting", weighting, WEIGHTINGS)
     if (commit_step is not None) != (mode == "trajectory"):
         raise ValueError(
             f"corrupt: commit_step belongs to mode 'trajectory' and only there, got "
             f"{'none' if commit_step is None else 'one'} with {mode!r}"
         )
     if commit_step is not None:
-        same_shape["commit_step"] = (commit_step, torch.int64)
-    for name, (tensor, dtype) in same_shape.items():
-        _check_like(name, tensor, tokens.shape, dtype, tokens.device)
+        tensor("corrupt", "commit_step", commit_step, "[B, T]", torch.int64, like=like)
     if row is not None:
-        _check_like("row", row, tokens.shape[:1], torch.int64, tokens.device)
-
-
-def _check_like(name: str, tensor, shape, dtype, device) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"corrupt: {name} takes a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.shape != shape or tensor.dtype != dtype:
-        raise ValueError(
-            f"corrupt: {name} takes {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}"
-        )
-    if tensor.device != device:
-        raise ValueError(
-            f"corrupt: {name} takes the device of tokens ({device}), got {tensor.device}"
-        )
+        tensor("corrupt", "row", row, "[B]", torch.int64, like=like)

@@ -11,9 +11,10 @@ import torch
 
 from .config import DecodeConfig
 from .decode_progress import BlockProgress, NoProgressError, StuckRow, ending
+from .generate_checks import check_inputs
 from .model_driver import CACHES, ModelDriver
-from .ops import DecodeStep, decode_step
-from .state import DecodeState
+from .ops import decode_step
+from .state import DecodeState, DecodeStep
 from .step_graph import check_graph, generate_by_graph
 from .stop_ids import StopId, stop_ids
 from .trace import Trace, TraceRecorder
@@ -110,7 +111,7 @@ def generate(
     (torch.Size([1, 35]), True)
     """
     _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask)
-    _check_mask_id(model, config)
+    check_inputs(model, prompt, attention_mask, gen_length=gen_length, mask_id=config.mask_id)
     stops = stop_ids(stop_id, where="generate")
     device = torch.device(getattr(model, "device", prompt.device))
     if cuda_graph:
@@ -196,20 +197,6 @@ def _progress_bar(total: int):
             "generate: progress=True needs tqdm. Fix: pip install 'r2dllm_ext[cli]'"
         ) from error
     return tqdm(total=total, unit="tok", desc="generate")
-
-
-def _check_mask_id(model: Any, config: DecodeConfig) -> None:
-    # decode_step checks the id against the logits, but the embedding of the first forward meets it
-    # before, with an IndexError (an assertion on a device) that names nothing.
-    embeddings = getattr(model, "get_input_embeddings", None)  # the transformers convention
-    if embeddings is None:
-        return
-    rows = embeddings().weight.shape[0]
-    if config.mask_id >= rows:
-        raise ValueError(
-            f"generate: config.mask_id takes an id in [0, {rows}), the rows of the model's "
-            f"embedding, got {config.mask_id}"
-        )
 
 
 def _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask) -> None:

@@ -98,7 +98,13 @@ class ModelDriver:
             rows = (self.columns - self._shift).clamp_(min=0)
             logits, output = self._logits(ids, rows, options)
         if self.cache != "none":
-            self._keep(output.past_key_values, start)
+            past = getattr(output, "past_key_values", None)
+            if past is None:
+                raise TypeError(
+                    f"generate: model takes a callable that returns `past_key_values` with "
+                    f"use_cache=True for cache={self.cache!r}, got {type(output).__name__} without"
+                )
+            self._keep(past, start)
         return logits, shift, True
 
     def _keep(self, past: Any, start: int) -> None:
@@ -124,7 +130,12 @@ class ModelDriver:
         else:
             output = self._model(inputs, **options)
             expected = (batch, length)
-        logits = output.logits
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(
+                "generate: model takes a callable that returns an object with a tensor `logits`, "
+                f"got {type(output).__name__} (transformers: with return_dict=False a tuple)"
+            )
         if logits.dim() != 3 or tuple(logits.shape[:2]) != expected:
             raise ValueError(
                 f"generate: the model takes ids {list(inputs.shape)} and has to return logits "

@@ -8,6 +8,7 @@ which no product leaves int64.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
 
@@ -17,23 +18,30 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 class Draw(IntEnum):
-    """What a number is drawn for: the last word of the counter. 0 and 1 belong to the decoder."""
+    """What a number is drawn for: the last word of the counter."""
 
+    TOKEN = 0  # the token of a cell (temperature > 0), as in csrc/rules/random.h
+    RUN = 1  # the cell of a run (token_cluster="random"), as there
     MASK = 2  # is this cell masked
     BLOCK = 3  # which block is active
     RATIO = 4  # how much of it is masked
 
 
+Word = Tensor | int
+
+
 def philox4x32(
-    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random 32-bit words (int64 tensors) of a 128-bit counter and a 64-bit key.
+    counter: tuple[Word, Word, Word, Word], key: tuple[int, int]
+) -> tuple[Word, Word, Word, Word]:
+    """Four random 32-bit words of a 128-bit counter and a 64-bit key.
 
     Args:
-        counter: four words in [0, 2**32), int64 tensors that broadcast, or integers.
+        counter: four words in [0, 2**32), int64 tensors that broadcast, or integers; with a tensor
+            among them, the results are tensors.
         key: two words.
     """
-    c0, c1, c2, c3 = counter
+    words: Any = counter  # tensors or integers, the arithmetic is the same
+    c0, c1, c2, c3 = words
     k0, k1 = key
     for _ in range(10):
         high0, low0 = _product(_MULTIPLIERS[0], c0)
@@ -43,16 +51,14 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _product(factor: int, word: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+def _product(factor: int, word: Word) -> tuple[Word, Word]:
     """High and low word of a 32 x 32 bit product, by halves, so that nothing overflows."""
     low = factor * (word & 0xFFFF)
     middle = factor * (word >> 16) + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def uniform(
-    seed: int, row: Tensor, step: Tensor | int, position: Tensor | int, draw: Draw
-) -> Tensor:
+def uniform(seed: int, row: Tensor, step: Word, position: Word, draw: Draw) -> Tensor:
     """float64 in [0, 1) with 53 random bits that depend on these five numbers alone.
 
     Args:
@@ -67,4 +73,6 @@ def uniform(
     key = (seed & _WORD, (seed >> 32) & _WORD)
     counter = (row & _WORD, step & _WORD, position & _WORD, int(draw))
     x0, x1, _, _ = philox4x32(counter, key)
-    return ((x0 << 21) | (x1 >> 11)).double() * 2.0**-53
+    bits = (x0 << 21) | (x1 >> 11)
+    assert isinstance(bits, Tensor)  # as `row` is one
+    return bits.double() * 2.0**-53

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import instance, integer
 from .config import DecodeConfig, Rule
 from .ops import positional_ambiguity, window_pool
 from .stop_ids import StopId, is_stop, stop_ids
@@ -66,13 +67,14 @@ def redundancy_score(
     >>> bool(score.total <= score.stability + score.window + score.ambiguity)
     True
     """
-    _check("redundancy_score", trace, config, exclude_ids)
+    exclude_ids = _check("redundancy_score", trace, config, exclude_ids)
     stops = stop_ids(stop_id, where="redundancy_score")
     cells = _redundant_cells(trace, config, stops, exclude_ids)
     answer = trace.sequences[:, trace.prompt_length :]
     length = _answer_length(answer, stops)  # [B]
-    inside = torch.arange(answer.shape[1]) < length[:, None]
-    r2_rules = torch.tensor([Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY], dtype=torch.uint8)
+    inside = torch.arange(answer.shape[1], device="cpu") < length[:, None]
+    rules = [Rule.WINDOW, Rule.AMBIGUITY, Rule.STABILITY]
+    r2_rules = torch.tensor(rules, dtype=torch.uint8, device="cpu")
     by_rule = torch.isin(trace.commit_rule, r2_rules)
     tokens = length.clamp(min=1).double()
 
@@ -128,7 +130,7 @@ def redundant_cells(
     >>> redundant_cells(out.trace, config).window.shape == out.trace.rule.shape
     True
     """
-    _check("redundant_cells", trace, config, exclude_ids)
+    exclude_ids = _check("redundant_cells", trace, config, exclude_ids)
     stops = stop_ids(stop_id, where="redundant_cells")
     return _redundant_cells(trace, config, stops, exclude_ids)
 
@@ -138,7 +140,8 @@ def _redundant_cells(
 ) -> RedundantCells:
     answer = trace.sequences[:, trace.prompt_length :]
     L = trace.block_length
-    position = trace.block[:, None] * L + torch.arange(L)  # [S, L], of a block's cells
+    in_block = torch.arange(L, device="cpu")
+    position = trace.block[:, None] * L + in_block  # [S, L], of a block's cells
     waits = trace.masked & (trace.rule == Rule.NONE)
     waits &= position[:, None] < _answer_length(answer, stops)[:, None]  # [S, B, L]
     return RedundantCells(
@@ -152,14 +155,14 @@ def _answer_length(answer: Tensor, stops: Sequence[int]) -> Tensor:
     """Tokens up to the first stop token, itself included; [B]."""
     B, G = answer.shape
     if not stops or G == 0:
-        return torch.full((B,), G)
+        return torch.full((B,), G, dtype=torch.int64, device="cpu")
     ends = is_stop(answer, stops)
     return torch.where(ends.any(1), ends.int().argmax(1) + 1, G)
 
 
 def _stalled(trace: Trace, answer: Tensor, position: Tensor) -> Tensor:
     """[S, B, L]: from this step to its commit the cell predicts the token it will get."""
-    step = torch.arange(trace.nfe)[:, None, None]
+    step = torch.arange(trace.nfe, device="cpu")[:, None, None]
     commit = trace.commit_step[:, position].transpose(0, 1)  # [S, B, L]
     final = answer[:, position].transpose(0, 1)
     settled = (trace.prediction == final) | (step > commit)
@@ -185,7 +188,7 @@ def _window(trace: Trace, waits: Tensor, config: DecodeConfig) -> Tensor:
 
 
 def _ambiguity(trace: Trace, waits: Tensor, config: DecodeConfig, exclude_ids: list[int]) -> Tensor:
-    excluded = torch.tensor(exclude_ids, dtype=torch.int64)
+    excluded = torch.tensor(exclude_ids, dtype=torch.int64, device="cpu")
     belongs = waits & (trace.prediction >= 0) & trace.confidence.isfinite()
     belongs = (belongs & ~torch.isin(trace.prediction, excluded)).flatten(0, 1)
     prediction = trace.prediction.flatten(0, 1)
@@ -206,13 +209,10 @@ def _ambiguity(trace: Trace, waits: Tensor, config: DecodeConfig, exclude_ids: l
     return (belongs & has_best.gather(1, run) & ~best).view_as(waits)
 
 
-def _check(function: str, trace, config, exclude_ids) -> None:
-    for name, value, kind in (("trace", trace, Trace), ("config", config, DecodeConfig)):
-        if not isinstance(value, kind):
-            got = type(value).__name__
-            raise TypeError(f"{function}: {name} takes a {kind.__name__}, got {got}")
-    for i in exclude_ids:
-        if isinstance(i, bool) or not isinstance(i, int):
-            raise TypeError(f"{function}: exclude_ids takes token ids, got {i!r}")
-        if i < 0:
-            raise ValueError(f"{function}: exclude_ids takes token ids >= 0, got {i}")
+def _check(
+    function: str, trace: Trace, config: DecodeConfig, exclude_ids: Sequence[int]
+) -> list[int]:
+    """`exclude_ids` as plain integers."""
+    instance(function, "trace", trace, Trace)
+    instance(function, "config", config, DecodeConfig)
+    return [integer(function, "exclude_ids", i, 0) for i in exclude_ids]

@@ -14,8 +14,8 @@ from torch import Tensor
 from .config import DecodeConfig
 from .decode_progress import BlockProgress, StuckRow, ending
 from .model_driver import ModelDriver
-from .ops import DecodeStep, decode_step
-from .state import DecodeState
+from .ops import decode_step
+from .state import Counter, DecodeState, DecodeStep
 
 HAS_LOOPS = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")  # torch 2.15
 
@@ -258,7 +258,7 @@ def generate_by_graph(
 
             replays, in_vain = replay_until(replayed, done)
             nfe += replays
-            state.counters[:, 1] -= in_vain  # random numbers go on as without a graph
+            state.counters[:, Counter.STEP] -= in_vain  # random numbers go on as without a graph
     return nfe
 
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
+
+from ._checks import integer, refuse
 
 StopId = int | Sequence[int] | None
 """What a `stop_id` may be, wherever one is taken."""
@@ -15,27 +16,19 @@ StopId = int | Sequence[int] | None
 def stop_ids(stop_id: StopId, *, where: str) -> tuple[int, ...]:
     """The ids of `stop_id`, in its order; `where` is who takes it.
 
-    An integer is what Python takes as an index (numpy's too, a tensor's element, no bool). Raises
-    TypeError for anything else, an empty sequence included: None says that nothing ends an answer;
-    ValueError for an id that no vocabulary has.
+    Raises TypeError for what is no id and no sequence of them, ValueError for an empty sequence
+    (None says that nothing ends an answer) and for an id that no vocabulary has.
 
     >>> stop_ids([2, 7], where="generate")
     (2, 7)
     """
-    takes = f"{where}: stop_id takes a token id, a sequence of them or None, got {stop_id!r}"
     if stop_id is None:
         return ()
     several = isinstance(stop_id, (list, tuple, range)) or getattr(stop_id, "ndim", 0) == 1
     values = list(stop_id) if several else [stop_id]  # type: ignore[arg-type]
-    if not values or any(isinstance(v, bool) or getattr(v, "ndim", 0) for v in values):
-        raise TypeError(takes)
-    try:
-        ids = tuple(operator.index(value) for value in values)
-    except TypeError as error:
-        raise TypeError(takes) from error
-    if not all(0 <= i < 2**63 for i in ids):
-        raise ValueError(f"{where}: stop_id takes ids in [0, 2**63), got {stop_id!r}")
-    return ids
+    if not values:
+        refuse(ValueError, where, "stop_id", "an id, several or None", stop_id)
+    return tuple(integer(where, "stop_id", value, 0) for value in values)
 
 
 def answer_length(ids: Sequence[int], stops: Sequence[int]) -> tuple[int, bool]:

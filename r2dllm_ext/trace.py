@@ -8,7 +8,7 @@ import dataclasses
 import torch
 
 from .config import Rule
-from .ops import DecodeStep
+from .state import DecodeStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +59,25 @@ class Trace:
 class TraceRecorder:
     """Collects the steps of `generate`."""
 
-    def __init__(self, batch_size: int, prompt_length: int, gen_length: int, block_length: int):
-        self._shape = (batch_size, block_length)
+    def __init__(self, rows: int, prompt_length: int, gen_length: int, block_length: int):
+        self._shape = (rows, block_length)
         self._prompt_length = prompt_length
         self._steps: list[dict[str, torch.Tensor]] = []
-        self._commit_step = torch.full((batch_size, gen_length), -1)
-        self._commit_rule = torch.zeros((batch_size, gen_length), dtype=torch.uint8)
+        answer = (rows, gen_length)
+        self._commit_step = torch.full(answer, -1, dtype=torch.int64, device="cpu")
+        self._commit_rule = torch.zeros(answer, dtype=torch.uint8, device="cpu")
 
     def record(
         self, block: int, full_pass: bool, rows: list[int], masked: torch.Tensor, step: DecodeStep
     ) -> None:
         """`rows` are the rows of the batch that `masked` and `step` are about."""
         entry = {
-            "block": torch.tensor(block),
-            "full_pass": torch.tensor(full_pass),
-            "prediction": torch.full(self._shape, -1),
-            "confidence": torch.zeros(self._shape),
-            "masked": torch.zeros(self._shape, dtype=torch.bool),
-            "rule": torch.zeros(self._shape, dtype=torch.uint8),
+            "block": torch.tensor(block, dtype=torch.int64, device="cpu"),
+            "full_pass": torch.tensor(full_pass, dtype=torch.bool, device="cpu"),
+            "prediction": torch.full(self._shape, -1, dtype=torch.int64, device="cpu"),
+            "confidence": torch.zeros(self._shape, dtype=torch.float32, device="cpu"),
+            "masked": torch.zeros(self._shape, dtype=torch.bool, device="cpu"),
+            "rule": torch.zeros(self._shape, dtype=torch.uint8, device="cpu"),
         }
         entry["prediction"][rows] = step.prediction.cpu()
         entry["confidence"][rows] = step.confidence.cpu()
@@ -92,12 +93,12 @@ class TraceRecorder:
 
     def finish(self, sequences: torch.Tensor) -> Trace:
         empty = {
-            "block": torch.empty(0, dtype=torch.int64),
-            "full_pass": torch.empty(0, dtype=torch.bool),
-            "prediction": torch.empty(0, *self._shape, dtype=torch.int64),
-            "confidence": torch.empty(0, *self._shape),
-            "masked": torch.empty(0, *self._shape, dtype=torch.bool),
-            "rule": torch.empty(0, *self._shape, dtype=torch.uint8),
+            "block": torch.empty(0, dtype=torch.int64, device="cpu"),
+            "full_pass": torch.empty(0, dtype=torch.bool, device="cpu"),
+            "prediction": torch.empty(0, *self._shape, dtype=torch.int64, device="cpu"),
+            "confidence": torch.empty(0, *self._shape, dtype=torch.float32, device="cpu"),
+            "masked": torch.empty(0, *self._shape, dtype=torch.bool, device="cpu"),
+            "rule": torch.empty(0, *self._shape, dtype=torch.uint8, device="cpu"),
         }
         stacked = {
             name: torch.stack([step[name] for step in self._steps]) if self._steps else nothing

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../ops/decode_step.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <memory>
 
 #include "row_context.h"
 #include "sampling.h"
+#include "torch_parallel.h"
 
 namespace r2dllm::cpu {
 
@@ -20,7 +19,7 @@ void judge_logits(const DecodeStepParams& params, const bool* masked, int64_t* t
   const StepOptions& options = params.options;
   const bool greedy = params.sampling.temperature == 0.0;
   const VocabPass pass(params.logits, masked);
-  at::parallel_for(0, pass.rows(), greedy ? 16 : 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pass.rows(), greedy ? 16 : 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t cell = pass.cell(row);
       if (!is_valid(pass.stats(row))) {
@@ -78,31 +77,29 @@ void decode_step(const DecodeStepParams& params) {
   }
 
   const int64_t rows_worth_a_thread = std::max<int64_t>(1, 1024 / std::max<int64_t>(length, 1));
-  at::parallel_for(0, batch, rows_worth_a_thread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch, rows_worth_a_thread, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<uint64_t[]> keys(new uint64_t[length]);
     const std::unique_ptr<uint8_t[]> selected(new uint8_t[length]);
     const std::unique_ptr<int32_t[]> order(new int32_t[length]);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t cell = b * length;
-      const StepRow row{
-          length,
-          top_id.get() + cell,
-          top_confidence.get() + cell,
-          params.prediction + cell,
-          params.confidence + cell,
-          params.rule + cell,
-          params.remaining + b,
-          params.written_tokens ? params.written_tokens + b * params.tokens_batch_stride : nullptr,
-          params.tokens_length_stride,
-          params.streak_count + cell,
-          params.streak_id + cell,
-          params.streak_sum + cell,
-          params.streak_max + cell,
-          params.counters + b * kCounters,
-          masked.get() + cell,
-          keys.get(),
-          selected.get(),
-          order.get()};
+      const StepRow row{.length = length,
+                        .top_id = top_id.get() + cell,
+                        .top_confidence = top_confidence.get() + cell,
+                        .prediction = params.prediction + cell,
+                        .confidence = params.confidence + cell,
+                        .rule = params.rule + cell,
+                        .remaining = params.remaining + b,
+                        .tokens = params.written_tokens
+                                      ? params.written_tokens + b * params.tokens_batch_stride
+                                      : nullptr,
+                        .tokens_stride = params.tokens_length_stride,
+                        .streaks = params.streaks.from(cell),
+                        .counters = params.counters + b * kCounters,
+                        .masked = masked.get() + cell,
+                        .keys = keys.get(),
+                        .selected = selected.get(),
+                        .order = order.get()};
       RowContext context;
       RowStep<RowContext>(context, row, options).run();
     }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../ops/row_stats.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <memory>
 
+#include "torch_parallel.h"
 #include "vocab_pass.h"
 
 namespace r2dllm::cpu {
@@ -26,7 +25,7 @@ void row_stats(const RowStatsParams& params) {
   const VocabPass pass(params.logits, has_target.get(),
                        with_entropy ? tempered_scale(params.temperature) : 0.0);
   constexpr int64_t kRowsWorthAThread = 16;
-  at::parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t cell = pass.cell(row);
       const VocabStats& stats = pass.stats(row);
@@ -51,7 +50,7 @@ void row_stats_backward(const RowStatsBackwardParams& params) {
   const int64_t bytes = kLogitBytes[static_cast<int>(logits.type)];
   const int64_t slices = (logits.vocab + kSliceWidth - 1) / kSliceWidth;
   constexpr int64_t kTasksWorthAThread = 4;
-  at::parallel_for(
+  parallel_for(
       0, logits.batch * logits.length * slices, kTasksWorthAThread, [&](int64_t from, int64_t to) {
         for (int64_t task = from; task < to; ++task) {
           const int64_t cell = task / slices, begin = task % slices * kSliceWidth;

@@ -2,11 +2,38 @@
 // The pass over V on one slice of a row, per instruction set. No torch: raw pointers only.
 #pragma once
 
+#include <vector>
+
 #include "../rules/confidence.h"
 #include "../rules/logits_view.h"
-#include "../rules/row_loss.h"
+#include "../rules/row_stats.h"
 
 namespace r2dllm::cpu {
+
+// How exact the float32 kernels are, in units u = 2^-24 (half a place of a float32 just above 1).
+//
+//                                                        portable   avx2   avx512
+//   a term 2^(z * log2(e) - exponent), relative:
+//     polynomial and the roundings in it, every 7th float f tried     2.83     2.83     1.88
+//     f rounded once, ln 2 * its greatest value             0.35     0.35     0.01
+//     entry of the table                                       0        0     0.94
+//     fraction * power rounded, where it is no power of 2      0        0     1
+//   a term                                                  3.18     3.18     3.83
+//   a sum, relative: every rounding that a term meets on
+//   its way to double, 8 groups in one lane and the tree     7+4      7+3      7+2
+//
+// So a term is within kTermError and a sum of exact terms within kSumError. kLog2e for log2(e), as
+// far as `log2e_factor` does not mend it, moves a term that is d nats below its slice's maximum by
+// 0.224 d: at most kLog2eError d. From double onwards nothing shows (1e-13).
+//
+// `probability` of an argmax with `correction`: the term itself is in its sum, and its neighbours
+// are added up in double, so that only the rest 1 - p of the mass counts. The mean of d over the
+// rest is greatest where all of it is alike: log(p * V / (1 - p)). Relative, and one rounding to
+// float32:
+//   (1 - p) * (2 * kTermError + kSumError + kLog2eError * log(1 + p * V / (1 - p))) + 1
+// Without the correction, and for any other token, the first factor is 1. -log p has the same
+// error, absolute; a gradient p * d has it times p.
+constexpr double kTermError = 4, kSumError = 11, kLog2eError = 0.25;
 
 struct VocabKernels {
   const char* instruction_set;
@@ -35,7 +62,21 @@ struct VocabKernels {
   void (*store)(void* logits, int64_t i, double value);  // rounded to nearest
 };
 
-// The best of what was compiled and of what this processor runs; chosen once.
+// Best first. Only "portable" has kernels for float64, which all others share.
+struct InstructionSet {
+  const char* name;
+  const VocabKernels* kernels;  // by LogitType; null: not compiled
+  bool processor_runs_it;
+
+  bool is_supported() const { return kernels != nullptr && processor_runs_it; }
+};
+std::vector<InstructionSet> instruction_sets();
+
+// The kernels called `wanted`; null or empty: the best that are supported. Throws
+// std::invalid_argument, which names R2DLLM_CPU and what is supported, if these are not.
+const VocabKernels* choose_kernels(const char* wanted);
+
+// What the environment variable R2DLLM_CPU asks for; it is read once.
 const VocabKernels& vocab_kernels(LogitType type);
 const char* instruction_set();
 

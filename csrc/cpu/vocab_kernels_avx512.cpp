@@ -160,7 +160,7 @@ struct Half {
   static bool is_nan(uint16_t x) { return (x & 0x7FFF) > 0x7C00; }
 };
 
-#include "vocab_kernels.inc"
+#include "vocab_kernels_inl.h"
 
 constexpr VocabKernels kKernels[] = {kernels_for<FloatLoader>("avx512"),
                                      kernels_for<SixteenBitLoader<BFloat16>>("avx512"),

@@ -145,7 +145,7 @@ struct Half {
   }
 };
 
-#include "vocab_kernels.inc"
+#include "vocab_kernels_inl.h"
 
 VocabStats stats_double(const void* logits, int64_t n) {
   const auto* p = static_cast<const double*>(logits);
@@ -216,34 +216,5 @@ constexpr VocabKernels kKernels[] = {
 }  // namespace
 
 const VocabKernels* portable_kernels() { return kKernels; }
-
-namespace {
-
-const VocabKernels* best_kernels() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (avx512_kernels() != nullptr && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    return avx512_kernels();
-  }
-  if (avx2_kernels() != nullptr && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return avx2_kernels();
-  }
-#endif
-  return portable_kernels();
-}
-
-const VocabKernels* const kBest = best_kernels();
-
-}  // namespace
-
-const VocabKernels& vocab_kernels(LogitType type) {
-  if (type == LogitType::kDouble) return portable_kernels()[static_cast<int>(type)];
-  return kBest[static_cast<int>(type)];
-}
-
-const char* instruction_set() { return kBest->instruction_set; }
 
 }  // namespace r2dllm::cpu

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vocab_pass.h"
 
-#include <ATen/Parallel.h>
-
-#include "../ops/token_confidence.h"
+#include "torch_parallel.h"
 
 namespace r2dllm::cpu {
 
@@ -23,7 +21,7 @@ VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double sc
   if (scale != 0.0) tempered_.resize(rows() * slices_);
   // A task is a slice of a row: a single row uses all threads too.
   constexpr int64_t kTasksWorthAThread = 4;
-  at::parallel_for(0, rows() * slices_, kTasksWorthAThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows() * slices_, kTasksWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices_;
       with_slice(task / slices_, slice, [&](const char* data) {
@@ -36,7 +34,7 @@ VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double sc
     }
   });
   constexpr int64_t kRowsWorthAThread = 16;
-  at::parallel_for(0, rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) merge_slices(row);
   });
 }
@@ -87,22 +85,6 @@ void VocabPass::exclude(char* logit) const {
   constexpr double kDouble = -INFINITY;
   const void* const negative_infinity[] = {&kFloat, &kBFloat16, &kHalf, &kDouble};
   memcpy(logit, negative_infinity[static_cast<int>(logits_.type)], bytes_);
-}
-
-void token_confidence(const TokenConfidenceParams& params) {
-  const int64_t cells = params.logits.batch * params.logits.length;
-  std::fill_n(params.prediction, cells, int64_t{-1});
-  std::fill_n(params.confidence, cells, 0.0f);
-  const VocabPass pass(params.logits, params.candidates);
-  constexpr int64_t kRowsWorthAThread = 16;
-  at::parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t cell = pass.cell(row);
-      const bool valid = is_valid(pass.stats(row));
-      params.prediction[cell] = valid ? pass.argmax(row) : -1;
-      params.confidence[cell] = valid ? pass.probability(row, params.prediction[cell]) : NAN;
-    }
-  });
 }
 
 }  // namespace r2dllm::cpu

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../ops/vocab_statistics.h"
 
-#include <ATen/Parallel.h>
-
+#include "torch_parallel.h"
 #include "vocab_pass.h"
 
 namespace r2dllm::cpu {
@@ -14,7 +13,7 @@ void vocab_statistics(const VocabStatisticsParams& params) {
   }
   const VocabPass pass(params.logits, params.candidates);
   constexpr int64_t kRowsWorthAThread = 16;
-  at::parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const VocabStats& stats = pass.stats(row);
       int64_t id = -1;

@@ -2,7 +2,7 @@
 // Two launches a step: the pass over V, and one block a row for everything after it. Drawing tokens
 // takes one more, top-k / top-p another.
 #include "../ops/decode_step.h"
-#include "row_step.h"
+#include "decode_step.h"
 #include "vocab_pass.cuh"
 
 namespace r2dllm::cuda {
@@ -42,21 +42,13 @@ struct StepWorkspace {
 
   StepWorkspace(const LogitsView& logits, const SamplingOptions& sampling, void* memory) {
     const int64_t rows = logits.batch * logits.length, slices = slices_of(logits);
-    char* next = static_cast<char*>(memory);
-    const auto take = [&](auto*& field, int64_t n) {
-      field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(next);
-      next += n * static_cast<int64_t>(sizeof *field);
-    };
     const bool draws = sampling.temperature > 0.0;
-    vocab = {slices, nullptr, nullptr, nullptr};
-    drawn = nullptr;
-    take(vocab.partial, rows * slices);
-    if (draws) {
-      take(vocab.tempered, rows * slices);
-      take(drawn, rows);
-      if (restricts(sampling)) take(vocab.cutoff, rows);
-    }
-    bytes = next - static_cast<char*>(memory);
+    Carve carve{static_cast<unsigned char*>(memory)};
+    vocab = {.slices = slices, .partial = carve.take<SlicePartial>(rows * slices)};
+    vocab.tempered = draws ? carve.take<double>(rows * slices) : nullptr;
+    drawn = draws ? carve.take<Drawn>(rows) : nullptr;
+    vocab.cutoff = draws && restricts(sampling) ? carve.take<float>(rows) : nullptr;
+    bytes = carve.bytes;
   }
 };
 
@@ -77,9 +69,12 @@ void decode_step(const DecodeStepParams& params) {
   const LogitsView& logits = params.logits;
   if (logits.batch == 0) return;
   const int64_t cells = logits.batch * logits.length;
-  const Candidates is_candidate{
-      params.candidates,           params.tokens, params.tokens_batch_stride,
-      params.tokens_length_stride, logits.length, params.options.mask_id};
+  const Candidates is_candidate{.flags = params.candidates,
+                                .tokens = params.tokens,
+                                .batch_stride = params.tokens_batch_stride,
+                                .length_stride = params.tokens_length_stride,
+                                .length = logits.length,
+                                .mask_id = params.options.mask_id};
   const SamplingOptions& sampling = params.sampling;
   const StepWorkspace workspace(logits, sampling, params.workspace);
   const bool draws = sampling.temperature > 0.0;
@@ -103,7 +98,7 @@ void decode_step(const DecodeStepParams& params) {
       }
     });
   }
-  const int64_t shared = RowShared::bytes(logits.length);
+  const int64_t shared = RowShared(nullptr, logits.length).bytes;
   allow_shared(shared);
   // The prologue reads what earlier steps wrote. They are over: the pass did not overlap with them.
   const bool overlaps = judges_logits;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../ops/row_stats.h"
-#include "row_loss.h"
+#include "carve.h"
+#include "row_stats.h"
 #include "vocab_pass.cuh"
 
 namespace r2dllm::cuda {
@@ -37,10 +38,11 @@ void row_stats(const RowStatsParams& params) {
   const LogitsView& logits = params.logits;
   const int64_t rows = logits.batch * logits.length, partials = partials_of(logits);
   if (rows == 0) return;
-  auto* partial = static_cast<SlicePartial*>(params.workspace);
-  auto* tempered = reinterpret_cast<double*>(partial + partials);
-  const VocabWorkspace workspace{slices_of(logits), partial, tempered, nullptr,
-                                 tempered + partials};
+  Carve carve{static_cast<unsigned char*>(params.workspace)};
+  VocabWorkspace workspace{.slices = slices_of(logits),
+                           .partial = carve.take<SlicePartial>(partials)};
+  workspace.tempered = carve.take<double>(partials);
+  workspace.moment = carve.take<double>(partials);
   const HasTarget has_target{params.targets, params.ignore_index};
   const bool with_entropy = params.temperature != 0.0;
   const double scale = with_entropy ? tempered_scale(params.temperature) : 0.0;

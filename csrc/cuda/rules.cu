@@ -2,13 +2,13 @@
 #include "../ops/limits.h"
 #include "cuda_lane.cuh"
 #include "launch.cuh"
-#include "row_rules.h"
+#include "rules.h"
 
 namespace r2dllm::cuda {
 namespace {
 
 __global__ void __launch_bounds__(1024) window_pool_kernel(WindowPoolParams params) {
-  __shared__ bool passes[kCudaMaxLength];
+  __shared__ uint8_t passes[kCudaMaxLength];
   CudaLane lane;
   window_pool_body(lane, passes, params);
 }

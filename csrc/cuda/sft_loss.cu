@@ -2,7 +2,7 @@
 #include "../ops/sft_loss.h"
 #include "cuda_lane.cuh"
 #include "launch.cuh"
-#include "sft_reduce.h"
+#include "sft_loss.h"
 
 namespace r2dllm::cuda {
 namespace {

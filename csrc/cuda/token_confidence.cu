@@ -14,11 +14,6 @@ __global__ void __launch_bounds__(kCellThreads)
 
 }  // namespace
 
-int64_t vocab_pass_bytes(const LogitsView& logits) {
-  return logits.batch * logits.length * slices_of(logits) *
-         static_cast<int64_t>(sizeof(SlicePartial));
-}
-
 void token_confidence(const TokenConfidenceParams& params) {
   launch_pass(params, confidence_kernel);
 }

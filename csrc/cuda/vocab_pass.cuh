@@ -4,7 +4,7 @@
 
 #include "cuda_lane.cuh"
 #include "launch.cuh"
-#include "row_confidence.h"
+#include "token_confidence.h"
 #include "vocab_slice.h"
 
 namespace r2dllm::cuda {
@@ -22,14 +22,7 @@ void with_format(LogitType type, F f) {
   }
 }
 
-inline int64_t slices_of(const LogitsView& logits) {
-  int64_t slices = 0;
-  with_format(logits.type, [&](auto format) {
-    constexpr int64_t columns = kSliceColumns<decltype(format)>;
-    slices = (logits.vocab + columns - 1) / columns;
-  });
-  return slices;
-}
+int64_t slices_of(const LogitsView& logits);
 
 template <class Format, Tempered kTempered, class IsCandidate>
 __global__ void __launch_bounds__(kSliceThreads, 8)
@@ -58,8 +51,8 @@ void launch_pass(const Params& params, void (*kernel)(Params, Flagged, VocabWork
   const int64_t cells = params.logits.batch * params.logits.length;
   if (cells == 0) return;
   const Flagged is_candidate{params.candidates};
-  const VocabWorkspace workspace{slices_of(params.logits),
-                                 static_cast<SlicePartial*>(params.workspace), nullptr, nullptr};
+  const VocabWorkspace workspace{.slices = slices_of(params.logits),
+                                 .partial = static_cast<SlicePartial*>(params.workspace)};
   launch_slices(params.logits, is_candidate, workspace);
   Launch{blocks_for(cells, kCellsPerBlock), kCellThreads, 0, true}(kernel, params, is_candidate,
                                                                    workspace);

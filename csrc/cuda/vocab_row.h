@@ -26,8 +26,8 @@ struct VocabWorkspace {
   int64_t slices;         // of a row
   SlicePartial* partial;  // [rows, slices]
   // At temperature > 0:
-  double* tempered;  // [rows, slices], sum of exp((z - slice's max) / temperature)
-  float* cutoff;     // [rows], least logit that top-k and top-p keep; null: all are kept
+  double* tempered = nullptr;  // [rows, slices], sum of exp((z - slice's max) / temperature)
+  float* cutoff = nullptr;     // [rows], least logit that top-k and top-p keep; null: all are kept
   // For an entropy, beside `tempered`: the other of a slice's TemperedSums.
   double* moment = nullptr;  // [rows, slices]
 };

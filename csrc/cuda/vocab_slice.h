@@ -6,7 +6,7 @@
 // and NaN lead to the right sums (0, NaN, NaN) without a branch.
 #pragma once
 
-#include "../rules/row_loss.h"
+#include "../rules/row_stats.h"
 #include "vocab_row.h"
 
 namespace r2dllm::cuda {

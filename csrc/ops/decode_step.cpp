@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "decode_step.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <cmath>
+#include <string>
+#include <vector>
 
-#include "backend.h"
-#include "checks.h"
-#include "vocab_pass.h"
+#include "torch_op.h"
+#include "torch_vocab_pass.h"
 
 namespace r2dllm {
 namespace {
@@ -14,28 +14,6 @@ namespace {
 struct State {
   const Tensor &streak_count, &streak_id, &streak_sum, &streak_max, &counters;
 };
-
-// The options as the schema lists them, in the order of DecodeConfig._all_op_args and with its
-// defaults: parsing an argument costs a call half a microsecond, leaving it out next to nothing.
-#define R2D_STEP_OPTIONS                                                                      \
-  int64_t mask_id, int64_t base, double threshold, double factor, double error_budget,        \
-      int64_t steps_per_block, int64_t confidence_cluster_size, double spatial_threshold,     \
-      int64_t confidence_cluster_unmasked, int64_t token_cluster, int64_t token_cluster_size, \
-      int64_t temporal_steps, double temporal_threshold, int64_t temporal_eval,               \
-      double temperature, int64_t top_k, double top_p, int64_t seed, bool allow_mask_id,      \
-      bool confidence_in_logits_dtype
-#define R2D_STEP_OPTION_NAMES                                                               \
-  mask_id, base, threshold, factor, error_budget, steps_per_block, confidence_cluster_size, \
-      spatial_threshold, confidence_cluster_unmasked, token_cluster, token_cluster_size,    \
-      temporal_steps, temporal_threshold, temporal_eval, temperature, top_k, top_p, seed,   \
-      allow_mask_id, confidence_in_logits_dtype
-constexpr auto kStepOptionsSchema =
-    "int mask_id, int base=0, float threshold=0.9, float factor=1.0, float error_budget=0.1, "
-    "int steps_per_block=0, int confidence_cluster_size=3, float spatial_threshold=0.8, "
-    "int confidence_cluster_unmasked=1, int token_cluster=1, int token_cluster_size=2, "
-    "int temporal_steps=3, float temporal_threshold=0.8, int temporal_eval=0, "
-    "float temperature=0.0, int top_k=0, float top_p=1.0, int seed=0, bool allow_mask_id=False, "
-    "bool confidence_in_logits_dtype=False";
 
 // What the step looks at: logits [B, L, V], or the statistics [B, L, 3] of logits of `dtype`.
 struct Evidence {
@@ -47,50 +25,104 @@ struct Evidence {
   at::IntArrayRef cells() const { return values.sizes().slice(0, 2); }
 };
 
-std::pair<StepOptions, SamplingOptions> check_options(const char* op, const Evidence& evidence,
-                                                      R2D_STEP_OPTIONS) {
+// ---- options ---------------------------------------------------------------------------------
+
+// What an option takes: f(op, name, value) raises.
+const auto anything = [](auto&&...) {};
+const auto probability = [](auto... args) { check_probability(args...); };
+const auto positive = [](const char* op, const char* name, double value) {
+  TORCH_CHECK_VALUE(value > 0.0, op, ": ", name, " takes a number > 0, got ", value);
+};
+const auto not_negative = [](const char* op, const char* name, double value) {
+  TORCH_CHECK_VALUE(value >= 0.0 && std::isfinite(value), op, ": ", name,
+                    " takes a finite number >= 0, got ", value);
+};
+template <int64_t kLeast>
+const auto at_least = [](auto... args) { check_at_least(args..., kLeast); };
+template <auto kCount>
+const auto choice = [](auto... args) { check_choice(args..., kCount); };
+
+// X(type, type in the schema, name, default, what it takes): one row per option, in the order of
+// the schema and of DecodeConfig. Those that published presets set come first: parsing an argument
+// costs a call half a microsecond, leaving out the ones at the end next to nothing.
+#define R2D_STEP_OPTIONS(X)                                            \
+  X(int64_t, "int", mask_id, "", at_least<0>)                          \
+  X(bool, "bool", allow_mask_id, "=False", anything)                   \
+  X(bool, "bool", confidence_in_logits_dtype, "=False", anything)      \
+  X(double, "float", temperature, "=0.0", not_negative)                \
+  X(int64_t, "int", base, "=0", choice<BaseRule::kCount>)              \
+  X(double, "float", threshold, "=0.9", probability)                   \
+  X(double, "float", factor, "=1.0", positive)                         \
+  X(double, "float", error_budget, "=0.1", not_negative)               \
+  X(int64_t, "int", steps_per_block, "=0", at_least<0>)                \
+  X(int64_t, "int", confidence_cluster_size, "=3", at_least<0>)        \
+  X(double, "float", spatial_threshold, "=0.8", probability)           \
+  X(int64_t, "int", confidence_cluster_unmasked, "=1", at_least<-1>)   \
+  X(int64_t, "int", token_cluster, "=1", choice<TokenCluster::kCount>) \
+  X(int64_t, "int", token_cluster_size, "=2", at_least<1>)             \
+  X(int64_t, "int", temporal_steps, "=3", at_least<0>)                 \
+  X(double, "float", temporal_threshold, "=0.8", probability)          \
+  X(int64_t, "int", temporal_eval, "=0", choice<TemporalEval::kCount>) \
+  X(int64_t, "int", top_k, "=0", at_least<0>)                          \
+  X(double, "float", top_p, "=1.0", probability)                       \
+  X(int64_t, "int", seed, "=0", anything)
+
+#define R2D_FIELD(type, schema, name, value, takes) type name;
+#define R2D_PARAMETER(type, schema, name, value, takes) , type name
+#define R2D_ARGUMENT(type, schema, name, value, takes) .name = name,
+#define R2D_SCHEMA(type, schema, name, value, takes) ", " schema " " #name value
+#define R2D_CHECK(type, schema, name, value, takes) takes(op, "config." #name, options.name);
+
+struct StepArguments {
+  R2D_STEP_OPTIONS(R2D_FIELD)
+};
+
+void check_options(const char* op, const Evidence& evidence, const StepArguments& options) {
+  R2D_STEP_OPTIONS(R2D_CHECK)
   if (evidence.is_logits) {
     const int64_t vocab = evidence.values.size(2);
-    TORCH_CHECK_VALUE(mask_id >= 0 && mask_id < vocab, op,
-                      ": config.mask_id takes a token id in [0, V = ", vocab, "), got ", mask_id);
+    TORCH_CHECK_VALUE(options.mask_id < vocab, op,
+                      ": config.mask_id takes a token id in [0, V = ", vocab, "), got ",
+                      options.mask_id);
   } else {
-    check_at_least(op, "config.mask_id", mask_id, 0);
-    TORCH_CHECK_VALUE(
-        temperature == 0.0, op,
-        ": config.temperature takes 0 with statistics (a token is drawn from logits), "
-        "got ",
-        temperature);
+    TORCH_CHECK_VALUE(options.temperature == 0.0, op,
+                      ": config.temperature takes 0 with statistics (a token is drawn from "
+                      "logits), got ",
+                      options.temperature);
   }
-  check_choice(op, "base", base, 5);
-  check_probability(op, "threshold", threshold);
-  TORCH_CHECK_VALUE(factor > 0.0, op, ": factor takes a number > 0, got ", factor);
-  TORCH_CHECK_VALUE(error_budget >= 0.0, op, ": error_budget takes a number >= 0, got ",
-                    error_budget);
-  check_at_least(op, "steps_per_block", steps_per_block, 0);
-  check_at_least(op, "confidence_cluster_size", confidence_cluster_size, 0);
-  check_probability(op, "spatial_threshold", spatial_threshold);
-  check_at_least(op, "confidence_cluster_unmasked", confidence_cluster_unmasked, -1);
-  check_choice(op, "token_cluster", token_cluster, 4);
-  check_at_least(op, "token_cluster_size", token_cluster_size, 1);
-  check_at_least(op, "temporal_steps", temporal_steps, 0);
-  check_probability(op, "temporal_threshold", temporal_threshold);
-  check_choice(op, "temporal_eval", temporal_eval, 3);
-  TORCH_CHECK_VALUE(temperature >= 0.0 && std::isfinite(temperature), op,
-                    ": temperature takes a finite number >= 0, got ", temperature);
-  check_at_least(op, "top_k", top_k, 0);
-  check_probability(op, "top_p", top_p);
-  const Rounding rounding = !confidence_in_logits_dtype       ? Rounding::kNone
-                            : evidence.dtype == at::kBFloat16 ? Rounding::kBFloat16
-                            : evidence.dtype == at::kHalf     ? Rounding::kHalf
-                                                              : Rounding::kNone;
-  return {
-      {mask_id, static_cast<BaseRule>(base), static_cast<float>(threshold), factor, error_budget,
-       steps_per_block, confidence_cluster_size, static_cast<float>(spatial_threshold),
-       confidence_cluster_unmasked, static_cast<TokenCluster>(token_cluster), token_cluster_size,
-       temporal_steps, static_cast<float>(temporal_threshold),
-       static_cast<TemporalEval>(temporal_eval), static_cast<uint64_t>(seed), rounding},
-      {temperature, top_k, top_p}};
 }
+
+Rounding rounding_of(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? Rounding::kBFloat16
+         : dtype == at::kHalf   ? Rounding::kHalf
+                                : Rounding::kNone;
+}
+
+StepOptions step_options(const StepArguments& options, at::ScalarType dtype) {
+  const Rounding rounding =
+      options.confidence_in_logits_dtype ? rounding_of(dtype) : Rounding::kNone;
+  const auto spatial_threshold = static_cast<float>(options.spatial_threshold);
+  return {.mask_id = options.mask_id,
+          .base = static_cast<BaseRule>(options.base),
+          .threshold = static_cast<float>(options.threshold),
+          .factor = options.factor,
+          .error_budget = options.error_budget,
+          .steps_per_block = options.steps_per_block,
+          .window = {.window = options.confidence_cluster_size,
+                     .max_unmasked = options.confidence_cluster_unmasked,
+                     .min_confidence = spatial_threshold,
+                     .rounding = rounding},
+          .run = {.mode = static_cast<TokenCluster>(options.token_cluster),
+                  .min_run = options.token_cluster_size,
+                  .min_confidence = spatial_threshold},
+          .stability = {.steps = options.temporal_steps,
+                        .min_confidence = static_cast<float>(options.temporal_threshold),
+                        .mode = static_cast<TemporalEval>(options.temporal_eval)},
+          .seed = static_cast<uint64_t>(options.seed),
+          .rounding = rounding};
+}
+
+// ---- the step --------------------------------------------------------------------------------
 
 void check_state(const char* op, const Evidence& evidence, const State& state) {
   const auto cells = evidence.cells();
@@ -110,141 +142,138 @@ void check_state(const char* op, const Evidence& evidence, const State& state) {
 
 // Only the shape, for evidence that is no logits.
 LogitsView view_cells(const Tensor& values) {
-  return {nullptr, LogitType::kFloat, values.size(0), values.size(1), 0, 0, 0, -1, 0};
+  return {.data = nullptr,
+          .type = LogitType::kFloat,
+          .batch = values.size(0),
+          .length = values.size(1),
+          .vocab = 0,
+          .batch_stride = 0,
+          .length_stride = 0,
+          .excluded = -1,
+          .shift = 0};
 }
 
-Tensor step_workspace(const Tensor& values, [[maybe_unused]] const LogitsView& logits,
-                      [[maybe_unused]] const SamplingOptions& sampling) {
+Tensor step_workspace(const Tensor& values, const LogitsView& logits,
+                      const SamplingOptions& sampling) {
 #ifdef R2DLLM_WITH_CUDA
-  if (on_cuda(values)) {
-    return at::empty({cuda::decode_step_bytes(logits, sampling)},
-                     values.options().dtype(at::kByte));
-  }
+  if (on_cuda(values)) return new_bytes(values, cuda::decode_step_bytes(logits, sampling));
 #endif
+  (void)values, (void)logits, (void)sampling;
   return {};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> step(const char* op, const Evidence& evidence,
-                                                const Tensor& tokens, const State& state,
-                                                const std::optional<Tensor>& candidates,
-                                                int64_t logits_shift, bool write,
-                                                R2D_STEP_OPTIONS) {
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Results step(const char* op, const Evidence& evidence, const Tensor& tokens, bool writes,
+             const State& state, const std::optional<Tensor>& candidates, int64_t logits_shift,
+             const StepArguments& arguments) {
   const Tensor& values = evidence.values;
   const auto cells = evidence.cells();
   check_device(op, "tokens", tokens, values, evidence.name);
   check_dtype(op, "tokens", tokens, at::kLong);
   check_shape(op, "tokens", tokens, cells, "[B, L]");
-  if (write) check_writable(op, "tokens", tokens);
+  if (writes) check_writable(op, "tokens", tokens);
   check_state(op, evidence, state);
   check_candidates(op, candidates, values, evidence.name);
-  check_choice(op, "logits_shift", logits_shift, 2);
+  TORCH_CHECK_VALUE(logits_shift == 0 || logits_shift == 1, op, ": logits_shift takes 0 or 1, got ",
+                    logits_shift);
   check_length(op, tokens);
-  const auto [options, sampling] = check_options(op, evidence, R2D_STEP_OPTION_NAMES);
+  check_options(op, evidence, arguments);
 
+  const SamplingOptions sampling{
+      .temperature = arguments.temperature, .top_k = arguments.top_k, .top_p = arguments.top_p};
   Tensor prediction = at::empty(cells, values.options().dtype(at::kLong));
   Tensor confidence = at::empty(cells, values.options().dtype(at::kFloat));
   Tensor rule = at::empty(cells, values.options().dtype(at::kByte));
   Tensor remaining = at::empty({cells[0]}, values.options().dtype(at::kInt));
-  Tensor candidate_cells;
-  if (candidates) candidate_cells = candidates->contiguous();
-
-  const LogitsView view = evidence.is_logits
-                              ? view_logits(values, allow_mask_id ? -1 : mask_id, logits_shift)
-                              : view_cells(values);
+  const Tensor candidate_cells = candidates ? candidates->contiguous() : Tensor();
+  const int64_t excluded = arguments.allow_mask_id ? -1 : arguments.mask_id;
+  const LogitsView view =
+      evidence.is_logits ? view_logits(values, excluded, logits_shift) : view_cells(values);
   const Tensor workspace = step_workspace(values, view, sampling);
-  const DecodeStepParams params{view,
-                                evidence.is_logits ? nullptr : values.const_data_ptr<double>(),
-                                options,
-                                sampling,
-                                candidates ? candidate_cells.const_data_ptr<bool>() : nullptr,
-                                tokens.const_data_ptr<int64_t>(),
-                                tokens.stride(0),
-                                tokens.stride(1),
-                                write ? tokens.mutable_data_ptr<int64_t>() : nullptr,
-                                state.streak_count.mutable_data_ptr<int32_t>(),
-                                state.streak_id.mutable_data_ptr<int64_t>(),
-                                state.streak_sum.mutable_data_ptr<float>(),
-                                state.streak_max.mutable_data_ptr<float>(),
-                                state.counters.mutable_data_ptr<int64_t>(),
-                                prediction.mutable_data_ptr<int64_t>(),
-                                confidence.mutable_data_ptr<float>(),
-                                rule.mutable_data_ptr<uint8_t>(),
-                                remaining.mutable_data_ptr<int32_t>(),
-                                workspace.defined() ? workspace.mutable_data_ptr() : nullptr};
+  const DecodeStepParams params{
+      .logits = view,
+      .statistics = evidence.is_logits ? nullptr : values.const_data_ptr<double>(),
+      .options = step_options(arguments, evidence.dtype),
+      .sampling = sampling,
+      .candidates = data_or_null<bool>(candidate_cells),
+      .tokens = tokens.const_data_ptr<int64_t>(),
+      .tokens_batch_stride = tokens.stride(0),
+      .tokens_length_stride = tokens.stride(1),
+      .written_tokens = writes ? tokens.mutable_data_ptr<int64_t>() : nullptr,
+      .streaks = {.count = state.streak_count.mutable_data_ptr<int32_t>(),
+                  .id = state.streak_id.mutable_data_ptr<int64_t>(),
+                  .sum = state.streak_sum.mutable_data_ptr<float>(),
+                  .max = state.streak_max.mutable_data_ptr<float>()},
+      .counters = state.counters.mutable_data_ptr<int64_t>(),
+      .prediction = prediction.mutable_data_ptr<int64_t>(),
+      .confidence = confidence.mutable_data_ptr<float>(),
+      .rule = rule.mutable_data_ptr<uint8_t>(),
+      .remaining = remaining.mutable_data_ptr<int32_t>(),
+      .workspace = bytes_of(workspace)};
   R2D_CALL_BACKEND(values, decode_step, params);
   return {prediction, confidence, rule, remaining};
 }
 
-Evidence check_evidence(const char* op, const Tensor& logits) {
+// ---- registration ----------------------------------------------------------------------------
+
+template <bool kWrites>
+constexpr const char* kOp = kWrites ? "decode_step" : "select";
+
+template <bool kWrites>
+Results of_logits(const Tensor& logits, const Tensor& tokens, const Tensor& streak_count,
+                  const Tensor& streak_id, const Tensor& streak_sum, const Tensor& streak_max,
+                  const Tensor& counters, const std::optional<Tensor>& candidates,
+                  int64_t logits_shift R2D_STEP_OPTIONS(R2D_PARAMETER)) {
+  constexpr auto op = kOp<kWrites>;
   check_logits(op, logits);
-  return {"logits", logits, true, logits.scalar_type()};
+  return step(op, {"logits", logits, true, logits.scalar_type()}, tokens, kWrites,
+              {streak_count, streak_id, streak_sum, streak_max, counters}, candidates, logits_shift,
+              {R2D_STEP_OPTIONS(R2D_ARGUMENT)});
 }
 
-Evidence check_evidence(const char* op, const Tensor& statistics, at::ScalarType dtype) {
+template <bool kWrites>
+Results of_statistics(const Tensor& statistics, const Tensor& tokens, const Tensor& streak_count,
+                      const Tensor& streak_id, const Tensor& streak_sum, const Tensor& streak_max,
+                      const Tensor& counters, const std::optional<Tensor>& candidates,
+                      at::ScalarType dtype R2D_STEP_OPTIONS(R2D_PARAMETER)) {
+  constexpr auto op = kOp<kWrites>;
   check_dim(op, "statistics", statistics, 3, "[B, L, 3]");
   check_dtype(op, "statistics", statistics, at::kDouble);
   TORCH_CHECK_VALUE(statistics.size(2) == kStatistics, op,
                     ": statistics takes shape [B, L, 3], got ", statistics.sizes());
   check_contiguous(op, "statistics", statistics);
-  return {"statistics", statistics, false, dtype};
+  return step(op, {"statistics", statistics, false, dtype}, tokens, kWrites,
+              {streak_count, streak_id, streak_sum, streak_max, counters}, candidates, 0,
+              {R2D_STEP_OPTIONS(R2D_ARGUMENT)});
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-// The tensors as the schemas list them.
-#define R2D_STEP_TENSORS                                                          \
-  const Tensor &tokens, const Tensor &streak_count, const Tensor &streak_id,      \
-      const Tensor &streak_sum, const Tensor &streak_max, const Tensor &counters, \
-      const std::optional<Tensor>&candidates
-#define R2D_STEP_TENSOR_NAMES \
-  tokens, {streak_count, streak_id, streak_sum, streak_max, counters}, candidates
-
-Results decode_step(const Tensor& logits, R2D_STEP_TENSORS, int64_t logits_shift,
-                    R2D_STEP_OPTIONS) {
-  constexpr auto op = "decode_step";
-  return step(op, check_evidence(op, logits), R2D_STEP_TENSOR_NAMES, logits_shift, true,
-              R2D_STEP_OPTION_NAMES);
-}
-
-Results select(const Tensor& logits, R2D_STEP_TENSORS, int64_t logits_shift, R2D_STEP_OPTIONS) {
-  constexpr auto op = "select";
-  return step(op, check_evidence(op, logits), R2D_STEP_TENSOR_NAMES, logits_shift, false,
-              R2D_STEP_OPTION_NAMES);
-}
-
-Results decode_step_statistics(const Tensor& statistics, R2D_STEP_TENSORS, at::ScalarType dtype,
-                               R2D_STEP_OPTIONS) {
-  constexpr auto op = "decode_step";
-  return step(op, check_evidence(op, statistics, dtype), R2D_STEP_TENSOR_NAMES, 0, true,
-              R2D_STEP_OPTION_NAMES);
-}
-
-Results select_statistics(const Tensor& statistics, R2D_STEP_TENSORS, at::ScalarType dtype,
-                          R2D_STEP_OPTIONS) {
-  constexpr auto op = "select";
-  return step(op, check_evidence(op, statistics, dtype), R2D_STEP_TENSOR_NAMES, 0, false,
-              R2D_STEP_OPTION_NAMES);
-}
-
-std::string schema(const std::string& op, const std::string& tokens, bool of_logits) {
-  return op + (of_logits ? "(Tensor logits, " : ".statistics(Tensor statistics, ") + tokens +
+std::string schema(const std::string& name, const std::string& evidence, const std::string& tokens,
+                   const std::string& last) {
+  return name + "(Tensor " + evidence + ", " + tokens +
          " tokens, Tensor(b!) streak_count, Tensor(c!) streak_id, Tensor(d!) streak_sum, "
          "Tensor(e!) streak_max, Tensor(f!) counters, Tensor? candidates, " +
-         (of_logits ? "int logits_shift, " : "ScalarType dtype, ") + kStepOptionsSchema +
+         last + R2D_STEP_OPTIONS(R2D_SCHEMA) +
          ") -> (Tensor prediction, Tensor confidence, Tensor rule, Tensor remaining)";
 }
 
-TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
-  for (const bool of_logits : {true, false}) {
-    m.def(schema("decode_step", "Tensor(a!)", of_logits).c_str(), {at::Tag::pt2_compliant_tag});
-    m.def(schema("select", "Tensor", of_logits).c_str(), {at::Tag::pt2_compliant_tag});
-  }
+template <bool kWrites>
+void define(torch::Library& m) {
+  const std::string op = kOp<kWrites>, tokens = kWrites ? "Tensor(a!)" : "Tensor";
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(schema(op, "logits", tokens, "int logits_shift").c_str(), tags);
+  m.def(schema(op + ".statistics", "statistics", tokens, "ScalarType dtype").c_str(), tags);
 }
 
-R2D_REGISTER("decode_step", &decode_step)
-R2D_REGISTER("select", &select)
-R2D_REGISTER("decode_step.statistics", &decode_step_statistics)
-R2D_REGISTER("select.statistics", &select_statistics)
+TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
+  define<true>(m);
+  define<false>(m);
+}
+
+R2D_REGISTER("decode_step", &of_logits<true>)
+R2D_REGISTER("select", &of_logits<false>)
+R2D_REGISTER("decode_step.statistics", &of_statistics<true>)
+R2D_REGISTER("select.statistics", &of_statistics<false>)
 
 }  // namespace
 }  // namespace r2dllm

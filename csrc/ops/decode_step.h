@@ -22,10 +22,7 @@ struct DecodeStepParams {
 
   // In and out, contiguous.
   int64_t* written_tokens;  // tokens, or null: nothing is written
-  int32_t* streak_count;    // [B, L]
-  int64_t* streak_id;       // [B, L]
-  float* streak_sum;        // [B, L]
-  float* streak_max;        // [B, L]
+  Streaks streaks;          // [B, L]
   int64_t* counters;        // [B, kCounters]
 
   // Out, contiguous.

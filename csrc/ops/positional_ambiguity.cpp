@@ -1,12 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "positional_ambiguity.h"
 
-#include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include "backend.h"
-#include "checks.h"
+#include "torch_op.h"
 
 namespace r2dllm {
 namespace {
@@ -34,18 +29,19 @@ Tensor positional_ambiguity(const Tensor& prediction, const Tensor& confidence,
                rows =
                    row ? row->contiguous() : at::arange(confidence.size(0), prediction.options());
   Tensor chosen = at::empty(confidence.sizes(), is_masked.options());
-  const PositionalAmbiguityParams params{confidence.size(0),
-                                         confidence.size(1),
-                                         ids.const_data_ptr<int64_t>(),
-                                         values.const_data_ptr<float>(),
-                                         masked.const_data_ptr<bool>(),
-                                         static_cast<float>(min_confidence),
-                                         min_run,
-                                         static_cast<TokenCluster>(mode),
-                                         static_cast<uint64_t>(seed),
-                                         rows.const_data_ptr<int64_t>(),
-                                         step,
-                                         chosen.mutable_data_ptr<bool>()};
+  const PositionalAmbiguityParams params{
+      .batch = confidence.size(0),
+      .length = confidence.size(1),
+      .prediction = ids.const_data_ptr<int64_t>(),
+      .confidence = values.const_data_ptr<float>(),
+      .is_masked = masked.const_data_ptr<bool>(),
+      .options = {.mode = static_cast<TokenCluster>(mode),
+                  .min_run = min_run,
+                  .min_confidence = static_cast<float>(min_confidence)},
+      .seed = static_cast<uint64_t>(seed),
+      .row = rows.const_data_ptr<int64_t>(),
+      .step = step,
+      .chosen = chosen.mutable_data_ptr<bool>()};
   R2D_CALL_BACKEND(confidence, positional_ambiguity, params);
   return chosen;
 }

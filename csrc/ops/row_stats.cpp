@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "row_stats.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include "backend.h"
-#include "checks.h"
-#include "target_rows.h"
-#include "vocab_pass.h"
+#include "torch_op.h"
+#include "torch_row_stats.h"
+#include "torch_vocab_pass.h"
 
 namespace r2dllm {
 
 RowValues row_values(const Tensor& values) {
-  return {values.mutable_data_ptr(), values.scalar_type() == at::kDouble};
+  return {.data = values.const_data_ptr(), .is_double = values.scalar_type() == at::kDouble};
+}
+
+WritableRowValues writable_row_values(const Tensor& values) {
+  return {.data = values.mutable_data_ptr(), .is_double = values.scalar_type() == at::kDouble};
 }
 
 namespace {
@@ -72,19 +72,19 @@ RowStats row_stats(const Tensor& logits, const Tensor& targets, double temperatu
   Tensor workspace;
 #ifdef R2DLLM_WITH_CUDA
   if (on_cuda(logits)) {
-    workspace = at::empty({cuda::row_stats_bytes(view)}, options.dtype(at::kByte));
+    workspace = new_bytes(logits, cuda::row_stats_bytes(view));
   }
 #endif
-  const RowStatsParams params{view,
-                              flat.const_data_ptr<int64_t>(),
-                              ignore_index,
-                              temperature,
-                              row_values(made.nll),
-                              row_values(made.entropy),
-                              made.confidence.mutable_data_ptr<float>(),
-                              made.prediction.mutable_data_ptr<int64_t>(),
-                              static_cast<RowState*>(made.state.mutable_data_ptr()),
-                              workspace.defined() ? workspace.mutable_data_ptr() : nullptr};
+  const RowStatsParams params{.logits = view,
+                              .targets = flat.const_data_ptr<int64_t>(),
+                              .ignore_index = ignore_index,
+                              .temperature = temperature,
+                              .nll = writable_row_values(made.nll),
+                              .entropy = writable_row_values(made.entropy),
+                              .confidence = made.confidence.mutable_data_ptr<float>(),
+                              .prediction = made.prediction.mutable_data_ptr<int64_t>(),
+                              .state = static_cast<RowState*>(made.state.mutable_data_ptr()),
+                              .workspace = bytes_of(workspace)};
   R2D_CALL_BACKEND(logits, row_stats, params);
   return made;
 }
@@ -123,17 +123,18 @@ void backward(const char* op, const Tensor& logits, const Tensor& targets, const
 
   const Tensor flat = targets.contiguous(), rows = state.contiguous(), nll = d_nll.contiguous(),
                entropy = d_entropy ? d_entropy->contiguous() : Tensor(), out = as_block(gradient);
-  const RowStatsBackwardParams params{view_logits(as_block(logits), -1, 0),
-                                      first_id.value_or(0),
-                                      flat.const_data_ptr<int64_t>(),
-                                      ignore_index,
-                                      temperature,
-                                      static_cast<const RowState*>(rows.const_data_ptr()),
-                                      row_values(nll),
-                                      d_entropy ? row_values(entropy) : RowValues{nullptr, false},
-                                      gradient.mutable_data_ptr(),
-                                      out.stride(0),
-                                      out.stride(1)};
+  const RowStatsBackwardParams params{
+      .logits = view_logits(as_block(logits), -1, 0),
+      .first_id = first_id.value_or(0),
+      .targets = flat.const_data_ptr<int64_t>(),
+      .ignore_index = ignore_index,
+      .temperature = temperature,
+      .state = static_cast<const RowState*>(rows.const_data_ptr()),
+      .d_nll = row_values(nll),
+      .d_entropy = d_entropy ? row_values(entropy) : RowValues{.data = nullptr, .is_double = false},
+      .gradient = gradient.mutable_data_ptr(),
+      .gradient_batch_stride = out.stride(0),
+      .gradient_length_stride = out.stride(1)};
   R2D_CALL_BACKEND(logits, row_stats_backward, params);
 }
 

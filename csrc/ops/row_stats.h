@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../rules/logits_view.h"
-#include "../rules/row_loss.h"
+#include "../rules/row_stats.h"
 
 namespace r2dllm {
 
@@ -12,9 +12,9 @@ struct RowStatsParams {
   LogitsView logits;
   const int64_t* targets;  // [B, L] contiguous
   int64_t ignore_index;
-  double temperature;  // 0: no entropy
-  RowValues nll;       // [B, L] contiguous, out; so are all below
-  RowValues entropy;
+  double temperature;     // 0: no entropy
+  WritableRowValues nll;  // [B, L] contiguous, out; so are all below
+  WritableRowValues entropy;
   float* confidence;
   int64_t* prediction;
   RowState* state;

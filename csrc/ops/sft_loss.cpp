@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sft_loss.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <cmath>
 #include <string>
 
-#include "backend.h"
-#include "checks.h"
-#include "target_rows.h"
+#include "torch_op.h"
+#include "torch_row_stats.h"
 
 namespace r2dllm {
 namespace {
@@ -37,7 +33,7 @@ void check_options(const char* op, const Tensor& targets, const std::optional<Te
   }
   TORCH_CHECK_VALUE(std::isfinite(entropy_weight), op,
                     ": entropy_weight takes a finite number, got ", entropy_weight);
-  check_choice(op, "entropy_gate", entropy_gate, 2);
+  check_choice(op, "entropy_gate", entropy_gate, EntropyGate::kCount);
 }
 
 using Reduced = std::tuple<Tensor, Tensor, Tensor>;
@@ -52,19 +48,19 @@ Reduced reduce(const Tensor& nll, const Tensor& entropy, const Tensor& predictio
                ids = prediction.contiguous(), flat = targets.contiguous(),
                weights = weight ? weight->contiguous() : Tensor(),
                divisor = normalizer ? normalizer->to(at::kDouble) : Tensor();
-  const SftReduceParams params{targets.numel(),
-                               row_values(values),
-                               row_values(entropies),
-                               ids.const_data_ptr<int64_t>(),
-                               flat.const_data_ptr<int64_t>(),
-                               ignore_index,
-                               weight ? weights.const_data_ptr<float>() : nullptr,
-                               normalizer ? divisor.const_data_ptr<double>() : nullptr,
-                               entropy_weight,
-                               static_cast<EntropyGate>(entropy_gate),
-                               row_values(loss),
-                               row_values(d_nll),
-                               row_values(d_entropy)};
+  const SftReduceParams params{.rows = targets.numel(),
+                               .nll = row_values(values),
+                               .entropy = row_values(entropies),
+                               .prediction = ids.const_data_ptr<int64_t>(),
+                               .targets = flat.const_data_ptr<int64_t>(),
+                               .ignore_index = ignore_index,
+                               .weight = data_or_null<float>(weights),
+                               .normalizer = data_or_null<double>(divisor),
+                               .entropy_weight = entropy_weight,
+                               .gate = static_cast<EntropyGate>(entropy_gate),
+                               .loss = writable_row_values(loss),
+                               .d_nll = writable_row_values(d_nll),
+                               .d_entropy = writable_row_values(d_entropy)};
   R2D_CALL_BACKEND(nll, sft_reduce, params);
   return {loss, d_nll, d_entropy};
 }

@@ -2,7 +2,8 @@
 // sft_loss: the weighted loss of a batch of rows, and its derivative by each row's statistics.
 #pragma once
 
-#include "../rules/row_loss.h"
+#include "../rules/row_stats.h"
+#include "../rules/sft_loss.h"
 
 namespace r2dllm {
 
@@ -16,8 +17,8 @@ struct SftReduceParams {
   const double* normalizer;  // one number; null: the number of rows with a target
   double entropy_weight;
   EntropyGate gate;
-  RowValues loss;              // one number, out
-  RowValues d_nll, d_entropy;  // [rows], out
+  WritableRowValues loss;              // one number, out
+  WritableRowValues d_nll, d_entropy;  // [rows], out
 };
 
 // What row i adds to the sums, and what they mean for row i.

@@ -8,31 +8,21 @@ namespace r2dllm {
 
 struct UpdateStabilityParams {
   int64_t cells;              // B * L
-  int32_t* streak_count;      // [B, L], in and out
-  int64_t* streak_id;         // [B, L], in and out
-  float* streak_sum;          // [B, L], in and out
-  float* streak_max;          // [B, L], in and out
+  Streaks streaks;            // [B, L], in and out
   const int64_t* prediction;  // [B, L]
   const float* confidence;    // [B, L]
   const bool* was_masked;     // [B, L]
   const bool* is_masked;      // [B, L]
-  int64_t steps;
-  float min_confidence;
-  TemporalEval eval;
+  StabilityOptions options;
   bool* stable;  // [B, L], out
 };
 
 R2D_HOST_DEVICE void advance_cell(const UpdateStabilityParams& params, int64_t i) {
-  Streak streak{params.streak_count[i], params.streak_id[i], params.streak_sum[i],
-                params.streak_max[i]};
-  params.stable[i] = advance(
-      streak,
-      {params.was_masked[i], params.is_masked[i], params.prediction[i], params.confidence[i]},
-      params.steps, params.min_confidence, params.eval);
-  params.streak_count[i] = streak.count;
-  params.streak_id[i] = streak.id;
-  params.streak_sum[i] = streak.sum;
-  params.streak_max[i] = streak.max;
+  const Observation cell{.was_masked = params.was_masked[i],
+                         .is_masked = params.is_masked[i],
+                         .prediction = params.prediction[i],
+                         .confidence = params.confidence[i]};
+  params.stable[i] = advance(params.streaks, i, cell, params.options);
 }
 
 namespace cpu {

@@ -1,12 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vocab_statistics.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include "backend.h"
-#include "checks.h"
-#include "vocab_pass.h"
+#include "torch_op.h"
+#include "torch_vocab_pass.h"
 
 namespace r2dllm {
 namespace {
@@ -25,9 +21,11 @@ Tensor vocab_statistics(const Tensor& logits, const std::optional<Tensor>& candi
       at::empty({logits.size(0), logits.size(1), kStatistics}, logits.options().dtype(at::kDouble));
   const LogitsView view = view_logits(logits, here ? column : -1, 0);
   const Tensor workspace = vocab_pass_workspace(logits, view);
-  const VocabStatisticsParams params{view, rows.defined() ? rows.const_data_ptr<bool>() : nullptr,
-                                     first_id, statistics.mutable_data_ptr<double>(),
-                                     workspace.defined() ? workspace.mutable_data_ptr() : nullptr};
+  const VocabStatisticsParams params{.logits = view,
+                                     .candidates = data_or_null<bool>(rows),
+                                     .first_id = first_id,
+                                     .statistics = statistics.mutable_data_ptr<double>(),
+                                     .workspace = bytes_of(workspace)};
   R2D_CALL_BACKEND(logits, vocab_statistics, params);
   return statistics;
 }
@@ -40,9 +38,10 @@ Tensor merge_statistics(const Tensor& statistics) {
                     ": statistics takes shape [parts >= 1, B, L, 3], got ", statistics.sizes());
   const Tensor parts = statistics.contiguous();
   Tensor merged = at::empty(statistics.sizes().slice(1), statistics.options());
-  const MergeStatisticsParams params{parts.size(0), parts.size(1) * parts.size(2),
-                                     parts.const_data_ptr<double>(),
-                                     merged.mutable_data_ptr<double>()};
+  const MergeStatisticsParams params{.parts = parts.size(0),
+                                     .cells = parts.size(1) * parts.size(2),
+                                     .statistics = parts.const_data_ptr<double>(),
+                                     .merged = merged.mutable_data_ptr<double>()};
   R2D_CALL_BACKEND(statistics, merge_statistics, params);
   return merged;
 }

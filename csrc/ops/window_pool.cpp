@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "window_pool.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include "backend.h"
-#include "checks.h"
+#include "torch_op.h"
 
 namespace r2dllm {
 namespace {
@@ -22,14 +18,15 @@ Tensor window_pool(const Tensor& confidence, const Tensor& is_masked, int64_t wi
 
   const Tensor values = confidence.to(at::kFloat).contiguous(), masked = is_masked.contiguous();
   Tensor marked = at::empty(confidence.sizes(), is_masked.options());
-  const WindowPoolParams params{confidence.size(0),
-                                confidence.size(1),
-                                values.const_data_ptr<float>(),
-                                masked.const_data_ptr<bool>(),
-                                window,
-                                static_cast<float>(min_confidence),
-                                max_unmasked.value_or(-1),
-                                marked.mutable_data_ptr<bool>()};
+  const WindowPoolParams params{.batch = confidence.size(0),
+                                .length = confidence.size(1),
+                                .confidence = values.const_data_ptr<float>(),
+                                .is_masked = masked.const_data_ptr<bool>(),
+                                .options = {.window = window,
+                                            .max_unmasked = max_unmasked.value_or(-1),
+                                            .min_confidence = static_cast<float>(min_confidence),
+                                            .rounding = Rounding::kNone},
+                                .marked = marked.mutable_data_ptr<bool>()};
   R2D_CALL_BACKEND(confidence, window_pool, params);
   return marked;
 }

@@ -2,7 +2,7 @@
 // window_pool: masked cells that lie in a confident window.
 #pragma once
 
-#include <cstdint>
+#include "../rules/window_pool.h"
 
 namespace r2dllm {
 
@@ -10,11 +10,20 @@ struct WindowPoolParams {
   int64_t batch, length;
   const float* confidence;  // [B, L]
   const bool* is_masked;    // [B, L]
-  int64_t window;
-  float min_confidence;
-  int64_t max_unmasked;  // -1: no limit
-  bool* marked;          // [B, L], out
+  WindowOptions options;
+  bool* marked;  // [B, L], out
 };
+
+// Row b. `ctx`: see rules/decode_step.h. `passes`: scratch, L flags.
+template <class Context>
+R2D_HOST_DEVICE void pool_row(Context& ctx, const WindowPoolParams& params, int64_t b,
+                              uint8_t* passes) {
+  const int64_t first = b * params.length;
+  bool* const marked = params.marked + first;
+  ctx.for_each(params.length, [&](int64_t i) { marked[i] = false; });
+  pool_windows(ctx, params.length, params.options, params.is_masked + first,
+               params.confidence + first, passes, [&](int64_t i) { marked[i] = true; });
+}
 
 namespace cpu {
 void window_pool(const WindowPoolParams& params);

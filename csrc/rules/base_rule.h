@@ -8,7 +8,7 @@
 
 namespace r2dllm {
 
-enum class BaseRule : int32_t { kThreshold, kSchedule, kFactor, kFirst, kBudget };
+enum class BaseRule : int32_t { kThreshold, kSchedule, kFactor, kFirst, kBudget, kCount };
 
 // Orders cells by falling confidence, ties by lowest index; 0 = no cell. Confidence is in [0, 1].
 R2D_HOST_DEVICE uint64_t cell_key(float confidence, int64_t cell) {
@@ -21,10 +21,10 @@ R2D_HOST_DEVICE int64_t cell_of(uint64_t key) {
   return key == 0 ? -1 : static_cast<int64_t>(0xFFFFFFFFu - static_cast<uint32_t>(key));
 }
 
-// Cells that step `step` of `steps` commits in a block that began with `masked` masked cells:
-// an equal share each, the remainder to the first steps, all that is left once the steps are over.
+// Cells that step `step` < `steps` commits in a block that began with `masked` masked cells: an
+// equal share each, the remainder to the first steps.
 R2D_HOST_DEVICE int64_t schedule_quota(int64_t masked, int64_t step, int64_t steps) {
-  return step >= steps ? masked : masked / steps + (step < masked % steps ? 1 : 0);
+  return masked / steps + (step < masked % steps ? 1 : 0);
 }
 
 // Length of the prefix of `count` >= 1 cells in falling confidence that a rule commits by itself.

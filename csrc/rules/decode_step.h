@@ -26,14 +26,9 @@ struct StepOptions {
   double factor;
   double error_budget;
   int64_t steps_per_block;  // 0: one token a step
-  int64_t window;           // 0: off
-  float spatial_threshold;
-  int64_t max_unmasked;  // -1: no limit
-  TokenCluster token_cluster;
-  int64_t min_run;
-  int64_t temporal_steps;  // 0: off
-  float temporal_threshold;
-  TemporalEval temporal_eval;
+  WindowOptions window;
+  RunOptions run;  // mode kOff: off
+  StabilityOptions stability;
   uint64_t seed;
   Rounding rounding;
 };
@@ -68,10 +63,7 @@ struct StepRow {
   int64_t* tokens;  // null: not written
   int64_t tokens_stride;
 
-  int32_t* streak_count;
-  int64_t* streak_id;
-  float* streak_sum;
-  float* streak_max;
+  Streaks streaks;
   int64_t* counters;
 
   bool* masked;       // in: the candidates. Scratch: candidates not committed yet
@@ -94,9 +86,9 @@ class RowStep {
       ctx_.once([&] { row.counters[kBlockMasked] = masked; });
     }
     base_rule();
-    if (options_.window > 0 && options_.window <= row.length) window_pool();
-    if (options_.token_cluster != TokenCluster::kOff) positional_ambiguity();
-    if (options_.temporal_steps > 0) stability();
+    if (options_.window.window > 0) window_pool();
+    if (options_.run.mode != TokenCluster::kOff) positional_ambiguity();
+    if (options_.stability.steps > 0) stability();
     const int64_t remaining = ctx_.count(row.length, [&](int64_t i) { return row.masked[i]; });
     ctx_.once([&] {
       *row.remaining = static_cast<int32_t>(remaining);
@@ -166,7 +158,8 @@ class RowStep {
       int64_t prefix = 0;
       if (options_.base == BaseRule::kSchedule) {
         const int64_t steps = options_.steps_per_block > 0 ? options_.steps_per_block : row.length;
-        prefix = schedule_quota(row.counters[kBlockMasked], row.counters[kBlockStep], steps);
+        const int64_t step = row.counters[kBlockStep];
+        prefix = step < steps ? schedule_quota(row.counters[kBlockMasked], step, steps) : count;
       } else if (options_.base == BaseRule::kFactor) {
         prefix = factor_prefix(count, options_.factor, confidence);
       } else {
@@ -175,42 +168,26 @@ class RowStep {
       for (int64_t rank = 0; rank < count && rank < prefix; ++rank) {
         commit(row.order[rank], Rule::kBase);
       }
-      if (prefix == 0 && options_.base == BaseRule::kBudget) commit(row.order[0], Rule::kForced);
+      if (prefix == 0) commit(row.order[0], Rule::kForced);
     });
   }
 
   R2D_HOST_DEVICE void window_pool() {
-    const StepRow& row = row_;
-    ctx_.for_each(row.length - options_.window + 1, [&](int64_t start) {
-      row.selected[start] = window_passes(
-          start, options_.window, options_.max_unmasked, options_.spatial_threshold,
-          options_.rounding, [&](int64_t i) { return row.masked[i]; },
-          [&](int64_t i) { return row.confidence[i]; });
-    });
-    ctx_.for_each(row.length, [&](int64_t i) {
-      if (row.masked[i] && in_passing_window(i, row.length, options_.window,
-                                             [&](int64_t start) { return row.selected[start]; })) {
-        commit(i, Rule::kWindow);
-      }
-    });
+    pool_windows(ctx_, row_.length, options_.window, row_.masked, row_.confidence, row_.selected,
+                 [&](int64_t i) { commit(i, Rule::kWindow); });
   }
 
   R2D_HOST_DEVICE void positional_ambiguity() {
     const StepRow& row = row_;
-    const auto in_run = [&](int64_t i) {
-      return may_join_run(row.masked[i], row.top_id[i], row.top_confidence[i]);
-    };
-    const auto top_id = [&](int64_t i) { return row.top_id[i]; };
-    const auto top_confidence = [&](int64_t i) { return row.top_confidence[i]; };
+    const RunCells cells{.length = row.length,
+                         .masked = row.masked,
+                         .prediction = row.top_id,
+                         .confidence = row.top_confidence};
     ctx_.for_each(row.length, [&](int64_t i) { row.selected[i] = 0; });
-    ctx_.for_each(row.length, [&](int64_t i) {
-      if (!begins_run(i, in_run, top_id)) return;
-      const Run run = run_from(i, row.length, in_run, top_id, top_confidence);
-      const int64_t cell = chosen_cell(
-          i, run, options_.min_run, options_.spatial_threshold, options_.token_cluster,
-          top_confidence, [&] { return uniform(options_.seed, row.counters, i, Draw::kRun); });
-      if (cell >= 0) row.selected[cell] = 1;
-    });
+    choose_of_runs(
+        ctx_, cells, options_.run,
+        [&](int64_t start) { return uniform(options_.seed, row.counters, start, Draw::kRun); },
+        [&](int64_t i) { row.selected[i] = 1; });
     ctx_.for_each(row.length, [&](int64_t i) {
       if (row.selected[i]) commit_top(i, Rule::kAmbiguity);
     });
@@ -219,17 +196,12 @@ class RowStep {
   R2D_HOST_DEVICE void stability() {
     const StepRow& row = row_;
     ctx_.for_each(row.length, [&](int64_t i) {
-      Streak streak{row.streak_count[i], row.streak_id[i], row.streak_sum[i], row.streak_max[i]};
       // A candidate is either masked still or was given a rule in this step.
-      const bool was_masked = row.masked[i] || row.rule[i] != 0;
-      const bool stable =
-          advance(streak, {was_masked, row.masked[i], row.top_id[i], row.top_confidence[i]},
-                  options_.temporal_steps, options_.temporal_threshold, options_.temporal_eval);
-      if (stable) commit_top(i, Rule::kStability);
-      row.streak_count[i] = streak.count;
-      row.streak_id[i] = streak.id;
-      row.streak_sum[i] = streak.sum;
-      row.streak_max[i] = streak.max;
+      const Observation cell{.was_masked = row.masked[i] || row.rule[i] != 0,
+                             .is_masked = row.masked[i],
+                             .prediction = row.top_id[i],
+                             .confidence = row.top_confidence[i]};
+      if (advance(row.streaks, i, cell, options_.stability)) commit_top(i, Rule::kStability);
     });
   }
 

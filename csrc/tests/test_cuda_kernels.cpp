@@ -8,9 +8,9 @@
 #include <random>
 
 #include "../cpu/row_context.h"
-#include "../cuda/row_confidence.h"
-#include "../cuda/row_rules.h"
-#include "../cuda/row_step.h"
+#include "../cuda/decode_step.h"
+#include "../cuda/rules.h"
+#include "../cuda/token_confidence.h"
 #include "check.h"
 #include "cuda_logits.h"
 #include "fibre_lane.h"
@@ -260,13 +260,10 @@ StepOptions r2_options() {
   options.threshold = 0.9f;
   options.factor = 1.0;
   options.error_budget = 0.3;
-  options.window = 3;
-  options.spatial_threshold = 0.3f;
-  options.max_unmasked = 1;
-  options.token_cluster = TokenCluster::kConfidence;
-  options.min_run = 2;
-  options.temporal_steps = 2;
-  options.temporal_threshold = 0.2f;
+  options.window = {
+      .window = 3, .max_unmasked = 1, .min_confidence = 0.3f, .rounding = Rounding::kNone};
+  options.run = {.mode = TokenCluster::kConfidence, .min_run = 2, .min_confidence = 0.3f};
+  options.stability = {.steps = 2, .min_confidence = 0.2f, .mode = TemporalEval::kLast};
   options.seed = 5;
   return options;
 }
@@ -294,25 +291,29 @@ struct StepMemory {
 
   DecodeStepParams params(const LogitsView& logits, const StepOptions& options,
                           const SamplingOptions& sampling, const double* statistics = nullptr) {
-    return {logits,
-            statistics,
-            options,
-            sampling,
-            nullptr,
-            tokens.data(),
-            logits.length,
-            1,
-            tokens.data(),
-            streak_count.data(),
-            streak_id.data(),
-            streak_sum.data(),
-            streak_max.data(),
-            counters.data(),
-            prediction.data(),
-            confidence.data(),
-            rule.data(),
-            remaining.data(),
-            nullptr};
+    return {.logits = logits,
+            .statistics = statistics,
+            .options = options,
+            .sampling = sampling,
+            .candidates = nullptr,
+            .tokens = tokens.data(),
+            .tokens_batch_stride = logits.length,
+            .tokens_length_stride = 1,
+            .written_tokens = tokens.data(),
+            .streaks = streaks(),
+            .counters = counters.data(),
+            .prediction = prediction.data(),
+            .confidence = confidence.data(),
+            .rule = rule.data(),
+            .remaining = remaining.data(),
+            .workspace = nullptr};
+  }
+
+  Streaks streaks() {
+    return {.count = streak_count.data(),
+            .id = streak_id.data(),
+            .sum = streak_sum.data(),
+            .max = streak_max.data()};
   }
 
   bool operator==(const StepMemory& other) const {
@@ -329,22 +330,23 @@ struct StepMemory {
 };
 
 Candidates candidates_of(const DecodeStepParams& params) {
-  return {nullptr,
-          params.tokens,
-          params.tokens_batch_stride,
-          params.tokens_length_stride,
-          params.logits.length,
-          params.options.mask_id};
+  return {.flags = nullptr,
+          .tokens = params.tokens,
+          .batch_stride = params.tokens_batch_stride,
+          .length_stride = params.tokens_length_stride,
+          .length = params.logits.length,
+          .mask_id = params.options.mask_id};
 }
 
 void run_rows(const DecodeStepParams& params, const VocabWorkspace& workspace, const Drawn* drawn,
               unsigned seed) {
   const int64_t length = params.logits.length;
-  test::launch<unsigned char>(
-      params.logits.batch, row_block_threads(length), seed,
-      static_cast<size_t>(RowShared::bytes(length)), [&](FibreLane& lane, unsigned char* shared) {
-        row_body(lane, shared, params, candidates_of(params), workspace, drawn);
-      });
+  test::launch<unsigned char>(params.logits.batch, row_block_threads(length), seed,
+                              static_cast<size_t>(RowShared(nullptr, length).bytes),
+                              [&](FibreLane& lane, unsigned char* shared) {
+                                row_body(lane, shared, params, candidates_of(params), workspace,
+                                         drawn);
+                              });
 }
 
 // One step as decode_step.cu launches it; what it drew stays in `workspace`.
@@ -403,24 +405,21 @@ void run_rules_on_cpu(StepMemory& memory, const LogitsView& logits, const StepOp
       memory.confidence[cell + i] =
           round_to(draws ? drawn[cell + i].confidence : confidences[i], options.rounding);
     }
-    const StepRow row{logits.length,
-                      ids.data(),
-                      confidences.data(),
-                      memory.prediction.data() + cell,
-                      memory.confidence.data() + cell,
-                      memory.rule.data() + cell,
-                      memory.remaining.data() + b,
-                      memory.tokens.data() + cell,
-                      1,
-                      memory.streak_count.data() + cell,
-                      memory.streak_id.data() + cell,
-                      memory.streak_sum.data() + cell,
-                      memory.streak_max.data() + cell,
-                      memory.counters.data() + b * kCounters,
-                      masked.get(),
-                      keys.data(),
-                      selected.data(),
-                      order.data()};
+    const StepRow row{.length = logits.length,
+                      .top_id = ids.data(),
+                      .top_confidence = confidences.data(),
+                      .prediction = memory.prediction.data() + cell,
+                      .confidence = memory.confidence.data() + cell,
+                      .rule = memory.rule.data() + cell,
+                      .remaining = memory.remaining.data() + b,
+                      .tokens = memory.tokens.data() + cell,
+                      .tokens_stride = 1,
+                      .streaks = memory.streaks().from(static_cast<int64_t>(cell)),
+                      .counters = memory.counters.data() + b * kCounters,
+                      .masked = masked.get(),
+                      .keys = keys.data(),
+                      .selected = selected.data(),
+                      .order = order.data()};
     cpu::RowContext context;
     RowStep<cpu::RowContext>(context, row, options).run();
   }
@@ -512,11 +511,11 @@ TEST(the_rules_are_bit_equal_to_the_cpu_in_every_mode) {
       for (Rounding rounding : {Rounding::kNone, Rounding::kBFloat16}) {
         StepOptions options = r2_options();
         options.base = base;
-        options.token_cluster = cluster;
+        options.run.mode = cluster;
         options.rounding = rounding;
         options.steps_per_block = 4;
-        options.temporal_eval = static_cast<TemporalEval>(seed % 3);
-        options.window = seed % 4;
+        options.stability.mode = static_cast<TemporalEval>(seed % 3);
+        options.window.window = seed % 4;
         check_rules(1, seed % 2 ? 20 : 50, options, seed);
         ++seed;
       }
@@ -621,8 +620,8 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
   logits.fill(random, spread);
   logits.excluded = kMask;
   StepOptions options = r2_options();
-  options.window = options.temporal_steps = 0;
-  options.token_cluster = TokenCluster::kOff;
+  options.window.window = options.stability.steps = 0;
+  options.run.mode = TokenCluster::kOff;
   options.threshold = 0.0f;
   options.seed = seed;
   StepMemory memory(batch, length);
@@ -679,48 +678,56 @@ TEST(the_rules_alone_agree_with_a_loop) {
     std::vector<float> confidence(cells);
     std::vector<int64_t> prediction(cells), rows{4, 9};
     const std::unique_ptr<bool[]> masked(new bool[cells]), marked(new bool[cells]),
-        chosen(new bool[cells]), passes(new bool[static_cast<size_t>(length)]);
+        chosen(new bool[cells]);
     for (size_t i = 0; i < cells; ++i) {
       confidence[i] = uniform01(random);
       prediction[i] = static_cast<int64_t>(3 * uniform01(random));
       masked[i] = uniform01(random) < 0.7f;
     }
-    const WindowPoolParams pool{batch, length, confidence.data(), masked.get(), 3,
-                                0.5f,  1,      marked.get()};
-    test::launch<bool>(
+    const WindowOptions window{
+        .window = 3, .max_unmasked = 1, .min_confidence = 0.5f, .rounding = Rounding::kNone};
+    const RunOptions run{.mode = TokenCluster::kRandom, .min_run = 2, .min_confidence = 0.5f};
+    const WindowPoolParams pool{.batch = batch,
+                                .length = length,
+                                .confidence = confidence.data(),
+                                .is_masked = masked.get(),
+                                .options = window,
+                                .marked = marked.get()};
+    test::launch<uint8_t>(
         batch, row_threads(length), 1, static_cast<size_t>(length),
-        [&](FibreLane& lane, bool* shared) { window_pool_body(lane, shared, pool); });
-    const PositionalAmbiguityParams ambiguity{batch,
-                                              length,
-                                              prediction.data(),
-                                              confidence.data(),
-                                              masked.get(),
-                                              0.5f,
-                                              2,
-                                              TokenCluster::kRandom,
-                                              7,
-                                              rows.data(),
-                                              3,
-                                              chosen.get()};
+        [&](FibreLane& lane, uint8_t* shared) { window_pool_body(lane, shared, pool); });
+    const PositionalAmbiguityParams ambiguity{.batch = batch,
+                                              .length = length,
+                                              .prediction = prediction.data(),
+                                              .confidence = confidence.data(),
+                                              .is_masked = masked.get(),
+                                              .options = run,
+                                              .seed = 7,
+                                              .row = rows.data(),
+                                              .step = 3,
+                                              .chosen = chosen.get()};
     test::launch<char>(batch, row_threads(length), 1, 1,
                        [&](FibreLane& lane, char*) { positional_ambiguity_body(lane, ambiguity); });
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t first = b * length;
       std::vector<bool> want_chosen(static_cast<size_t>(length));
-      const auto in_run = [&](int64_t i) { return masked[static_cast<size_t>(first + i)]; };
-      const auto id = [&](int64_t i) { return prediction[static_cast<size_t>(first + i)]; };
-      const auto p = [&](int64_t i) { return confidence[static_cast<size_t>(first + i)]; };
+      const bool* is_masked = masked.get() + first;
+      const float* p = confidence.data() + first;
+      const RunCells run_cells{.length = length,
+                               .masked = is_masked,
+                               .prediction = prediction.data() + first,
+                               .confidence = p};
       for (int64_t i = 0; i < length; ++i) {
         bool inside = false;
         for (int64_t start = std::max<int64_t>(0, i - 2); start <= std::min(i, length - 3);
              ++start) {
-          inside |= window_passes(start, 3, 1, 0.5f, Rounding::kNone, in_run, p);
+          inside |= window_passes(start, window, is_masked, p);
         }
-        CHECK(marked[static_cast<size_t>(first + i)] == (inside && in_run(i)));
-        if (!begins_run(i, in_run, id)) continue;
-        const int64_t cell =
-            chosen_cell(i, run_from(i, length, in_run, id, p), 2, 0.5f, TokenCluster::kRandom, p,
-                        [&] { return uniform(7, rows[static_cast<size_t>(b)], 3, i, Draw::kRun); });
+        CHECK(marked[static_cast<size_t>(first + i)] == (inside && is_masked[i]));
+        if (!run_cells.begins(i)) continue;
+        const int64_t cell = chosen_cell(run_cells, i, run, [&] {
+          return uniform(7, rows[static_cast<size_t>(b)], 3, i, Draw::kRun);
+        });
         if (cell >= 0) want_chosen[static_cast<size_t>(cell)] = true;
       }
       for (int64_t i = 0; i < length; ++i) {

@@ -6,8 +6,8 @@
 #include <random>
 
 #include "../cpu/vocab_kernels.h"
-#include "../cuda/row_loss.h"
-#include "../cuda/sft_reduce.h"
+#include "../cuda/row_stats.h"
+#include "../cuda/sft_loss.h"
 #include "check.h"
 #include "cuda_logits.h"
 #include "fibre_lane.h"
@@ -45,18 +45,19 @@ Rows run_forward(const LogitsView& logits, const std::vector<int64_t>& targets, 
   const std::unique_ptr<SlicePartial[]> partial(new SlicePartial[partials]);
   const std::unique_ptr<double[]> mass(with_entropy ? new double[partials] : nullptr),
       moment(with_entropy ? new double[partials] : nullptr);
-  const VocabWorkspace workspace{slices, partial.get(), mass.get(), nullptr, moment.get()};
+  const VocabWorkspace workspace{
+      .slices = slices, .partial = partial.get(), .tempered = mass.get(), .moment = moment.get()};
   Rows rows(static_cast<size_t>(cells));
-  const RowStatsParams params{logits,
-                              targets.data(),
-                              kIgnore,
-                              temperature,
-                              {rows.nll.data(), false},
-                              {rows.entropy.data(), false},
-                              rows.confidence.data(),
-                              rows.prediction.data(),
-                              rows.state.data(),
-                              nullptr};
+  const RowStatsParams params{.logits = logits,
+                              .targets = targets.data(),
+                              .ignore_index = kIgnore,
+                              .temperature = temperature,
+                              .nll = {rows.nll.data(), false},
+                              .entropy = {rows.entropy.data(), false},
+                              .confidence = rows.confidence.data(),
+                              .prediction = rows.prediction.data(),
+                              .state = rows.state.data(),
+                              .workspace = nullptr};
   const HasTarget has_target{targets.data(), kIgnore};
   test::launch<SliceShared>(
       cells * slices, kSliceThreads, seed, sizeof(SliceShared),
@@ -558,19 +559,19 @@ TEST(the_loss_of_a_batch_and_its_derivatives) {
     for (EntropyGate gate : {EntropyGate::kCorrect, EntropyGate::kAll}) {
       for (bool plain : {true, false}) {
         float loss = 77.0f;
-        const SftReduceParams params{rows,
-                                     {nll.data(), false},
-                                     {entropy.data(), false},
-                                     prediction.data(),
-                                     targets.data(),
-                                     kIgnore,
-                                     plain ? nullptr : weight.data(),
-                                     plain ? nullptr : &given,
-                                     0.25,
-                                     gate,
-                                     {&loss, false},
-                                     {d_nll.data(), false},
-                                     {d_entropy.data(), false}};
+        const SftReduceParams params{.rows = rows,
+                                     .nll = {nll.data(), false},
+                                     .entropy = {entropy.data(), false},
+                                     .prediction = prediction.data(),
+                                     .targets = targets.data(),
+                                     .ignore_index = kIgnore,
+                                     .weight = plain ? nullptr : weight.data(),
+                                     .normalizer = plain ? nullptr : &given,
+                                     .entropy_weight = 0.25,
+                                     .gate = gate,
+                                     .loss = {&loss, false},
+                                     .d_nll = {d_nll.data(), false},
+                                     .d_entropy = {d_entropy.data(), false}};
         test::launch<LossSums>(
             1, kReduceThreads, static_cast<unsigned>(rows), kReduceThreads * sizeof(LossSums),
             [&](FibreLane& lane, LossSums* sums) { sft_reduce_body(lane, sums, params); });

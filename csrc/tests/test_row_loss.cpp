@@ -8,7 +8,8 @@
 #include <random>
 
 #include "../cpu/vocab_kernels.h"
-#include "../rules/row_loss.h"
+#include "../rules/row_stats.h"
+#include "../rules/sft_loss.h"
 #include "check.h"
 
 using namespace r2dllm;

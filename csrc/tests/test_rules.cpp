@@ -21,10 +21,10 @@ StepOptions no_rules() {
   options.threshold = 0.9f;
   options.factor = 1.0;
   options.error_budget = 0.1;
-  options.spatial_threshold = 0.8f;
-  options.max_unmasked = 1;
-  options.min_run = 2;
-  options.temporal_threshold = 0.8f;
+  options.window = {
+      .window = 0, .max_unmasked = 1, .min_confidence = 0.8f, .rounding = Rounding::kNone};
+  options.run = {.mode = TokenCluster::kOff, .min_run = 2, .min_confidence = 0.8f};
+  options.stability = {.steps = 0, .min_confidence = 0.8f, .mode = TemporalEval::kLast};
   return options;
 }
 
@@ -61,24 +61,24 @@ struct Block {
       prediction[i] = ids[i];
       judged[i] = confidence[i];
     }
-    const StepRow row{length,
-                      ids.data(),
-                      confidence.data(),
-                      prediction.data(),
-                      judged.data(),
-                      rule.data(),
-                      &remaining,
-                      tokens.data(),
-                      1,
-                      streak_count.data(),
-                      streak_id.data(),
-                      streak_sum.data(),
-                      streak_max.data(),
-                      counters.data(),
-                      masked.get(),
-                      keys.data(),
-                      selected.data(),
-                      order.data()};
+    const StepRow row{.length = length,
+                      .top_id = ids.data(),
+                      .top_confidence = confidence.data(),
+                      .prediction = prediction.data(),
+                      .confidence = judged.data(),
+                      .rule = rule.data(),
+                      .remaining = &remaining,
+                      .tokens = tokens.data(),
+                      .tokens_stride = 1,
+                      .streaks = {.count = streak_count.data(),
+                                  .id = streak_id.data(),
+                                  .sum = streak_sum.data(),
+                                  .max = streak_max.data()},
+                      .counters = counters.data(),
+                      .masked = masked.get(),
+                      .keys = keys.data(),
+                      .selected = selected.data(),
+                      .order = order.data()};
     RowStep<Context>(context, row, options).run();
   }
 };
@@ -126,7 +126,6 @@ TEST(schedule_shares_the_cells_among_the_steps) {
   CHECK(schedule_quota(7, 0, 3) == 3);
   CHECK(schedule_quota(7, 1, 3) == 2);
   CHECK(schedule_quota(7, 2, 3) == 2);
-  CHECK(schedule_quota(7, 3, 3) == 7);
   StepOptions options = no_rules();
   options.base = BaseRule::kSchedule;
   options.steps_per_block = 2;
@@ -168,7 +167,7 @@ TEST(first_takes_the_first_cell_with_a_prediction) {
 
 TEST(windows_are_judged_on_one_snapshot) {
   StepOptions options = no_rules();
-  options.window = 2;
+  options.window.window = 2;
   Block block(4);
   block.ids = {1, 2, 3, 4};
   block.confidence = {0.85f, 0.75f, 0.7f, 0.1f};
@@ -184,10 +183,12 @@ TEST(windows_are_judged_on_one_snapshot) {
 
 TEST(a_window_with_a_cell_that_has_no_prediction_is_skipped) {
   const float confidence[] = {0.9f, NAN, 0.9f};
-  const auto all = [](int64_t) { return true; };
-  const auto of = [&](int64_t i) { return confidence[i]; };
-  CHECK(!window_passes(0, 3, -1, 0.5f, Rounding::kNone, all, of));
-  CHECK(window_passes(2, 1, -1, 0.5f, Rounding::kNone, all, of));
+  const bool all[] = {true, true, true};
+  WindowOptions options{
+      .window = 3, .max_unmasked = -1, .min_confidence = 0.5f, .rounding = Rounding::kNone};
+  CHECK(!window_passes(0, options, all, confidence));
+  options.window = 1;
+  CHECK(window_passes(2, options, all, confidence));
 }
 
 TEST(a_run_commits_one_cell) {
@@ -197,20 +198,20 @@ TEST(a_run_commits_one_cell) {
   block.ids = {7, 5, 5, 5, 5};
   block.confidence = {0.9f, 0.81f, 0.82f, 0.82f, 0.2f};
   for (auto [mode, cell] : {std::pair{TokenCluster::kConfidence, 2}, {TokenCluster::kMid, 3}}) {
-    options.token_cluster = mode;
+    options.run.mode = mode;
     Block copy = block;
     copy.step(options);
     CHECK(copy.rule[0] == 2 && copy.rule[cell] == 4);
     CHECK(copy.remaining == 3);
   }
-  options.spatial_threshold = 0.82f;  // strict
+  options.run.min_confidence = 0.82f;  // strict
   block.step(options);
   CHECK(block.remaining == 4);
 }
 
 TEST(a_prediction_is_stable_after_its_steps) {
   StepOptions options = no_rules();
-  options.temporal_steps = 2;
+  options.stability.steps = 2;
   Block block(3);
   block.ids = {1, 2, 3};
   block.confidence = {0.89f, 0.85f, 0.5f};
@@ -228,17 +229,17 @@ TEST(a_prediction_is_stable_after_its_steps) {
 TEST(evidence_of_a_streak) {
   Streak streak = observe(observe(Streak::none(), 3, 0.5f), 3, 0.75f);
   CHECK(streak.count == 2 && streak.sum == 1.25f && streak.max == 0.75f);
-  CHECK(is_stable(streak, 0.75f, 2, 0.75f, TemporalEval::kLast));
-  CHECK(is_stable(streak, 0.75f, 2, 0.625f, TemporalEval::kAve));
-  CHECK(!is_stable(streak, 0.75f, 2, 0.63f, TemporalEval::kAve));
-  CHECK(is_stable(streak, 0.1f, 2, 0.75f, TemporalEval::kMax));
-  CHECK(!is_stable(streak, 0.75f, 3, 0.0f, TemporalEval::kMax));
+  CHECK(is_stable(streak, 0.75f, {2, 0.75f, TemporalEval::kLast}));
+  CHECK(is_stable(streak, 0.75f, {2, 0.625f, TemporalEval::kAve}));
+  CHECK(!is_stable(streak, 0.75f, {2, 0.63f, TemporalEval::kAve}));
+  CHECK(is_stable(streak, 0.1f, {2, 0.75f, TemporalEval::kMax}));
+  CHECK(!is_stable(streak, 0.75f, {3, 0.0f, TemporalEval::kMax}));
 }
 
 TEST(committing_the_mask_id_leaves_the_cell_masked) {
   StepOptions options = no_rules();
-  options.token_cluster = TokenCluster::kConfidence;
-  options.temporal_steps = 1;
+  options.run.mode = TokenCluster::kConfidence;
+  options.stability.steps = 1;
   Block block(2);
   block.ids = {kMask, kMask};
   block.confidence = {0.95f, 0.95f};
@@ -250,10 +251,11 @@ TEST(committing_the_mask_id_leaves_the_cell_masked) {
 
 TEST(a_row_without_predictions_is_left_alone) {
   StepOptions options = no_rules();
-  options.window = 1;
-  options.token_cluster = TokenCluster::kMid;
-  options.temporal_steps = 1;
-  options.spatial_threshold = options.temporal_threshold = 0.0f;
+  options.window.window = 1;
+  options.run.mode = TokenCluster::kMid;
+  options.stability.steps = 1;
+  options.window.min_confidence = options.run.min_confidence = 0.0f;
+  options.stability.min_confidence = 0.0f;
   for (BaseRule base : {BaseRule::kThreshold, BaseRule::kSchedule, BaseRule::kFactor,
                         BaseRule::kFirst, BaseRule::kBudget}) {
     options.base = base;
@@ -272,10 +274,10 @@ TEST(no_rule_depends_on_the_order_of_its_cells) {
   for (unsigned round = 0; round < 500; ++round) {
     StepOptions options = no_rules();
     options.base = static_cast<BaseRule>(round % 5);
-    options.window = round % 4;
-    options.token_cluster = static_cast<TokenCluster>(round / 3 % 4);
-    options.temporal_steps = 1 + round % 3;
-    options.temporal_eval = static_cast<TemporalEval>(round % 3);
+    options.window.window = round % 4;
+    options.run.mode = static_cast<TokenCluster>(round / 3 % 4);
+    options.stability.steps = 1 + round % 3;
+    options.stability.mode = static_cast<TemporalEval>(round % 3);
     Block ordered(1 + round % 40);
     for (size_t i = 0; i < ordered.tokens.size(); ++i) {
       ordered.ids.push_back(random() % 3);

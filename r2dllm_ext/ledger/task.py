@@ -138,7 +138,7 @@ def parse_prompt(prompt: str) -> Problem:
     """The problem a prompt text states; `ValueError` if it is not a ledger prompt."""
     match = _PROMPT_PATTERN.fullmatch(" ".join(prompt.split()))
     steps = re.findall(r"(\w+) (\w+) (\d)", match["steps"]) if match else []
-    if not steps or [step[0] for step in steps] != list(ORDINALS[: len(steps)]):
+    if match is None or not steps or [step[0] for step in steps] != list(ORDINALS[: len(steps)]):
         raise ValueError(f"parse_prompt: not a ledger prompt: {prompt!r}")
     adding = (_VERBS[0], _SIGNS[0])
     operands = tuple(int(n) if op in adding else -int(n) for _, op, n in steps)

@@ -13,45 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .keys import is_rotary_buffer, naming_hint, published_key
 from .transformer import Transformer
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 _DTYPES = ("F64", "F32", "BF16", "F16")  # storage an unquantised checkpoint may use
 _ALIASES = {"ledger": Path(__file__).parent.parent / "ledger" / "model"}
 
-# Our module path -> published key; "{}" is the layer number.
-_KEYS = {
-    "llada": {
-        "embed": "model.transformer.wte",
-        "norm": "model.transformer.ln_f",
-        "head": "model.transformer.ff_out",
-        "blocks.{}.attn_norm": "model.transformer.blocks.{}.attn_norm",
-        "blocks.{}.attn.q_proj": "model.transformer.blocks.{}.q_proj",
-        "blocks.{}.attn.k_proj": "model.transformer.blocks.{}.k_proj",
-        "blocks.{}.attn.v_proj": "model.transformer.blocks.{}.v_proj",
-        "blocks.{}.attn.o_proj": "model.transformer.blocks.{}.attn_out",
-        "blocks.{}.mlp_norm": "model.transformer.blocks.{}.ff_norm",
-        "blocks.{}.gate_proj": "model.transformer.blocks.{}.ff_proj",
-        "blocks.{}.up_proj": "model.transformer.blocks.{}.up_proj",
-        "blocks.{}.down_proj": "model.transformer.blocks.{}.ff_out",
-    },
-    "dream": {
-        "embed": "model.embed_tokens",
-        "norm": "model.norm",
-        "head": "lm_head",
-        "blocks.{}.attn_norm": "model.layers.{}.input_layernorm",
-        "blocks.{}.attn.q_proj": "model.layers.{}.self_attn.q_proj",
-        "blocks.{}.attn.k_proj": "model.layers.{}.self_attn.k_proj",
-        "blocks.{}.attn.v_proj": "model.layers.{}.self_attn.v_proj",
-        "blocks.{}.attn.o_proj": "model.layers.{}.self_attn.o_proj",
-        "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
-        "blocks.{}.gate_proj": "model.layers.{}.mlp.gate_proj",
-        "blocks.{}.up_proj": "model.layers.{}.mlp.up_proj",
-        "blocks.{}.down_proj": "model.layers.{}.mlp.down_proj",
-    },
-}
 
-
+@torch.inference_mode(False)  # or weights loaded under it could never be trained
 def load_model(
     path_or_hub_id: str | os.PathLike[str],
     *,
@@ -68,9 +39,14 @@ def load_model(
         device: where the weights go, default "cpu".
         dtype: any floating dtype; None keeps the one the checkpoint's embedding is stored in.
 
+    The ids of the mask, of the end (a tuple where the checkpoint names several) and of padding are
+    those of `config.json` and, where it has none, of `generation_config.json`. A stored head is
+    accepted beside a tied one if it equals the embedding; tables of the rotary embedding are not
+    read.
+
     Tensors go one by one from the file to `device` and `dtype`, so that the peak is the weights
     and one tensor. Raises `ValueError` naming key, file and shapes if the weights do not fit the
-    config, the file if it is damaged, field and value for a config that is not supported;
+    config, the file if it is damaged, file, field and value for a config that is not supported;
     `FileNotFoundError` if there is no checkpoint; `ImportError` without safetensors, or
     huggingface_hub for a hub id.
 
@@ -78,14 +54,21 @@ def load_model(
     torch.bfloat16
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"load_model: dtype is {dtype!r}, takes a floating torch.dtype or None")
+        raise TypeError(f"load_model: dtype takes a floating torch.dtype or None, got {dtype!r}")
     folder = _locate(path_or_hub_id)
-    config = ModelConfig.from_hf_config(_read_json(folder / "config.json"))
+    config = _read_config(folder)
     with torch.device("meta"):
         model = Transformer(config).eval()
-    sources = _sources(folder)
+    sources = {key: file for key, file in _sources(folder).items() if not is_rotary_buffer(key)}
     names = {published_key(config.family, name): name for name, _ in model.named_parameters()}
-    _check(folder, sources, {key: model.get_parameter(name) for key, name in names.items()})
+    expected = {key: list(model.get_parameter(name).shape) for key, name in names.items()}
+    embed, head = (published_key(config.family, f"{name}.weight") for name in ("embed", "head"))
+    stored_twice = config.tied_head and head in sources
+    if stored_twice:
+        expected[head] = expected[embed]
+    _check(folder, sources, expected)
+    if stored_twice:
+        _check_equal(sources, embed, head, expected[embed][0])
 
     # The embedding comes first: where no dtype is asked for, its own decides for all.
     for key, name in names.items():
@@ -123,7 +106,7 @@ def save_model(
     True
     """
     if max_shard_size < 1:
-        raise ValueError(f"save_model: max_shard_size is {max_shard_size}, takes bytes >= 1")
+        raise ValueError(f"save_model: max_shard_size takes bytes >= 1, got {max_shard_size}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = model.config.family
@@ -150,20 +133,7 @@ def save_model(
     for stale in (*folder.glob("model-*-of-*.safetensors"), folder / _SINGLE, folder / _INDEX):
         if stale.name not in files and not (n > 1 and stale.name == _INDEX):
             stale.unlink(missing_ok=True)
-    _write_json(folder / "config.json", model.config.to_hf_config(model.dtype))
-
-
-def published_key(family: str, name: str) -> str:
-    """Checkpoint key of one of our parameters.
-
-    >>> published_key("llada", "blocks.3.down_proj.weight")
-    'model.transformer.blocks.3.ff_out.weight'
-    """
-    module, leaf = name.rsplit(".", 1)
-    layer = re.match(r"blocks\.(\d+)\.", module)
-    number = layer[1] if layer else ""
-    pattern = module.replace(f"blocks.{number}.", "blocks.{}.", 1) if layer else module
-    return f"{_KEYS[family][pattern].format(number)}.{leaf}"
+    _write_json(folder / _CONFIG, model.config.to_hf_config(model.dtype))
 
 
 @contextlib.contextmanager
@@ -203,7 +173,7 @@ def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
             "huggingface_hub: pip install 'r2dllm_ext[hub]'"
         ) from error
     try:
-        wanted = ["config.json", "*.safetensors", _INDEX]
+        wanted = [_CONFIG, _GENERATION, "*.safetensors", _INDEX]
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # what the hub client raises for a bad name or network
         raise FileNotFoundError(
@@ -220,16 +190,28 @@ def _sources(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"load_model: neither {_SINGLE} nor {_INDEX} in {str(folder)!r}")
     where = _read_json(folder / _INDEX).get("weight_map")
     if not isinstance(where, dict):
-        raise ValueError(f"load_model: {folder / _INDEX} has no weight_map")
+        raise ValueError(f"load_model: {folder / _INDEX} has no weight_map, an object of key: file")
+    for key, file in where.items():
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise ValueError(
+                f"load_model: weight_map of {folder / _INDEX} takes names of files beside it, got "
+                f"{file!r} for key {key}"
+            )
     return {key: folder / file for key, file in where.items()}
 
 
-def _check(folder: Path, sources: dict[str, Path], expected: dict[str, nn.Parameter]) -> None:
+def _check(folder: Path, sources: dict[str, Path], expected: dict[str, list[int]]) -> None:
     """Compares keys and shapes with the config's before a byte of weights is read."""
-    for key in expected.keys() - sources.keys():
-        shape = list(expected[key].shape)
-        raise ValueError(f"load_model: key {key} {shape} is missing from {str(folder)!r}")
-    for path in sorted(set(sources.values())):
+    missing = [key for key in expected if key not in sources]
+    if missing:
+        first = missing[0]
+        count = f" (the first of {len(missing)})" if len(missing) > 1 else ""
+        raise ValueError(
+            f"load_model: key {first} {expected[first]} is missing from {str(folder)!r}{count}"
+            + naming_hint(first, sources)
+        )
+    unexpected = [key for key in sources if key not in expected]
+    for path in dict.fromkeys(sources.values()):
         if not path.is_file():
             raise FileNotFoundError(f"load_model: {_INDEX} names {path}, which does not exist")
         with _open(path) as file:
@@ -240,17 +222,31 @@ def _check(folder: Path, sources: dict[str, Path], expected: dict[str, nn.Parame
                 view = file.get_slice(key)
                 shape, kind = view.get_shape(), view.get_dtype()
                 if key not in expected:
-                    raise ValueError(f"load_model: unexpected key {key} {shape} in {path}")
-                if shape != list(expected[key].shape):
+                    count = f" (one of {len(unexpected)})" if len(unexpected) > 1 else ""
+                    raise ValueError(f"load_model: unexpected key {key} {shape} in {path}{count}")
+                if shape != expected[key]:
                     raise ValueError(
-                        f"load_model: key {key} in {path} has shape {shape}, config.json asks for "
-                        f"{list(expected[key].shape)}"
+                        f"load_model: key {key} in {path} takes shape {expected[key]}, as "
+                        f"{_CONFIG} says, got {shape}"
                     )
                 if kind not in _DTYPES:
                     raise ValueError(
-                        f"load_model: key {key} in {path} is stored as {kind}, takes "
-                        + ", ".join(_DTYPES)
+                        f"load_model: key {key} in {path} takes a dtype of {', '.join(_DTYPES)}, "
+                        f"got {kind}"
                     )
+
+
+def _check_equal(sources: dict[str, Path], embed: str, head: str, rows: int) -> None:
+    """A head that is stored beside a tied one; read in slices, as it may be a gigabyte."""
+    step = 4096
+    with _open(sources[embed]) as embed_file, _open(sources[head]) as head_file:
+        tied, stored = embed_file.get_slice(embed), head_file.get_slice(head)
+        for row in range(0, rows, step):
+            if not torch.equal(tied[row : row + step].double(), stored[row : row + step].double()):
+                raise ValueError(
+                    f"load_model: key {head} in {sources[head]} takes the values of {embed}, to "
+                    f"which {_CONFIG} ties it, got others from row {row} on"
+                )
 
 
 def _assign(model: Transformer, name: str, weight: Tensor) -> None:
@@ -258,13 +254,24 @@ def _assign(model: Transformer, name: str, weight: Tensor) -> None:
     setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
 
 
+def _read_config(folder: Path) -> ModelConfig:
+    path, generation = folder / _CONFIG, folder / _GENERATION
+    config = ModelConfig.from_hf_config(_read_json(path), f"load_model: {path}")
+    if None in (config.mask_id, config.eos_id, config.pad_id) and generation.is_file():
+        config = config.with_token_ids(_read_json(generation), f"load_model: {generation}")
+    return config
+
+
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"load_model: no {path.name} in {str(path.parent)!r}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"load_model: {path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"load_model: {path} takes a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _write_json(path: Path, value: dict) -> None:

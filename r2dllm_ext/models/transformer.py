@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .rope import RopeScaling, plain_frequencies
 
 _RESIDUAL = ("o_proj.weight", "down_proj.weight")  # what a layer adds to the stream
 _ROPE_LENGTH = 4096  # positions tabulated up front; longer sequences grow the table once
@@ -37,36 +39,64 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """float32 cosine and sine tables [length, head_dim / 2], immune to `.to(dtype)`."""
+    """float32 cosine and sine tables [length, head_dim / 2], immune to `.to(dtype)`.
 
-    def __init__(self, head_dim: int, theta: float, length: int) -> None:
+    They outlive the call that builds them, so the modes of that call (inference mode, fake tensors,
+    a default device, a transform of torch.func) must leave no trace in them.
+    """
+
+    def __init__(
+        self, head_dim: int, theta: float, length: int, scaling: RopeScaling | None = None
+    ) -> None:
         super().__init__()
-        self.head_dim, self.theta = head_dim, theta
-        self._build(length, torch.get_default_device())
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        fake = _makes_no_plain_tensors()  # then its device need not exist, nor will this be read
+        self._build(length, torch.device("cpu") if fake else torch.get_default_device())
+
+    def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Always computed on the CPU: every device then rotates by the very same numbers.
+        if self.scaling is None:
+            scale, frequencies = 1.0, plain_frequencies(self.theta, self.head_dim)
+        else:
+            scale = self.scaling.attention_factor
+            frequencies = self.scaling.frequencies(self.theta, self.head_dim)
+        positions = torch.arange(length, dtype=torch.float32, device="cpu")
+        angle = torch.outer(positions, frequencies)
+        return (angle.cos() * scale).to(device), (angle.sin() * scale).to(device)
 
     @torch.compiler.disable
     def _build(self, length: int, device: torch.device) -> None:
-        # Always computed on the CPU: every device then rotates by the very same numbers.
-        with torch.device("cpu"):
-            exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-            angle = torch.outer(torch.arange(length, dtype=torch.float32), 1 / self.theta**exponent)
-            cos, sin = angle.cos(), angle.sin()
-        self.cos, self.sin = cos.to(device), sin.to(device)
+        # A thread of its own has none of the caller's modes: all of torch's are local to a thread.
+        # So is the current stream, in whose order the caller will read, and free, the tables.
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        def build() -> tuple[Tensor, Tensor]:
+            with torch.cuda.stream(stream):
+                return self._tables(length, device)
+
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            self.cos, self.sin = thread.submit(build).result()
 
     def _apply(self, fn, recurse=True):
         # Plain attributes, not buffers, so that a cast leaves them alone; only the device follows.
-        probe = torch.empty(0, device="cpu" if self.cos.is_meta else self.cos.device)
-        device = fn(probe).device
-        if device != self.cos.device:
-            self._build(self.cos.shape[0], device)
+        probe = fn(torch.empty(0, device="cpu" if self.cos.is_meta else self.cos.device))
+        if probe.device != self.cos.device and type(probe) is Tensor:
+            self._build(self.cos.shape[0], probe.device)
         return super()._apply(fn, recurse)
 
     def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tables for at least `length` positions on `device`."""
+        if not torch.compiler.is_compiling() and _makes_no_plain_tensors():
+            return self._tables(length, device)  # of the caller's kind, and not kept
         have = self.cos.shape[0]
         if length > have or self.cos.device != device:
             self._build(have if length <= have else 1 << (length - 1).bit_length(), device)
         return self.cos, self.sin
+
+
+def _makes_no_plain_tensors() -> bool:
+    """Under a mode (of fake tensors, say) whose tensors can't be mixed with those made outside."""
+    return type(torch.empty(0, device="cpu")) is not Tensor
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -184,7 +214,10 @@ class Transformer(nn.Module):
             None if config.tied_head else nn.Linear(config.width, config.embedding_size, bias=False)
         )
         self.rotary = Rotary(
-            config.head_dim, config.rope_theta, min(config.max_length, _ROPE_LENGTH)
+            config.head_dim,
+            config.rope_theta,
+            min(config.max_length, _ROPE_LENGTH),
+            config.rope_scaling,
         )
 
     @property
@@ -200,8 +233,14 @@ class Transformer(nn.Module):
         return self.config.mask_id
 
     @property
-    def eos_id(self) -> int | None:
+    def eos_id(self) -> int | tuple[int, ...] | None:
+        """The id that ends an answer; a tuple where the checkpoint names several."""
         return self.config.eos_id
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model is meant for: prompt and answer together."""
+        return self.config.context_length
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding, under the name that transformers gives it."""
@@ -294,33 +333,37 @@ class Transformer(nn.Module):
     ) -> _Step:
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"Transformer: input_ids is {ids.dtype} {list(ids.shape)}, takes int64 [B, T]"
+                f"Transformer: input_ids takes int64 [B, T], got {ids.dtype} {list(ids.shape)}"
             )
         B, T = ids.shape
         if past is not None and len(past) != self.config.layers:
             raise ValueError(
-                f"Transformer: past_key_values has {len(past)} layers, takes {self.config.layers}"
+                f"Transformer: past_key_values takes {self.config.layers} layers, got {len(past)}"
             )
         if past is None and replace is not None:
-            raise ValueError("Transformer: replace_position given, needs past_key_values")
+            raise ValueError(
+                "Transformer: replace_position takes past_key_values beside it, got none"
+            )
         P = 0 if past is None else past[0][0].shape[-2]
         if replace is None:
-            keys, query = P + T, slice(P, P + T)
+            keys = P + T
+            query: tuple[int, int] | Tensor = (P, keys)
         else:
-            replace = _replaced(replace, B, T, P)
-            keys, query = P, slice(*replace) if isinstance(replace, tuple) else replace
+            keys, query = P, _replaced(replace, B, T, P)
+            replace = query
         cos, sin = (table[:keys] for table in self.rotary(keys, ids.device))
         if self.config.family == "dream":  # the published class rotates in its own precision
             cos, sin = cos.to(self.dtype), sin.to(self.dtype)
-        query_rope = (cos[query], sin[query])
-        if isinstance(query, Tensor):
-            query_rope = tuple(table.unsqueeze(1) for table in query_rope)
+        if isinstance(query, tuple):
+            query_rope = cos[slice(*query)], sin[slice(*query)]
+        else:
+            query_rope = cos[query].unsqueeze(1), sin[query].unsqueeze(1)
         mask = None
         if attention_mask is not None:
             if attention_mask.shape != (B, keys):
                 raise ValueError(
-                    f"Transformer: attention_mask is {list(attention_mask.shape)}, takes "
-                    f"[B, T_keys] = [{B}, {keys}]"
+                    f"Transformer: attention_mask takes [B, T_keys] = [{B}, {keys}], got "
+                    f"{list(attention_mask.shape)}"
                 )
             mask = attention_mask.bool()
             mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None]
@@ -335,20 +378,20 @@ def _replaced(
         start, end = replace
         if not (0 <= start and end <= P and end - start == T):
             raise ValueError(
-                f"Transformer: replace_position is ({start}, {end}), takes {T} positions (the ids) "
-                f"within the {P} of past_key_values"
+                f"Transformer: replace_position takes {T} positions (the ids) within the {P} of "
+                f"past_key_values, got ({start}, {end})"
             )
         return replace
     if replace.dtype != torch.bool or replace.shape != (B, P):
         raise ValueError(
-            f"Transformer: replace_position is {replace.dtype} {list(replace.shape)}, takes bool "
-            f"[B, T_past] = [{B}, {P}] or (start, end)"
+            f"Transformer: replace_position takes bool [B, T_past] = [{B}, {P}] or (start, end), "
+            f"got {replace.dtype} {list(replace.shape)}"
         )
     readable = replace.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and not bool((replace.sum(-1) == T).all()):
         raise ValueError(
-            f"Transformer: replace_position is true on {replace.sum(-1).tolist()} positions a row, "
-            f"takes exactly {T} (the ids)"
+            f"Transformer: replace_position takes exactly {T} true positions a row (the ids), got "
+            f"{replace.sum(-1).tolist()}"
         )
     return replace.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :T]
 

@@ -2,7 +2,8 @@
 """The ops, one file each: a thin wrapper over `torch.ops.r2dllm` and its fake (meta) kernel."""
 
 from .. import _library as _library  # registers the ops
-from .decode_step import DecodeStep, decode_step, select
+from ..state import DecodeStep as DecodeStep
+from .decode_step import decode_step, select
 from .linear_sft_loss import linear_sft_loss
 from .positional_ambiguity import positional_ambiguity
 from .row_stats import RowStats, row_stats

@@ -1,23 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
+from .._checks import instance, integer, is_tensor, same_device
 from ..config import DecodeConfig
-from ..state import DecodeState
-from ._checks import is_tensor, same_device
-from .vocab_statistics import VocabStatistics
-
-
-class DecodeStep(NamedTuple):
-    """What a step decided; see `decode_step`."""
-
-    prediction: torch.Tensor  # [B, L] int64
-    confidence: torch.Tensor  # [B, L] float32
-    rule: torch.Tensor  # [B, L] uint8, values of Rule
-    remaining: torch.Tensor  # [B] int32
+from ..state import DecodeState, DecodeStep
+from .vocab_statistics import VocabStatistics, is_statistics
 
 
 def decode_step(
@@ -96,46 +85,54 @@ def select(
 
 
 def _step(op, logits, tokens, state, config, candidates, logits_shift) -> DecodeStep:
+    # A call is meant to cost microseconds: types are checked where one is found to be wrong.
     try:
-        arguments = config._op_args
+        options = config._op_args
         streaks = (state.streak_count, state.streak_id, state.streak_sum, state.streak_max)
-        counters = state.counters
+        state_tensors = (*streaks, state.counters)
     except AttributeError:
-        _reject(op, state, config)
+        _reject(op.__name__, state, config)
         raise
     if candidates is not None and not isinstance(candidates, torch.Tensor):
-        is_tensor(_name(op), candidates=candidates)
+        is_tensor(op.__name__, candidates=candidates, optional=True)
+    if type(logits_shift) is not int or not 0 <= logits_shift <= 1:
+        logits_shift = integer(op.__name__, "logits_shift", logits_shift, 0, 1)
     if isinstance(logits, VocabStatistics):
-        values, dtype = logits
-        is_tensor(_name(op), tokens=tokens)
+        is_statistics(op.__name__, "logits", logits)
+        is_tensor(op.__name__, tokens=tokens)
         if logits_shift != 0:
             raise ValueError(
-                f"{_name(op)}: logits_shift takes 0 with statistics, got {logits_shift!r}"
+                f"{op.__name__}: logits_shift takes 0 with statistics, got {logits_shift}"
             )
-        judged = op.statistics(values, tokens, *streaks, counters, candidates, dtype, *arguments)
-        return DecodeStep(*judged)
+        values, dtype = logits
+        return DecodeStep(
+            *op.statistics(values, tokens, *state_tensors, candidates, dtype, *options)
+        )
     if not (isinstance(logits, torch.Tensor) and isinstance(tokens, torch.Tensor)):
-        is_tensor(_name(op), logits=logits, tokens=tokens)
+        is_tensor(op.__name__, logits=logits, tokens=tokens)
     return DecodeStep(
-        *op.default(logits, tokens, *streaks, counters, candidates, logits_shift, *arguments)
+        *op.default(logits, tokens, *state_tensors, candidates, logits_shift, *options)
     )
 
 
-def _name(op) -> str:
-    return op.__name__
-
-
-def _reject(op, state, config) -> None:
-    if not isinstance(config, DecodeConfig):
-        raise TypeError(f"{_name(op)}: config takes a DecodeConfig, got {type(config).__name__}")
-    if not isinstance(state, DecodeState):
-        raise TypeError(f"{_name(op)}: state takes a DecodeState, got {type(state).__name__}")
+def _reject(op: str, state: object, config: object) -> None:
+    instance(op, "config", config, DecodeConfig)
+    instance(op, "state", state, DecodeState)
 
 
 def _fake_of(op: str):
-    def fake(logits, tokens, streak_count, streak_id, streak_sum, streak_max, counters, candidates,
-             *options):  # fmt: skip
-        same_device(op, logits, tokens=tokens, state=streak_count, candidates=candidates)
+    def fake(
+        logits,
+        tokens,
+        streak_count,
+        streak_id,
+        streak_sum,
+        streak_max,
+        counters,
+        candidates,
+        *options,
+    ):
+        same_device(op, logits=logits, tokens=tokens, state=streak_count, candidates=candidates)
         cells, rows = logits.shape[:2], logits.shape[:1]
         return (
             logits.new_empty(cells, dtype=torch.int64),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import is_tensor, same_device
+from .._checks import is_tensor, no_tangent, same_device
 from .sft_loss import gate_index, normalizer_tensor
 
 _CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of logits; enough rows for an efficient product
@@ -42,9 +42,10 @@ def linear_sft_loss(
     time have logits, in one buffer that their gradient overwrites. The gradients of hidden states
     and head are computed along with the loss, so that each row costs three products. With
     entropy_gate "correct" and entropy_weight != 0 they can't be: the backward then computes the
-    logits once more, as every second backward does. So does the head's gradient in 16 bits on the
-    CPU, if there is more than one chunk: some columns at a time, instead of a float32 sum that
-    would be twice as large as the head.
+    logits once more, as every second backward does. Nor with float16, whose range is that of the
+    gradients of a scaled loss: the factor has to be known before anything is rounded. And the
+    head's gradient in 16 bits on the CPU computes them once more if there is more than one chunk:
+    some columns at a time, instead of a float32 sum that would be twice as large as the head.
 
     Args:
         hidden: [N, H] or [B, L, H] float32, bfloat16 or float16 (float64 on the CPU).
@@ -68,6 +69,7 @@ def linear_sft_loss(
             [0, V), or more rows with a target than max_rows: on the CPU; on CUDA they make the loss
             NaN.
         RuntimeError: on a double backward.
+        NotImplementedError: in forward-mode differentiation.
 
     Under autocast the products run in its dtype. The head's gradient is added up in float32
     (float64 for float64) over all chunks and rounded once. A module sharded by FSDP has to be
@@ -80,6 +82,7 @@ def linear_sft_loss(
     """
     op = "linear_sft_loss"
     is_tensor(op, hidden=hidden, lm_head_weight=lm_head_weight, targets=targets)
+    no_tangent(op, hidden=hidden, lm_head_weight=lm_head_weight, bias=bias)
     if hidden.dim() not in (2, 3) or targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{op}: hidden takes shape [N, H] or [B, L, H] and targets [N] or [B, L], got "
@@ -310,10 +313,22 @@ class _Gradients:
 # ---- the op ----------------------------------------------------------------------------------
 
 
-def _with_the_loss(needs: list[bool], entropy_weight: float, entropy_gate: int) -> bool:
-    """Are the gradients computed in the forward? Its derivatives are known before the logits,
-    unless the mean is over the rows that turn out to be correct."""
-    return any(needs) and (entropy_weight == 0 or entropy_gate == 1)
+def _with_the_loss(
+    needs: list[bool],
+    entropy_weight: float,
+    entropy_gate: int,
+    hidden_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> bool:
+    """Are the gradients computed in the forward?
+
+    Its derivatives are known before the logits, unless the mean is over the rows that turn out to
+    be correct. The upstream factor is not; it may follow unless float16 is where something is kept:
+    d logits of one row in a thousand of 65,536 ids are below its least number, and a loss scale
+    that comes later cannot bring them back.
+    """
+    known = entropy_weight == 0 or entropy_gate == 1
+    return any(needs) and known and torch.float16 not in (hidden_dtype, dtype)
 
 
 @torch.library.custom_op("r2dllm::linear_sft_loss", mutates_args=())
@@ -356,7 +371,7 @@ def _linear_sft_loss(
     entropy, prediction = torch.zeros_like(nll), torch.full_like(targets, -1)
     # The derivatives, if they do not depend on what the logits are; and a check of the arguments.
     _, d_nll, d_entropy = reduced(nll, entropy, counted)
-    with_the_loss = _with_the_loss(needs, entropy_weight, entropy_gate)
+    with_the_loss = _with_the_loss(needs, entropy_weight, entropy_gate, hidden.dtype, dtype)
     gradients = _Gradients(hidden, head, dtype, needs if with_the_loss else [False] * 3)
     buffer = _new_buffer(head_read, len(index), chunk_rows)
     for positions, states, logits in _chunks(hidden, head_read, bias_read, index, buffer):
@@ -410,11 +425,18 @@ def _linear_sft_loss_backward(
 def _(hidden, head, targets, weight, bias, normalizer, rows, max_rows, chunk_rows, dtype,
       entropy_weight, entropy_temperature, entropy_gate, ignore_index, needs):  # fmt: skip
     same_device(
-        "linear_sft_loss", hidden, lm_head_weight=head, targets=targets, weight=weight, bias=bias,
-        normalizer=normalizer, rows=rows,
-    )  # fmt: skip
+        "linear_sft_loss",
+        hidden=hidden,
+        lm_head_weight=head,
+        targets=targets,
+        weight=weight,
+        bias=bias,
+        normalizer=normalizer,
+        rows=rows,
+    )
     row = hidden.new_empty(targets.shape, dtype=_wide(dtype))
-    computed = needs if _with_the_loss(needs, entropy_weight, entropy_gate) else [False] * 3
+    with_the_loss = _with_the_loss(needs, entropy_weight, entropy_gate, hidden.dtype, dtype)
+    computed = needs if with_the_loss else [False] * 3
     return row.new_empty(()), row, torch.empty_like(row), *_empty(hidden, head, dtype, computed)
 
 
@@ -435,8 +457,9 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(d_nll, d_entropy, *gradients)
     ctx.set_materialize_grads(False)  # else zeros as large as the head, for an output without one
     ctx.dtypes = hidden.dtype, head.dtype, None if bias is None else bias.dtype
-    _, _, _, weight, _, gate, _ = ctx.options
-    ctx.gradients = gradients if _with_the_loss(ctx.needs, weight, gate) else None
+    _, _, dtype, weight, _, gate, _ = ctx.options
+    with_the_loss = _with_the_loss(ctx.needs, weight, gate, hidden.dtype, dtype)
+    ctx.gradients = gradients if with_the_loss else None
     ctx.save_for_backward(hidden, head, targets, bias, d_nll, d_entropy, rows)
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import choice, integer, is_tensor, number, same_device
 from ..config import TOKEN_CLUSTERS
-from ._checks import is_tensor, same_device
 
 
 def positional_ambiguity(
@@ -19,9 +19,9 @@ def positional_ambiguity(
     row: torch.Tensor | None = None,
     step: int = 0,
 ) -> torch.Tensor:
-    """Choose one position of each run of neighbours that predict the same token.
+    """Choose one cell of each run of neighbours that predict the same token.
 
-    A run is a maximal stretch of adjacent masked positions with one prediction. It counts if it is
+    A run is a maximal stretch of adjacent masked cells with one prediction. It counts if it is
     at least `min_run` long and its greatest confidence exceeds `min_confidence`.
 
     Args:
@@ -30,9 +30,9 @@ def positional_ambiguity(
         is_masked: [B, L] bool, True where no token is committed yet.
         min_confidence: exclusive, a probability in [0, 1].
         min_run: shortest run that counts, >= 1.
-        mode: "confidence" (best, leftmost on ties), "mid" (position len // 2 of the run) or
+        mode: "confidence" (best, leftmost on ties), "mid" (cell len // 2 of the run) or
             "random".
-        seed, row, step: what a "random" choice depends on, beside the run's first position: seed,
+        seed, row, step: what a "random" choice depends on, beside the run's first cell: seed,
             [B] int64 identities of the rows (default 0 .. B - 1), number of the step.
 
     Returns:
@@ -50,17 +50,29 @@ def positional_ambiguity(
     """
     op = "positional_ambiguity"
     is_tensor(op, prediction=prediction, confidence=confidence, is_masked=is_masked)
-    if mode not in TOKEN_CLUSTERS[1:]:
-        raise ValueError(f"{op}: mode takes one of {TOKEN_CLUSTERS[1:]}, got {mode!r}")
+    is_tensor(op, row=row, optional=True)
     return torch.ops.r2dllm.positional_ambiguity(
-        prediction, confidence, is_masked, min_confidence, min_run, TOKEN_CLUSTERS.index(mode),
-        seed, row, step,
-    )  # fmt: skip
+        prediction,
+        confidence,
+        is_masked,
+        number(op, "min_confidence", min_confidence),
+        integer(op, "min_run", min_run),
+        TOKEN_CLUSTERS.index(choice(op, "mode", mode, TOKEN_CLUSTERS[1:])),
+        integer(op, "seed", seed),
+        row,
+        integer(op, "step", step),
+    )
 
 
 @torch.library.register_fake("r2dllm::positional_ambiguity")
 def _(
     prediction, confidence, is_masked, min_confidence, min_run=2, mode=1, seed=0, row=None, step=0
 ):
-    same_device("positional_ambiguity", prediction, confidence=confidence, is_masked=is_masked)
+    same_device(
+        "positional_ambiguity",
+        prediction=prediction,
+        confidence=confidence,
+        is_masked=is_masked,
+        row=row,
+    )
     return prediction.new_empty(prediction.shape, dtype=torch.bool)

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import is_tensor, same_device
+from .._checks import integer, is_tensor, no_tangent, number, same_device
 
-STATE_SIZE = 6  # floats that a row keeps for its backward (RowState in csrc/rules/row_loss.h)
+STATE_SIZE = 6  # floats that a row keeps for its backward (RowState in csrc/rules/row_stats.h)
 
 
 class RowStats(NamedTuple):
@@ -59,7 +59,11 @@ def row_stats(
     >>> stats.nll, stats.prediction
     (tensor([1.3863, 0.0000]), tensor([ 0, -1]))
     """
-    is_tensor("row_stats", logits=logits, targets=targets)
+    op = "row_stats"
+    is_tensor(op, logits=logits, targets=targets)
+    no_tangent(op, logits=logits)
+    temperature = number(op, "temperature", temperature)
+    ignore_index = integer(op, "ignore_index", ignore_index)
     return RowStats(*torch.ops.r2dllm.row_stats(logits, targets, temperature, ignore_index)[:4])
 
 
@@ -69,7 +73,7 @@ def stats_dtype(logits: torch.Tensor) -> torch.dtype:
 
 @torch.library.register_fake("r2dllm::row_stats")
 def _(logits, targets, temperature=1.0, ignore_index=-100, with_entropy=True):
-    same_device("row_stats", logits, targets=targets)
+    same_device("row_stats", logits=logits, targets=targets)
     rows = logits.shape[:-1]
     return (
         logits.new_empty(rows, dtype=stats_dtype(logits)),
@@ -81,14 +85,30 @@ def _(logits, targets, temperature=1.0, ignore_index=-100, with_entropy=True):
 
 
 @torch.library.register_fake("r2dllm::row_stats_backward")
-def _(logits, targets, state, d_nll, d_entropy=None, temperature=1.0, ignore_index=-100,
-      first_id=None):  # fmt: skip
+def _(
+    logits,
+    targets,
+    state,
+    d_nll,
+    d_entropy=None,
+    temperature=1.0,
+    ignore_index=-100,
+    first_id=None,
+):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("r2dllm::row_stats_backward_")
-def _(logits, targets, state, d_nll, d_entropy=None, temperature=1.0, ignore_index=-100,
-      first_id=None):  # fmt: skip
+def _(
+    logits,
+    targets,
+    state,
+    d_nll,
+    d_entropy=None,
+    temperature=1.0,
+    ignore_index=-100,
+    first_id=None,
+):
     return None
 
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import math
-
 import torch
 
-from ._checks import is_tensor, same_device
+from .._checks import choice, flag, integer, is_tensor, no_tangent, number, same_device
 from .row_stats import STATE_SIZE, stats_dtype
 
-ENTROPY_GATES = ("correct", "all")  # the order of EntropyGate in csrc/rules/row_loss.h
+ENTROPY_GATES = ("correct", "all")  # the order of EntropyGate in csrc/rules/sft_loss.h
 
 
 def sft_loss(
@@ -58,6 +56,7 @@ def sft_loss(
         TypeError, ValueError: name the argument, what it got and what it takes; so does a target
             outside [0, V) on the CPU. On CUDA it makes the loss NaN.
         RuntimeError: on a double backward, or one over logits that are no longer there.
+        NotImplementedError: in forward-mode differentiation.
 
     Arithmetic is float32 whatever the dtype of the logits (float64 for float64); rows are added up
     in their order: the same bits with any number of threads. No host synchronisation on CUDA. The
@@ -68,12 +67,21 @@ def sft_loss(
     >>> loss.detach(), logits.grad[0]
     (tensor(1.3863), tensor([ 0.2500, -0.7500,  0.2500,  0.2500]))
     """
-    is_tensor("sft_loss", logits=logits, targets=targets)
+    op = "sft_loss"
+    is_tensor(op, logits=logits, targets=targets)
+    is_tensor(op, weight=weight, optional=True)
+    no_tangent(op, logits=logits)
     return torch.ops.r2dllm.sft_loss(
-        logits, targets, weight, normalizer_tensor("sft_loss", normalizer, logits),
-        entropy_weight, entropy_temperature, gate_index("sft_loss", entropy_gate), ignore_index,
-        inplace_backward,
-    )[0]  # fmt: skip
+        logits,
+        targets,
+        weight,
+        normalizer_tensor(op, normalizer, logits),
+        number(op, "entropy_weight", entropy_weight),
+        number(op, "entropy_temperature", entropy_temperature),
+        gate_index(op, entropy_gate),
+        integer(op, "ignore_index", ignore_index),
+        flag(op, "inplace_backward", inplace_backward),
+    )[0]
 
 
 def normalizer_tensor(
@@ -82,26 +90,27 @@ def normalizer_tensor(
     """A number as a 0-dim tensor, made on the device: no copy from the host."""
     if normalizer is None or isinstance(normalizer, torch.Tensor):
         return normalizer
-    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise TypeError(
-            f"{op}: normalizer takes a number, a 0-dim tensor or None, got "
-            f"{type(normalizer).__name__}"
-        )
-    if not (normalizer > 0 and math.isfinite(normalizer)):
-        raise ValueError(f"{op}: normalizer takes a finite number > 0, got {normalizer}")
-    return torch.full((), normalizer, dtype=torch.float64, device=like.device)
+    value = number(op, "normalizer", normalizer, 0, open_low=True)
+    return torch.full((), value, dtype=torch.float64, device=like.device)
 
 
 def gate_index(op: str, gate: str) -> int:
-    if gate not in ENTROPY_GATES:
-        raise ValueError(f"{op}: entropy_gate takes one of {ENTROPY_GATES}, got {gate!r}")
-    return ENTROPY_GATES.index(gate)
+    return ENTROPY_GATES.index(choice(op, "entropy_gate", gate, ENTROPY_GATES))
 
 
 @torch.library.register_fake("r2dllm::sft_loss")
-def _(logits, targets, weight=None, normalizer=None, entropy_weight=0.0, entropy_temperature=1.0,
-      entropy_gate=0, ignore_index=-100, inplace_backward=False):  # fmt: skip
-    same_device("sft_loss", logits, targets=targets, weight=weight, normalizer=normalizer)
+def _(
+    logits,
+    targets,
+    weight=None,
+    normalizer=None,
+    entropy_weight=0.0,
+    entropy_temperature=1.0,
+    entropy_gate=0,
+    ignore_index=-100,
+    inplace_backward=False,
+):
+    same_device("sft_loss", logits=logits, targets=targets, weight=weight, normalizer=normalizer)
     rows, dtype = logits.shape[:-1], stats_dtype(logits)
     return (
         logits.new_empty((), dtype=dtype),
@@ -112,9 +121,19 @@ def _(logits, targets, weight=None, normalizer=None, entropy_weight=0.0, entropy
 
 
 @torch.library.register_fake("r2dllm::sft_reduce")
-def _(nll, entropy, prediction, targets, weight=None, normalizer=None, entropy_weight=0.0,
-      entropy_gate=0, ignore_index=-100, op="sft_reduce"):  # fmt: skip
-    same_device("sft_reduce", nll, targets=targets, weight=weight, normalizer=normalizer)
+def _(
+    nll,
+    entropy,
+    prediction,
+    targets,
+    weight=None,
+    normalizer=None,
+    entropy_weight=0.0,
+    entropy_gate=0,
+    ignore_index=-100,
+    op="sft_reduce",
+):
+    same_device("sft_reduce", nll=nll, targets=targets, weight=weight, normalizer=normalizer)
     return nll.new_empty(()), nll.new_empty(nll.shape), nll.new_empty(nll.shape)
 
 

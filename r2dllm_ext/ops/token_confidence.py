@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import is_tensor, same_device
+from .._checks import integer, is_tensor, same_device
 
 
 def token_confidence(
@@ -12,14 +12,14 @@ def token_confidence(
     candidates: torch.Tensor | None = None,
     exclude_id: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prediction of every position and its softmax probability: the pass over V.
+    """The prediction of every cell and its softmax probability: the pass over V.
 
-    One read of the logits of the candidate rows; nothing of size V is written.
+    One read of the logits of the candidate cells; nothing of size V is written.
 
     Args:
         logits: [B, L, V] float32, bfloat16 or float16 (float64 on the CPU), V >= 1; last dimension
             of stride 1, any other strides, any alignment.
-        candidates: [B, L] bool, rows to read; default all.
+        candidates: [B, L] bool, cells to read; default all.
         exclude_id: this column counts as -inf; default none.
 
     Returns:
@@ -37,13 +37,16 @@ def token_confidence(
     >>> token_confidence(torch.tensor([[[0.0, 0.0, -1e4]]]))
     (tensor([[0]]), tensor([[0.5000]]))
     """
-    is_tensor("token_confidence", logits=logits)
+    op = "token_confidence"
+    is_tensor(op, logits=logits)
+    is_tensor(op, candidates=candidates, optional=True)
+    exclude_id = integer(op, "exclude_id", exclude_id, optional=True)
     return torch.ops.r2dllm.token_confidence(logits, candidates, exclude_id)
 
 
 @torch.library.register_fake("r2dllm::token_confidence")
 def _(logits, candidates=None, exclude_id=None):
-    same_device("token_confidence", logits, candidates=candidates)
+    same_device("token_confidence", logits=logits, candidates=candidates)
     shape = logits.shape[:2]
     return (
         logits.new_empty(shape, dtype=torch.int64),

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import torch
 
+from .._checks import choice, instance, integer, is_tensor, number, same_device
 from ..config import TEMPORAL_EVALS
 from ..state import DecodeState
-from ._checks import is_tensor, same_device
 
 
 def update_stability_(
@@ -21,13 +21,13 @@ def update_stability_(
 ) -> torch.Tensor:
     """Advance the streaks of `state` in place and report the predictions that have become stable.
 
-    A position that is still masked continues its streak if its prediction is the tracked one and
+    A cell that is still masked continues its streak if its prediction is the tracked one and
     begins a new one otherwise. It is stable once the streak is `steps` long and its evidence
-    reaches `min_confidence`; its streak then ends. A position committed in this step, or one that
+    reaches `min_confidence`; its streak then ends. A cell committed in this step, or one that
     is masked but has no prediction, loses its streak. One that was not masked is left alone.
 
     Args:
-        state: streaks of B rows and L positions, written in place.
+        state: streaks of B rows and L cells, written in place.
         prediction: [B, L] int64; negative = none.
         confidence: [B, L] float32, float16 or bfloat16; non-finite = no prediction.
         was_masked, is_masked: [B, L] bool, before the step and after its other rules.
@@ -37,7 +37,7 @@ def update_stability_(
             streak.
 
     Returns:
-        [B, L] bool, positions whose prediction is stable: a subset of `is_masked`.
+        [B, L] bool, cells whose prediction is stable: a subset of `is_masked`.
 
     Raises:
         TypeError, ValueError: name the argument, what it got and what it takes; the state is then
@@ -56,22 +56,44 @@ def update_stability_(
     tensor([[True]])
     """
     op = "update_stability_"
-    if not isinstance(state, DecodeState):
-        raise TypeError(f"{op}: state takes a DecodeState, got {type(state).__name__}")
+    instance(op, "state", state, DecodeState)
     is_tensor(op, prediction=prediction, confidence=confidence)
     is_tensor(op, was_masked=was_masked, is_masked=is_masked)
-    if mode not in TEMPORAL_EVALS:
-        raise ValueError(f"{op}: mode takes one of {TEMPORAL_EVALS}, got {mode!r}")
     return torch.ops.r2dllm.update_stability_(
-        state.streak_count, state.streak_id, state.streak_sum, state.streak_max, prediction,
-        confidence, was_masked, is_masked, steps, min_confidence, TEMPORAL_EVALS.index(mode),
-    )  # fmt: skip
+        state.streak_count,
+        state.streak_id,
+        state.streak_sum,
+        state.streak_max,
+        prediction,
+        confidence,
+        was_masked,
+        is_masked,
+        integer(op, "steps", steps),
+        number(op, "min_confidence", min_confidence),
+        TEMPORAL_EVALS.index(choice(op, "mode", mode, TEMPORAL_EVALS)),
+    )
 
 
 @torch.library.register_fake("r2dllm::update_stability_")
 def _(
-    streak_count, streak_id, streak_sum, streak_max, prediction, confidence, was_masked, is_masked,
-    steps, min_confidence, eval=0,
-):  # fmt: skip
-    same_device("update_stability_", prediction, confidence=confidence, is_masked=is_masked)
+    streak_count,
+    streak_id,
+    streak_sum,
+    streak_max,
+    prediction,
+    confidence,
+    was_masked,
+    is_masked,
+    steps,
+    min_confidence,
+    temporal_eval=0,
+):
+    same_device(
+        "update_stability_",
+        prediction=prediction,
+        confidence=confidence,
+        was_masked=was_masked,
+        is_masked=is_masked,
+        state=streak_count,
+    )
     return prediction.new_empty(prediction.shape, dtype=torch.bool)

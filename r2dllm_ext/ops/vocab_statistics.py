@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ._checks import is_tensor, same_device
+from .._checks import instance, integer, is_tensor, same_device
 
 
 class VocabStatistics(NamedTuple):
-    """What the logits of B rows and L positions say, in 24 bytes each; see `vocab_statistics`.
+    """What the logits of B rows and L cells say, in 24 bytes each; see `vocab_statistics`.
 
     Attributes:
         values: [B, L, 3] float64, contiguous: greatest logit, sum of exp(logit - greatest), id of
@@ -31,7 +31,7 @@ def vocab_statistics(
     """The pass over the part of the vocabulary that this rank holds.
 
     Engines with tensor parallelism shard the output head, so that a rank has the logits of ids
-    `first_id` .. `first_id + V - 1`. Gather the statistics of all ranks (24 bytes a position) and
+    `first_id` .. `first_id + V - 1`. Gather the statistics of all ranks (24 bytes a cell) and
     merge them with `merge_statistics`, or do both with `all_gather_statistics`, and hand the
     result to `decode_step` in place of logits.
 
@@ -39,19 +39,23 @@ def vocab_statistics(
         logits: [B, L, V] float32, bfloat16 or float16 (float64 on the CPU), V >= 1; last dimension
             of stride 1, any other strides, any alignment.
         first_id: token id of column 0, >= 0.
-        candidates: [B, L] bool, rows to read; default all. The others: (-inf, 0, -1).
+        candidates: [B, L] bool, cells to read; default all. The others: (-inf, 0, -1).
         exclude_id: the logit of this token id counts as -inf, on whichever rank it is; default
             none. Pass `config.mask_id` unless `config.allow_mask_id`.
 
     Raises:
         TypeError, ValueError: name the argument, what it got and what it takes.
 
-    One read of the logits of the candidate rows. No host synchronisation.
+    One read of the logits of the candidate cells. No host synchronisation.
 
     >>> vocab_statistics(torch.tensor([[[0.0, 2.0, 2.0]]]), first_id=100).values
     tensor([[[  2.0000,   2.1353, 101.0000]]], dtype=torch.float64)
     """
-    is_tensor("vocab_statistics", logits=logits)
+    op = "vocab_statistics"
+    is_tensor(op, logits=logits)
+    is_tensor(op, candidates=candidates, optional=True)
+    first_id = integer(op, "first_id", first_id)
+    exclude_id = integer(op, "exclude_id", exclude_id, optional=True)
     values = torch.ops.r2dllm.vocab_statistics(logits, candidates, first_id, exclude_id)
     return VocabStatistics(values, logits.dtype)
 
@@ -77,7 +81,7 @@ def merge_statistics(parts: VocabStatistics) -> VocabStatistics:
     >>> merge_statistics(stacked).values
     tensor([[[2.0000, 2.5032, 1.0000]]], dtype=torch.float64)
     """
-    _is_statistics("merge_statistics", parts)
+    is_statistics("merge_statistics", "parts", parts)
     return VocabStatistics(torch.ops.r2dllm.merge_statistics(parts.values), parts.dtype)
 
 
@@ -91,22 +95,23 @@ def all_gather_statistics(own: VocabStatistics, group=None) -> VocabStatistics:
     One all-gather of 24 * B * L bytes a rank, then `merge_statistics`: all ranks get the same bits,
     and so take the same decode step.
     """
-    _is_statistics("all_gather_statistics", own)
+    is_statistics("all_gather_statistics", "own", own)
     ranks = torch.distributed.get_world_size(group)
     parts = own.values.new_empty((ranks * own.values.shape[0], *own.values.shape[1:]))
     torch.distributed.all_gather_into_tensor(parts, own.values, group=group)
     return merge_statistics(VocabStatistics(parts.view(ranks, *own.values.shape), own.dtype))
 
 
-def _is_statistics(op: str, statistics: object) -> None:
-    if not isinstance(statistics, VocabStatistics):
-        got = type(statistics).__name__
-        raise TypeError(f"{op}: takes VocabStatistics (of vocab_statistics), got {got}")
+def is_statistics(op: str, name: str, statistics: Any) -> None:
+    """VocabStatistics whose fields are what their names say."""
+    instance(op, name, statistics, VocabStatistics)
+    instance(op, f"{name}.values", statistics.values, torch.Tensor)
+    instance(op, f"{name}.dtype", statistics.dtype, torch.dtype)
 
 
 @torch.library.register_fake("r2dllm::vocab_statistics")
 def _(logits, candidates=None, first_id=0, exclude_id=None):
-    same_device("vocab_statistics", logits, candidates=candidates)
+    same_device("vocab_statistics", logits=logits, candidates=candidates)
     return logits.new_empty((*logits.shape[:2], 3), dtype=torch.float64)
 
 

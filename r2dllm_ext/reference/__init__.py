@@ -6,9 +6,9 @@ tests compare against, and the place to look up what a rule does.
 """
 
 from ..config import DecodeConfig, Rule
-from ..state import DecodeState
+from ..state import DecodeState, DecodeStep
 from .base_rule import base_rule
-from .decode_step import DecodeStep, Observation, decide, decode_step, observe, select
+from .decode_step import Observation, decide, decode_step, observe, select
 from .positional_ambiguity import positional_ambiguity
 from .random import philox4x32, uniform
 from .row_stats import row_stats

@@ -13,8 +13,8 @@ def base_rule(
     threshold: float,
     step: Tensor,
     masked_at_start: Tensor,
-) -> Tensor:
-    """Cells that `config.base` commits.
+) -> tuple[Tensor, Tensor]:
+    """Cells that `config.base` commits by itself, and the best cells where it commits none.
 
     Args:
         confidence: [B, L] float32.
@@ -25,35 +25,38 @@ def base_rule(
         masked_at_start: [B] int64, candidates when the block began.
 
     Returns:
-        [B, L] bool, a subset of `is_masked`.
+        Two disjoint [B, L] bool, subsets of `is_masked`: the rule's own cells; in a row that has
+        none of these, its best cell, which is forced. So each row that may commit a cell does.
     """
-    committed = torch.zeros_like(is_masked)
+    own, forced = torch.zeros_like(is_masked), torch.zeros_like(is_masked)
     for b in range(is_masked.shape[0]):
         cells = is_masked[b].nonzero().flatten().tolist()
         if not cells:
             continue
         p = confidence[b].tolist()
         falling = sorted(cells, key=lambda cell: (-p[cell], cell))  # ties: lowest index first
+        ranked = [p[cell] for cell in falling]
         if config.base == "first":
-            chosen = [cells[0]]
+            own[b, cells[0]] = True
+            continue
+        if config.base == "threshold":
+            count = sum(value >= threshold for value in ranked)
         elif config.base == "schedule":
             n = config.steps_per_block or is_masked.shape[1]
-            chosen = falling[: quota(int(masked_at_start[b]), n, int(step[b]), len(cells))]
+            count = quota(int(masked_at_start[b]), n, int(step[b]), len(cells))
+        elif config.base == "factor":
+            count = factor_count(ranked, config.factor)
         else:
-            ranked = [p[cell] for cell in falling]
-            if config.base == "threshold":
-                count = max(1, sum(value >= threshold for value in ranked))
-            elif config.base == "factor":
-                count = factor_count(ranked, config.factor)
-            else:
-                count = max(1, budget_count(ranked, config.error_budget))
-            chosen = falling[:count]
-        committed[b, chosen] = True
-    return committed
+            count = budget_count(ranked, config.error_budget)
+        own[b, falling[:count]] = True
+        if count == 0:
+            forced[b, falling[0]] = True
+    return own, forced
 
 
 def quota(m: int, n: int, step: int, masked: int) -> int:
-    """Cells that step `step` of `n` takes when a block began with `m`; all of them past the end."""
+    """Cells of `masked` that step `step` of `n` takes when a block began with `m`: an equal share,
+    the remainder in the first steps; all of them past the end."""
     return min(masked, m // n + (step < m % n)) if step < n else masked
 
 

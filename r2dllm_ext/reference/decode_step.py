@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 
 from ..config import Rule
+from ..state import Counter, DecodeStep
 from .base_rule import base_rule
 from .positional_ambiguity import positional_ambiguity
 from .sampling import draw_tokens
 from .stability import update_stability_
 from .token_confidence import token_confidence
 from .window_pool import float32, window_pool
-
-ROW, STEP, BLOCK_STEP, BLOCK_START, ROW_SEED = range(5)  # columns of DecodeState.counters
-
-
-class DecodeStep(NamedTuple):
-    """What a step decided; `prediction` is the committed token wherever `rule` is not NONE."""
-
-    prediction: Tensor  # [B, L] int64, -1 = no candidate or invalid
-    confidence: Tensor  # [B, L] float32, 0 = no candidate, NaN = invalid
-    rule: Tensor  # [B, L] uint8, Rule
-    remaining: Tensor  # [B] int32, cells still masked after the step
 
 
 class Observation(NamedTuple):
@@ -84,7 +74,8 @@ def observe(logits: Tensor, candidates: Tensor, state, config) -> Observation:
     top, p = token_confidence(logits, candidates=candidates, exclude_id=excluded)
     drawn, q = top, p
     if config.temperature > 0:
-        row, step, seed = state.counters[:, (ROW, STEP, ROW_SEED)].unbind(1)
+        identity = [Counter.ROW_ID, Counter.STEP, Counter.ROW_SEED]
+        row, step, seed = state.counters[:, identity].unbind(1)
         valid = top >= 0
         drawn, q = draw_tokens(logits, valid, config, row=row, step=step, seed=seed)
         drawn, q = torch.where(valid, drawn, top), torch.where(valid, q, p)
@@ -105,7 +96,7 @@ def decide(
     p_seen = p.to(logits_dtype).float() if narrow else p
     threshold = float32(config.threshold)
     if narrow:
-        threshold = torch.tensor(threshold, dtype=logits_dtype).item()
+        threshold = torch.tensor(threshold, dtype=logits_dtype, device="cpu").item()
     row, absolute, block_step, at_start, seed = state.counters.clone().unbind(1)
     at_start = torch.where(at_start < 0, candidates.sum(1), at_start)
 
@@ -118,7 +109,7 @@ def decide(
         masked[settled] = False
 
     # 1. Base rule.
-    cells = base_rule(
+    own, forced = base_rule(
         q_seen,
         masked & (drawn >= 0),
         config,
@@ -126,17 +117,8 @@ def decide(
         step=block_step,
         masked_at_start=at_start,
     )
-    if config.base == "threshold":
-        is_sure = q_seen >= threshold
-        commit(cells & is_sure, drawn, Rule.THRESHOLD)
-        commit(cells & ~is_sure, drawn, Rule.FORCED)
-    elif config.base == "budget":
-        best_errs = (1 - q_seen.double()).masked_fill(~cells, torch.inf).amin(1, keepdim=True)
-        affordable = best_errs <= config.error_budget
-        commit(cells & affordable, drawn, Rule.BASE)
-        commit(cells & ~affordable, drawn, Rule.FORCED)
-    else:
-        commit(cells, drawn, Rule.BASE)
+    commit(own, drawn, Rule.THRESHOLD if config.base == "threshold" else Rule.BASE)
+    commit(forced, drawn, Rule.FORCED)
 
     # 2. Windows.
     if config.confidence_cluster_size:
@@ -179,9 +161,9 @@ def decide(
         )
         commit(cells, top, Rule.STABILITY)
 
-    state.counters[:, STEP] += 1
-    state.counters[:, BLOCK_STEP] += 1
-    state.counters[:, BLOCK_START] = at_start
+    state.counters[:, Counter.STEP] += 1
+    state.counters[:, Counter.BLOCK_STEP] += 1
+    state.counters[:, Counter.BLOCK_MASKED] = at_start
     by_top = (rule == Rule.AMBIGUITY) | (rule == Rule.STABILITY)
     return DecodeStep(
         prediction=torch.where(by_top, top, drawn),

@@ -7,7 +7,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .random import DOMAIN_CLUSTER, uniform
+from ..philox import Draw
+from .random import uniform
 from .window_pool import float32
 
 
@@ -67,6 +68,6 @@ def positional_ambiguity(
             elif mode == "mid":
                 chosen[b, run[len(run) // 2]] = True
             else:
-                u = uniform(seeds[b], row_ids[b], steps[b], run[0], DOMAIN_CLUSTER)
+                u = uniform(seeds[b], row_ids[b], steps[b], run[0], Draw.RUN)
                 chosen[b, run[int(u * len(run))]] = True
     return chosen

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011) in plain Python."""
 
-DOMAIN_TOKEN = 0  # the draw of a cell's token
-DOMAIN_CLUSTER = 1  # the choice of a run's cell
+from ..philox import Draw
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -20,8 +19,8 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return c0, c1, c2, c3
 
 
-def uniform(seed: int, row: int, step: int, position: int, domain: int) -> float:
+def uniform(seed: int, row: int, step: int, position: int, draw: Draw) -> float:
     """A float64 in [0, 1) with 53 random bits that depends on these five numbers alone."""
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    x0, x1, _, _ = philox4x32((row & _MASK, step & _MASK, position, domain), key)
+    x0, x1, _, _ = philox4x32((row & _MASK, step & _MASK, position, draw), key)
     return ((x0 << 32 | x1) >> 11) * 2.0**-53

@@ -16,15 +16,16 @@ def row_stats(
         temperature: of the entropy.
     """
     has_target = targets != ignore_index
-    stats = [torch.zeros(targets.shape, dtype=torch.float64, device=logits.device) for _ in "123"]
+    nll = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
+    entropy, confidence = torch.zeros_like(nll), torch.zeros_like(nll)
     prediction = torch.full_like(targets, -1)
     rows = logits[has_target].double()  # [n, V]
     log_p = rows.log_softmax(-1)
     log_q = (rows / temperature).log_softmax(-1)
     top = rows.max(-1, keepdim=True).values.detach()  # NaN is the greatest
-    stats[0][has_target] = -log_p.gather(-1, targets[has_target, None]).squeeze(-1)
-    stats[1][has_target] = -(log_q.exp() * log_q.masked_fill(log_q == -torch.inf, 0)).sum(-1)
-    stats[2][has_target] = log_p.detach().exp().amax(-1)
+    nll[has_target] = -log_p.gather(-1, targets[has_target, None]).squeeze(-1)
+    entropy[has_target] = -(log_q.exp() * log_q.masked_fill(log_q == -torch.inf, 0)).sum(-1)
+    confidence[has_target] = log_p.detach().exp().amax(-1)
     lowest = (rows == top).to(torch.uint8).argmax(-1)
     prediction[has_target] = torch.where(top.squeeze(-1).isfinite(), lowest, -1)
-    return *stats, prediction
+    return nll, entropy, confidence, prediction

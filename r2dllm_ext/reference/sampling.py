@@ -4,7 +4,8 @@
 import torch
 from torch import Tensor
 
-from .random import DOMAIN_TOKEN, uniform
+from ..philox import Draw
+from .random import uniform
 from .token_confidence import without_column
 
 
@@ -56,7 +57,7 @@ def draw_tokens(
     for b, i in cells.nonzero().tolist():
         z = without_column(logits[b, i], None if config.allow_mask_id else config.mask_id)
         weights = token_weights(z, config.temperature, config.top_k, config.top_p)
-        u = uniform(config.seed + int(seed[b]), int(row[b]), int(step[b]), i, DOMAIN_TOKEN)
+        u = uniform(config.seed + int(seed[b]), int(row[b]), int(step[b]), i, Draw.TOKEN)
         token[b, i] = drawn = draw_token(weights, u)
         probability[b, i] = z.softmax(-1)[drawn]
     return token, probability

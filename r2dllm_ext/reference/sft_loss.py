@@ -31,7 +31,7 @@ def sft_loss(
     if not has_target.any():
         return nll.sum()
     if weight is not None:
-        nll = nll * weight
+        nll = nll * weight.masked_fill(~has_target, 0)  # a row without a target may hold NaN
     loss = nll.sum() / (has_target.sum() if normalizer is None else normalizer)
     gated = has_target if entropy_gate == "all" else has_target & (prediction == targets)
     if entropy_weight != 0 and gated.any():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def float32(value: float) -> float:
     """`value` rounded to float32, the precision in which thresholds are compared."""
-    return torch.tensor(value, dtype=torch.float32).item()
+    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 
 def window_pool(
@@ -52,7 +52,7 @@ def window_pool(
                 continue
             mean = sum(p[i] for i in cells) / len(cells)  # float64, in the order of the cells
             if mean_dtype != torch.float64:
-                mean = torch.tensor(mean, dtype=torch.float32).to(mean_dtype).item()
+                mean = torch.tensor(mean, dtype=torch.float32, device="cpu").to(mean_dtype).item()
             if mean >= least:
                 selected[b, cells] = True
     return selected

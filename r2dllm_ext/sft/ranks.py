@@ -46,7 +46,7 @@ def current_ranks() -> Ranks:
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """The process group that `torchrun` describes, if it does; yields this process' device."""
-    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):  # empty is unset
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):  # empty counts as unset
         yield device
         return
     if device.type == "cuda":

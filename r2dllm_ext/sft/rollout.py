@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import integer
 from ..config import DecodeConfig, Rule
 from ..generation import NoProgressError, generate
 from ..redundancy import redundancy_score
 from ..stop_ids import StopId, answer_length, stop_ids
 from ..trace import Trace
 from .artefacts import read_lines, write_lines
-from .checks import integer
 from .progress import bar
 from .prompts import Prompt, Verifier, left_padded
 from .ranks import current_ranks
@@ -45,7 +45,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length", "samples", "batch_size"):
-            integer("Rollout", name, getattr(self, name), least=1)
+            integer("Rollout", name, getattr(self, name), 1)
         stop_ids(self.stop_id, where="Rollout")
         if self.gen_length % self.block_length:
             raise ValueError(

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
+from .._checks import choice, number
 from ..redundancy import RedundancyScore
-from .checks import choice, number
 
 ORDERS = (*RedundancyScore._fields, "length", "nfe", "random")
 FILTERS = ("correct", "none")
@@ -37,7 +37,7 @@ class Selection:
     def __post_init__(self) -> None:
         choice("Selection", "order", self.order, ORDERS)
         choice("Selection", "filter", self.filter, FILTERS)
-        number("Selection", "quantile", self.quantile, above=0, most=1)
+        number("Selection", "quantile", self.quantile, 0, 1, open_low=True)
 
 
 def select_rollouts(

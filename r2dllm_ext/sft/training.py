@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from .._checks import choice, integer, number
 from ..models import Transformer
 from ..text_input import read_text, split_lines
 from .artefacts import remove_folder, write_text
-from .checks import choice, integer, number
 from .objective import Batch, Example, Masking, Objective, make_batch
 from .progress import bar
 from .ranks import current_ranks
@@ -76,16 +76,17 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("lora_rank", 0)):
-            integer("Training", name, getattr(self, name), least=least)
+            integer("Training", name, getattr(self, name), least)
         for name in ("learning_rate", "entropy_temperature", "lora_alpha"):
-            number("Training", name, getattr(self, name), above=0)
+            number("Training", name, getattr(self, name), 0, open_low=True)
         for name in ("weight_decay", "entropy_weight"):
-            number("Training", name, getattr(self, name), least=0)
-        number("Training", "clip_norm", self.clip_norm, above=0, infinite=True)  # inf clips nothing
-        number("Training", "iid_share", self.iid_share, least=0, most=1)
-        choice("Training", "mode", self.mode, ("block", "trajectory"), why=" (see iid_share)")
-        mean = ": the loss is a mean over rows, not over sequences"
-        choice("Training", "weighting", self.weighting, ("flat", "elbo"), why=mean)
+            number("Training", name, getattr(self, name), 0)
+        if self.clip_norm != math.inf:  # which clips nothing
+            number("Training", "clip_norm", self.clip_norm, 0, open_low=True)
+        number("Training", "iid_share", self.iid_share, 0, 1)
+        choice("Training", "mode", self.mode, ("block", "trajectory"))  # "iid" is iid_share=1
+        # No "mean": the loss is a mean over rows, not over sequences.
+        choice("Training", "weighting", self.weighting, ("flat", "elbo"))
         choice("Training", "entropy_gate", self.entropy_gate, ("correct", "all"))
         if len(self.ratio) != 2 or not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
             raise ValueError(f"Training: ratio takes 0 <= low <= high <= 1, got {self.ratio!r}")

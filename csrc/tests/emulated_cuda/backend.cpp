@@ -8,6 +8,7 @@
 #include "../../cuda/rules.cu"
 #include "../../cuda/sft_loss.cu"
 #include "../../cuda/token_confidence.cu"
+#include "../../cuda/vocab_pass.cu"
 #include "../../cuda/vocab_statistics.cu"
 
 namespace r2dllm::cuda {

@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../rules/row_loss.h"
+#include "../rules/row_stats.h"
 
 namespace r2dllm {
 
@@ -19,5 +19,6 @@ RowStats row_stats(const at::Tensor& logits, const at::Tensor& targets, double t
                    int64_t ignore_index);
 
 RowValues row_values(const at::Tensor& values);
+WritableRowValues writable_row_values(const at::Tensor& values);
 
 }  // namespace r2dllm

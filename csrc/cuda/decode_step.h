@@ -4,8 +4,9 @@
 #pragma once
 
 #include "../ops/decode_step.h"
-#include "draw.h"
+#include "carve.h"
 #include "row_context.h"
+#include "sampling.h"
 
 namespace r2dllm::cuda {
 
@@ -30,37 +31,32 @@ R2D_HOST_DEVICE int row_block_threads(int64_t length) {
 // Shared memory: one array per field, L cells each, and scratch.
 struct RowShared {
   uint64_t *scratch, *keys;
-  int64_t *counters, *top_id, *prediction, *streak_id;
-  float *top_confidence, *confidence, *streak_sum, *streak_max;
-  int32_t *streak_count, *order;
+  int64_t *counters, *top_id, *prediction;
+  float *top_confidence, *confidence;
+  Streaks streaks;
+  int32_t* order;
   uint8_t *selected, *rule;
   bool* masked;
+  int64_t bytes;
 
-  static constexpr int64_t kBytesPerCell = 4 * 8 + 6 * 4 + 3;
-  static R2D_HOST_DEVICE int64_t bytes(int64_t length) {
-    return (kMaxWarps + kCounters) * 8 + length * kBytesPerCell;
-  }
-
-  R2D_DEVICE RowShared(unsigned char* memory, int64_t length) {
-    const auto take = [&](auto*& field, int64_t n) {
-      field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(memory);
-      memory += n * static_cast<int64_t>(sizeof *field);
-    };
-    take(scratch, kMaxWarps);
-    take(counters, kCounters);
-    take(keys, length);
-    take(top_id, length);
-    take(prediction, length);
-    take(streak_id, length);
-    take(top_confidence, length);
-    take(confidence, length);
-    take(streak_sum, length);
-    take(streak_max, length);
-    take(streak_count, length);
-    take(order, length);
-    take(selected, length);
-    take(rule, length);
-    take(masked, length);
+  R2D_HOST_DEVICE RowShared(unsigned char* memory, int64_t length) {
+    Carve carve{memory};
+    scratch = carve.take<uint64_t>(kMaxWarps);
+    counters = carve.take<int64_t>(kCounters);
+    keys = carve.take<uint64_t>(length);
+    top_id = carve.take<int64_t>(length);
+    prediction = carve.take<int64_t>(length);
+    streaks.id = carve.take<int64_t>(length);
+    top_confidence = carve.take<float>(length);
+    confidence = carve.take<float>(length);
+    streaks.sum = carve.take<float>(length);
+    streaks.max = carve.take<float>(length);
+    streaks.count = carve.take<int32_t>(length);
+    order = carve.take<int32_t>(length);
+    selected = carve.take<uint8_t>(length);
+    rule = carve.take<uint8_t>(length);
+    masked = carve.take<bool>(length);
+    bytes = carve.bytes;
   }
 };
 
@@ -83,10 +79,7 @@ R2D_DEVICE void row_body(Lane& lane, unsigned char* memory, const DecodeStepPara
   };
   each_cell([&](int64_t i) {
     row.masked[i] = is_candidate(cells + i);
-    row.streak_count[i] = params.streak_count[cells + i];
-    row.streak_id[i] = params.streak_id[cells + i];
-    row.streak_sum[i] = params.streak_sum[cells + i];
-    row.streak_max[i] = params.streak_max[cells + i];
+    row.streaks.store(i, params.streaks.load(cells + i));
   });
   if (lane.thread() < kCounters) row.counters[lane.thread()] = counters[lane.thread()];
   lane.sync(lane.threads());
@@ -112,34 +105,29 @@ R2D_DEVICE void row_body(Lane& lane, unsigned char* memory, const DecodeStepPara
 
   int32_t remaining = 0;  // of thread 0
   RowContext<Lane> context(lane, threads, row.scratch);
-  const StepRow step{
-      length,
-      row.top_id,
-      row.top_confidence,
-      row.prediction,
-      row.confidence,
-      row.rule,
-      &remaining,
-      params.written_tokens ? params.written_tokens + b * params.tokens_batch_stride : nullptr,
-      params.tokens_length_stride,
-      row.streak_count,
-      row.streak_id,
-      row.streak_sum,
-      row.streak_max,
-      row.counters,
-      row.masked,
-      row.keys,
-      row.selected,
-      row.order};
+  const StepRow step{.length = length,
+                     .top_id = row.top_id,
+                     .top_confidence = row.top_confidence,
+                     .prediction = row.prediction,
+                     .confidence = row.confidence,
+                     .rule = row.rule,
+                     .remaining = &remaining,
+                     .tokens = params.written_tokens
+                                   ? params.written_tokens + b * params.tokens_batch_stride
+                                   : nullptr,
+                     .tokens_stride = params.tokens_length_stride,
+                     .streaks = row.streaks,
+                     .counters = row.counters,
+                     .masked = row.masked,
+                     .keys = row.keys,
+                     .selected = row.selected,
+                     .order = row.order};
   RowStep<RowContext<Lane>>(context, step, params.options).run();
   context.for_each(length, [&](int64_t i) {
     params.prediction[cells + i] = row.prediction[i];
     params.confidence[cells + i] = row.confidence[i];
     params.rule[cells + i] = row.rule[i];
-    params.streak_count[cells + i] = row.streak_count[i];
-    params.streak_id[cells + i] = row.streak_id[i];
-    params.streak_sum[cells + i] = row.streak_sum[i];
-    params.streak_max[cells + i] = row.streak_max[i];
+    params.streaks.store(cells + i, row.streaks.load(i));
   });
   if (lane.thread() < kCounters) counters[lane.thread()] = row.counters[lane.thread()];
   if (lane.thread() == 0) params.remaining[b] = remaining;

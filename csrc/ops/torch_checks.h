@@ -120,10 +120,12 @@ inline void check_at_least(const char* op, const char* name, int64_t value, int6
                     value);
 }
 
-// An enum passed as an integer in [0, count).
-inline void check_choice(const char* op, const char* name, int64_t value, int64_t count) {
-  TORCH_CHECK_VALUE(value >= 0 && value < count, op, ": ", name, " takes an integer in [0, ",
-                    count - 1, "], got ", value);
+// A value of an enum, passed as an integer.
+template <class Enum>
+void check_choice(const char* op, const char* name, int64_t value, Enum count) {
+  const auto end = static_cast<int64_t>(count);
+  TORCH_CHECK_VALUE(value >= 0 && value < end, op, ": ", name, " takes an integer in [0, ", end - 1,
+                    "], got ", value);
 }
 
 }  // namespace r2dllm

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loss of one row of logits z with a target: -log p(target), the entropy of softmax(z / T), and
-// the derivative of both by every logit. And how rows add up to the loss of a batch.
+// the derivative of both by every logit.
 #pragma once
 
 #include "confidence.h"
@@ -93,53 +93,21 @@ R2D_HOST_DEVICE double target_gradient(const RowGradient& row, double logit, dou
   return d_nll * expm1(-nll) + entropy_gradient(row, logit);
 }
 
-// ---- the loss of a batch ---------------------------------------------------------------------
-
-// Whose entropy counts: rows whose argmax is the target, or all with a target.
-enum class EntropyGate : int32_t { kCorrect, kAll };
-
-R2D_HOST_DEVICE bool passes(EntropyGate gate, int64_t prediction, int64_t target) {
-  return gate == EntropyGate::kAll || prediction == target;
-}
-
-struct LossSums {
-  double nll, entropy;  // weighted nll of the rows with a target; entropy of the gated ones
-  int64_t rows, gated;
-};
-
-R2D_HOST_DEVICE LossSums operator+(const LossSums& a, const LossSums& b) {
-  return {a.nll + b.nll, a.entropy + b.entropy, a.rows + b.rows, a.gated + b.gated};
-}
-
-// The loss, and its derivative by weight * nll and by the entropy of a row that counts. No rows: 0,
-// whatever the normalizer is.
-struct Loss {
-  double value, d_nll, d_entropy;
-};
-
-R2D_HOST_DEVICE Loss loss_of(const LossSums& sums, double normalizer, double entropy_weight) {
-  Loss loss{0.0, 0.0, 0.0};
-  if (sums.rows > 0) {
-    loss.value = sums.nll / normalizer;
-    loss.d_nll = 1.0 / normalizer;
-  }
-  if (sums.gated > 0 && entropy_weight != 0.0) {
-    const double gated = static_cast<double>(sums.gated);
-    loss.value += entropy_weight * (sums.entropy / gated);
-    loss.d_entropy = entropy_weight / gated;
-  }
-  return loss;
-}
-
 // One number per row: float64 for float64 logits, else float32.
 struct RowValues {
-  void* data;
+  const void* data;
   bool is_double;
 
   R2D_HOST_DEVICE double get(int64_t i) const {
     return is_double ? static_cast<const double*>(data)[i]
                      : static_cast<double>(static_cast<const float*>(data)[i]);
   }
+};
+
+struct WritableRowValues {
+  void* data;
+  bool is_double;
+
   R2D_HOST_DEVICE void set(int64_t i, double value) const {
     if (is_double) {
       static_cast<double*>(data)[i] = value;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #if defined(R2DLLM_WITH_CUDA) && !defined(R2DLLM_EMULATED_CUDA)
-#include "runtime.h"
-
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include "runtime.h"
 
 namespace r2dllm::cuda {
 
