@@ -12,68 +12,109 @@ namespace r2dllm::cpu {
 
 namespace {
 
-// The pass over V: the argmax of every candidate, and the token to commit by confidence alone.
-void judge_logits(const DecodeStepParams& params, const bool* masked, int64_t* top_id,
-                  float* top_confidence) {
-  const int64_t length = params.logits.length;
-  const StepOptions& options = params.options;
-  const bool greedy = params.sampling.temperature == 0.0;
-  const VocabPass pass(params.logits, masked);
-  parallel_for(0, pass.rows(), greedy ? 16 : 1, [&](int64_t begin, int64_t end) {
+template <class T>
+std::unique_ptr<T[]> filled(int64_t n, T value) {
+  std::unique_ptr<T[]> array(new T[n]);
+  std::fill_n(array.get(), n, value);
+  return array;
+}
+
+// What the pass over V says of each cell that was read.
+struct Tops {
+  std::unique_ptr<int64_t[]> id;
+  std::unique_ptr<float[]> confidence;
+};
+
+// The token that confidence alone would commit, and its confidence.
+struct Judged {
+  int64_t id;
+  float confidence;
+};
+
+Judged draw(const DecodeStepParams& params, const VocabPass& pass, int64_t row, int64_t b,
+            int64_t l, const SamplingOptions& sampling) {
+  const DrawnToken drawn = draw_token(pass, row, sampling, params.uniform_of(b, l));
+  const bool tempered = params.options.sampled_confidence == SampledConfidence::kTempered;
+  return {drawn.column,
+          tempered ? static_cast<float>(drawn.tempered) : pass.probability(row, drawn.column)};
+}
+
+// Of a valid row of logits, whose argmax is `top`.
+Judged judge(const DecodeStepParams& params, const VocabPass& pass, int64_t row,
+             const Judged& top) {
+  const int64_t length = params.logits.length, cell = pass.cell(row);
+  const int64_t b = cell / length, l = cell % length;
+  if (params.proposed != nullptr) {
+    StepOptions own = params.options;
+    if (!params.take_row(b, own)) return top;
+    const int64_t id = params.proposed[cell];
+    const bool is_id = id >= 0 && id < params.logits.vocab;
+    return is_id ? Judged{id, pass.probability(row, id)} : Judged{-1, NAN};
+  }
+  if (!params.may_draw()) return top;
+  const SamplingOptions sampling = params.sampling_of(b);
+  return sampling.draws() ? draw(params, pass, row, b, l, sampling) : top;
+}
+
+void judge_logits(const DecodeStepParams& params, const bool* read, const bool* masked,
+                  const Tops& top) {
+  const VocabPass pass(params.logits, read, 0.0, params.entropy != nullptr);
+  const int64_t rows_worth_a_thread = params.may_draw() ? 1 : 16;
+  parallel_for(0, pass.rows(), rows_worth_a_thread, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t cell = pass.cell(row);
-      if (!is_valid(pass.stats(row))) {
-        top_confidence[cell] = params.confidence[cell] = NAN;
-        continue;
+      const bool valid = is_valid(pass.stats(row));
+      const int64_t id = valid ? pass.argmax(row) : -1;
+      const Judged best{id, valid ? pass.probability(row, id) : NAN};
+      const Judged judged = valid && masked[cell] ? judge(params, pass, row, best) : best;
+      top.id[cell] = best.id;
+      top.confidence[cell] = best.confidence;
+      params.prediction[cell] = judged.id;
+      params.confidence[cell] = round_to(judged.confidence, params.options.rounding);
+      if (params.entropy != nullptr) {
+        params.entropy[cell] = valid ? static_cast<float>(pass.entropy(row)) : NAN;
       }
-      int64_t id = top_id[cell] = pass.argmax(row);
-      float confidence = top_confidence[cell] = pass.probability(row, id);
-      if (!greedy) {
-        const int64_t* counters = params.counters + cell / length * kCounters;
-        id = draw_token(pass, row, params.sampling,
-                        uniform(options.seed, counters, cell % length, Draw::kToken));
-        confidence = pass.probability(row, id);
-      }
-      params.prediction[cell] = id;
-      params.confidence[cell] = round_to(confidence, options.rounding);
     }
   });
+}
+
+void judge_statistics(const DecodeStepParams& params, const bool* read, const Tops& top) {
+  for (int64_t cell = 0; cell < params.logits.batch * params.logits.length; ++cell) {
+    if (!read[cell]) continue;
+    const double* statistics = params.statistics + cell * kStatistics;
+    const Top found = top_of(statistics);
+    params.prediction[cell] = top.id[cell] = found.id;
+    top.confidence[cell] = found.confidence;
+    params.confidence[cell] = round_to(found.confidence, params.options.rounding);
+    if (params.entropy != nullptr) {
+      params.entropy[cell] = found.id >= 0 ? static_cast<float>(entropy_of(statistics)) : NAN;
+    }
+  }
 }
 
 }  // namespace
 
 void decode_step(const DecodeStepParams& params) {
   const int64_t batch = params.logits.batch, length = params.logits.length, cells = batch * length;
-  const StepOptions& options = params.options;
 
-  const std::unique_ptr<bool[]> masked(new bool[cells]);
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t l = 0; l < length; ++l) {
-      const int64_t cell = b * length + l;
-      masked[cell] =
-          params.candidates != nullptr
-              ? params.candidates[cell]
-              : params.tokens[b * params.tokens_batch_stride + l * params.tokens_length_stride] ==
-                    options.mask_id;
+  const std::unique_ptr<bool[]> masked(new bool[cells]), editable(new bool[cells]),
+      read(new bool[cells]);
+  for (int64_t b = 0, cell = 0; b < batch; ++b) {
+    for (int64_t l = 0; l < length; ++l, ++cell) {
+      masked[cell] = params.is_candidate(b, l);
+      editable[cell] = params.is_editable(b, l);
+      read[cell] = masked[cell] || editable[cell];
     }
   }
 
-  const std::unique_ptr<int64_t[]> top_id(new int64_t[cells]);
-  const std::unique_ptr<float[]> top_confidence(new float[cells]);
-  std::fill_n(top_id.get(), cells, int64_t{-1});
-  std::fill_n(top_confidence.get(), cells, 0.0f);
+  const Tops top{filled<int64_t>(cells, -1), filled(cells, 0.0f)};
   std::fill_n(params.prediction, cells, int64_t{-1});
   std::fill_n(params.confidence, cells, 0.0f);
+  if (params.entropy != nullptr) std::fill_n(params.entropy, cells, 0.0f);
   if (params.statistics != nullptr) {
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      if (!masked[cell]) continue;
-      const Top top = r2dllm::top_of(params.statistics + cell * kStatistics);
-      params.prediction[cell] = top_id[cell] = top.id;
-      top_confidence[cell] = top.confidence;
-      params.confidence[cell] = round_to(top.confidence, options.rounding);
-    }
+    judge_statistics(params, read.get(), top);
   } else {
-    judge_logits(params, masked.get(), top_id.get(), top_confidence.get());
+    judge_logits(params, read.get(), masked.get(), top);
   }
 
   const int64_t rows_worth_a_thread = std::max<int64_t>(1, 1024 / std::max<int64_t>(length, 1));
@@ -82,20 +123,27 @@ void decode_step(const DecodeStepParams& params) {
     const std::unique_ptr<uint8_t[]> selected(new uint8_t[length]);
     const std::unique_ptr<int32_t[]> order(new int32_t[length]);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t cell = b * length;
+      const int64_t cell = b * length, slot = params.state.slot(b);
+      StepOptions options = params.options;
+      const bool valid = params.take_row(b, options);
+      const bool has_state = params.state.counters != nullptr && slot >= 0;
       const StepRow row{.length = length,
-                        .top_id = top_id.get() + cell,
-                        .top_confidence = top_confidence.get() + cell,
+                        .number = b,
+                        .is_valid = valid,
+                        .top_id = top.id.get() + cell,
+                        .top_confidence = top.confidence.get() + cell,
+                        .entropy = params.entropy != nullptr ? params.entropy + cell : nullptr,
                         .prediction = params.prediction + cell,
                         .confidence = params.confidence + cell,
                         .rule = params.rule + cell,
                         .remaining = params.remaining + b,
-                        .tokens = params.written_tokens
-                                      ? params.written_tokens + b * params.tokens_batch_stride
-                                      : nullptr,
-                        .tokens_stride = params.tokens_length_stride,
-                        .streaks = params.streaks.from(cell),
-                        .counters = params.counters + b * kCounters,
+                        .tokens = params.tokens,
+                        .streaks = has_state ? params.state.streaks.from(slot * length) : Streaks{},
+                        .counters = has_state ? params.state.counters + slot * kCounters : nullptr,
+                        .step_map = has_state && params.state.step_map != nullptr
+                                        ? params.state.step_map + slot * length
+                                        : nullptr,
+                        .editable = params.editable != nullptr ? editable.get() + cell : nullptr,
                         .masked = masked.get() + cell,
                         .keys = keys.get(),
                         .selected = selected.get(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two launches a step: the pass over V, and one block a row for everything after it. Drawing tokens
-// takes one more, top-k / top-p another.
+// takes one more, top-k / top-p / min-p another.
 #include "../ops/decode_step.h"
 #include "decode_step.h"
 #include "vocab_pass.cuh"
@@ -8,31 +8,29 @@
 namespace r2dllm::cuda {
 namespace {
 
-__global__ void __launch_bounds__(1024) row_kernel(DecodeStepParams params, Candidates is_candidate,
-                                                   VocabWorkspace workspace, const Drawn* drawn) {
+__global__ void __launch_bounds__(1024)
+    row_kernel(DecodeStepParams params, VocabWorkspace workspace, const Drawn* drawn) {
   CudaLane lane;
-  row_body(lane, lane.dynamic_shared(), params, is_candidate, workspace, drawn);
+  row_body(lane, lane.dynamic_shared(), params, workspace, drawn);
 }
 
 template <class Format>
 __global__ void __launch_bounds__(kCutoffThreads)
-    cutoff_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace,
-                  double scale, int64_t top_k, double top_p) {
+    cutoff_kernel(DecodeStepParams params, VocabWorkspace workspace) {
   __shared__ CutoffShared shared;
   CudaLane lane;
-  cutoff_body<Format>(lane, shared, logits, is_candidate, workspace, scale, top_k, top_p);
+  cutoff_body<Format>(lane, shared, params.logits, Candidates(params), workspace,
+                      RowSampling{params});
 }
 
 template <class Format>
 __global__ void __launch_bounds__(kSliceThreads)
-    draw_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace, double scale,
-                uint64_t seed, const int64_t* counters, Drawn* drawn) {
+    draw_kernel(DecodeStepParams params, VocabWorkspace workspace, Drawn* drawn) {
   __shared__ DrawShared shared;
   CudaLane lane;
-  draw_body<Format>(lane, shared, logits, is_candidate, workspace, scale, seed, counters, drawn);
+  draw_body<Format>(lane, shared, params.logits, Candidates(params), workspace,
+                    RowSampling{params}, drawn);
 }
-
-bool restricts(const SamplingOptions& options) { return options.top_k > 0 || options.top_p < 1.0; }
 
 // The parts of the workspace, and its size.
 struct StepWorkspace {
@@ -40,14 +38,16 @@ struct StepWorkspace {
   Drawn* drawn;
   int64_t bytes;
 
-  StepWorkspace(const LogitsView& logits, const SamplingOptions& sampling, void* memory) {
-    const int64_t rows = logits.batch * logits.length, slices = slices_of(logits);
-    const bool draws = sampling.temperature > 0.0;
+  StepWorkspace(const DecodeStepParams& params, void* memory) {
+    const int64_t cells = params.logits.batch * params.logits.length,
+                  slices = slices_of(params.logits);
+    const bool draws = params.may_draw();
     Carve carve{static_cast<unsigned char*>(memory)};
-    vocab = {.slices = slices, .partial = carve.take<SlicePartial>(rows * slices)};
-    vocab.tempered = draws ? carve.take<double>(rows * slices) : nullptr;
-    drawn = draws ? carve.take<Drawn>(rows) : nullptr;
-    vocab.cutoff = draws && restricts(sampling) ? carve.take<float>(rows) : nullptr;
+    vocab = {.slices = slices, .partial = carve.take<SlicePartial>(cells * slices)};
+    vocab.tempered = draws ? carve.take<double>(cells * slices) : nullptr;
+    vocab.moment = params.entropy != nullptr ? carve.take<double>(cells * slices) : nullptr;
+    drawn = draws ? carve.take<Drawn>(cells) : nullptr;
+    vocab.cutoff = params.may_restrict() ? carve.take<float>(cells) : nullptr;
     bytes = carve.bytes;
   }
 };
@@ -61,40 +61,29 @@ void allow_shared(int64_t bytes) {
 
 }  // namespace
 
-int64_t decode_step_bytes(const LogitsView& logits, const SamplingOptions& sampling) {
-  return StepWorkspace(logits, sampling, nullptr).bytes;
+int64_t decode_step_bytes(const DecodeStepParams& params) {
+  return params.statistics != nullptr ? 0 : StepWorkspace(params, nullptr).bytes;
 }
 
 void decode_step(const DecodeStepParams& params) {
   const LogitsView& logits = params.logits;
   if (logits.batch == 0) return;
   const int64_t cells = logits.batch * logits.length;
-  const Candidates is_candidate{.flags = params.candidates,
-                                .tokens = params.tokens,
-                                .batch_stride = params.tokens_batch_stride,
-                                .length_stride = params.tokens_length_stride,
-                                .length = logits.length,
-                                .mask_id = params.options.mask_id};
-  const SamplingOptions& sampling = params.sampling;
-  const StepWorkspace workspace(logits, sampling, params.workspace);
-  const bool draws = sampling.temperature > 0.0;
   const bool judges_logits = params.statistics == nullptr && cells > 0;
+  VocabWorkspace workspace{};
+  Drawn* drawn = nullptr;
   if (judges_logits) {
-    const double scale = draws ? tempering(sampling) : 0.0;
-    if (draws && !restricts(sampling)) {
-      launch_slices<Tempered::kMass>(logits, is_candidate, workspace.vocab, scale);
-    } else {
-      launch_slices(logits, is_candidate, workspace.vocab);
-    }
+    const StepWorkspace parts(params, params.workspace);
+    workspace = parts.vocab;
+    drawn = parts.drawn;
+    launch_step_slices(params, workspace);
     with_format(logits.type, [&](auto format) {
       using Format = decltype(format);
-      if (draws && restricts(sampling)) {
-        Launch{cells, kCutoffThreads}(cutoff_kernel<Format>, logits, is_candidate, workspace.vocab,
-                                      scale, sampling.top_k, sampling.top_p);
+      if (params.may_restrict()) {
+        Launch{cells, kCutoffThreads}(cutoff_kernel<Format>, params, workspace);
       }
-      if (draws) {
-        Launch{cells, kSliceThreads}(draw_kernel<Format>, logits, is_candidate, workspace.vocab,
-                                     scale, params.options.seed, params.counters, workspace.drawn);
+      if (params.may_draw()) {
+        Launch{cells, kSliceThreads}(draw_kernel<Format>, params, workspace, drawn);
       }
     });
   }
@@ -102,8 +91,8 @@ void decode_step(const DecodeStepParams& params) {
   allow_shared(shared);
   // The prologue reads what earlier steps wrote. They are over: the pass did not overlap with them.
   const bool overlaps = judges_logits;
-  Launch{logits.batch, row_block_threads(logits.length), shared, overlaps}(
-      row_kernel, params, is_candidate, workspace.vocab, workspace.drawn);
+  Launch{logits.batch, row_block_threads(logits.length), shared, overlaps}(row_kernel, params,
+                                                                           workspace, drawn);
 }
 
 }  // namespace r2dllm::cuda

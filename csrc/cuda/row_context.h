@@ -43,6 +43,17 @@ class RowContext {
     return combine(mine, greater);
   }
 
+  R2D_DEVICE int64_t sort(int64_t n, const uint64_t* keys, int32_t* order) {
+    const int64_t there = count(n, [&](int64_t i) { return keys[i] != 0; });
+    for_each(n, [&](int64_t i) {
+      if (keys[i] == 0) return;
+      int32_t rank = 0;
+      for (int64_t j = 0; j < n; ++j) rank += keys[j] > keys[i];
+      order[rank] = static_cast<int32_t>(i);
+    });
+    return there;
+  }
+
   template <class F>
   R2D_DEVICE void once(F f) {
     if (lane_.thread() == 0) f();

@@ -11,11 +11,7 @@
 namespace r2dllm {
 namespace {
 
-struct State {
-  const Tensor &streak_count, &streak_id, &streak_sum, &streak_max, &counters;
-};
-
-// What the step looks at: logits [B, L, V], or the statistics [B, L, 3] of logits of `dtype`.
+// What the step looks at: logits [B, L, V], or the statistics [B, L, 4] of logits of `dtype`.
 struct Evidence {
   const char* name;
   const Tensor& values;
@@ -25,11 +21,28 @@ struct Evidence {
   at::IntArrayRef cells() const { return values.sizes().slice(0, 2); }
 };
 
+using MaybeTensor = std::optional<Tensor>;
+
+struct StateTensors {
+  const MaybeTensor &streak_count, &streak_id, &streak_sum, &streak_max, &counters, &step_map;
+};
+
+// The tensors that not every call has.
+struct StepInputs {
+  const MaybeTensor &candidates, &editable, &proposed, &slots;
+  const c10::List<MaybeTensor>& rows;  // empty, or one for each of RowParams
+};
+
 // ---- options ---------------------------------------------------------------------------------
+
+constexpr double kNone = -1.0;  // in place of a probability
 
 // What an option takes: f(op, name, value) raises.
 const auto anything = [](auto&&...) {};
 const auto probability = [](auto... args) { check_probability(args...); };
+const auto maybe_probability = [](const char* op, const char* name, double value) {
+  if (value != kNone) check_probability(op, name, value);
+};
 const auto positive = [](const char* op, const char* name, double value) {
   TORCH_CHECK_VALUE(value > 0.0, op, ": ", name, " takes a number > 0, got ", value);
 };
@@ -43,28 +56,38 @@ template <auto kCount>
 const auto choice = [](auto... args) { check_choice(args..., kCount); };
 
 // X(type, type in the schema, name, default, what it takes): one row per option, in the order of
-// the schema and of DecodeConfig. Those that published presets set come first: parsing an argument
-// costs a call half a microsecond, leaving out the ones at the end next to nothing.
-#define R2D_STEP_OPTIONS(X)                                            \
-  X(int64_t, "int", mask_id, "", at_least<0>)                          \
-  X(bool, "bool", allow_mask_id, "=False", anything)                   \
-  X(bool, "bool", confidence_in_logits_dtype, "=False", anything)      \
-  X(double, "float", temperature, "=0.0", not_negative)                \
-  X(int64_t, "int", base, "=0", choice<BaseRule::kCount>)              \
-  X(double, "float", threshold, "=0.9", probability)                   \
-  X(double, "float", factor, "=1.0", positive)                         \
-  X(double, "float", error_budget, "=0.1", not_negative)               \
-  X(int64_t, "int", steps_per_block, "=0", at_least<0>)                \
-  X(int64_t, "int", confidence_cluster_size, "=3", at_least<0>)        \
-  X(double, "float", spatial_threshold, "=0.8", probability)           \
-  X(int64_t, "int", confidence_cluster_unmasked, "=1", at_least<-1>)   \
-  X(int64_t, "int", token_cluster, "=1", choice<TokenCluster::kCount>) \
-  X(int64_t, "int", token_cluster_size, "=2", at_least<1>)             \
-  X(int64_t, "int", temporal_steps, "=3", at_least<0>)                 \
-  X(double, "float", temporal_threshold, "=0.8", probability)          \
-  X(int64_t, "int", temporal_eval, "=0", choice<TemporalEval::kCount>) \
-  X(int64_t, "int", top_k, "=0", at_least<0>)                          \
-  X(double, "float", top_p, "=1.0", probability)                       \
+// the schema and of DecodeConfig. Those that published settings change come first: parsing an
+// argument costs a call half a microsecond, leaving out the ones at the end next to nothing.
+#define R2D_STEP_OPTIONS(X)                                                      \
+  X(int64_t, "int", mask_id, "", at_least<-1>)                                   \
+  X(int64_t, "int", mask_prediction, "=0", choice<MaskPrediction::kCount>)       \
+  X(bool, "bool", confidence_in_logits_dtype, "=False", anything)                \
+  X(double, "float", temperature, "=0.0", not_negative)                          \
+  X(int64_t, "int", base, "=0", choice<BaseRule::kCount>)                        \
+  X(double, "float", threshold, "=0.9", maybe_probability)                       \
+  X(int64_t, "int", quota, "=1", at_least<0>)                                    \
+  X(int64_t, "int", compare, "=0", choice<Compare::kCount>)                      \
+  X(double, "float", error_budget, "=0.005", not_negative)                       \
+  X(bool, "bool", last_free, "=True", anything)                                  \
+  X(int64_t, "int", steps_per_block, "=0", at_least<0>)                          \
+  X(double, "float", entropy_budget, "=0.05", not_negative)                      \
+  X(double, "float", factor, "=1.0", positive)                                   \
+  X(bool, "bool", report_entropy, "=False", anything)                            \
+  X(double, "float", edit_threshold, "=-1.0", maybe_probability)                 \
+  X(int64_t, "int", confidence_cluster_size, "=3", at_least<0>)                  \
+  X(double, "float", spatial_threshold, "=0.8", probability)                     \
+  X(int64_t, "int", confidence_cluster_unmasked, "=1", at_least<-1>)             \
+  X(int64_t, "int", neighbour_radius, "=0", at_least<0>)                         \
+  X(double, "float", neighbour_threshold, "=0.75", probability)                  \
+  X(int64_t, "int", token_cluster, "=1", choice<TokenCluster::kCount>)           \
+  X(int64_t, "int", token_cluster_size, "=2", at_least<1>)                       \
+  X(int64_t, "int", temporal_steps, "=3", at_least<0>)                           \
+  X(double, "float", temporal_threshold, "=0.8", probability)                    \
+  X(int64_t, "int", temporal_eval, "=0", choice<TemporalEval::kCount>)           \
+  X(int64_t, "int", sampled_confidence, "=0", choice<SampledConfidence::kCount>) \
+  X(int64_t, "int", top_k, "=0", at_least<0>)                                    \
+  X(double, "float", top_p, "=1.0", probability)                                 \
+  X(double, "float", min_p, "=0.0", probability)                                 \
   X(int64_t, "int", seed, "=0", anything)
 
 #define R2D_FIELD(type, schema, name, value, takes) type name;
@@ -77,25 +100,14 @@ struct StepArguments {
   R2D_STEP_OPTIONS(R2D_FIELD)
 };
 
-void check_options(const char* op, const Evidence& evidence, const StepArguments& options) {
-  R2D_STEP_OPTIONS(R2D_CHECK)
-  if (evidence.is_logits) {
-    const int64_t vocab = evidence.values.size(2);
-    TORCH_CHECK_VALUE(options.mask_id < vocab, op,
-                      ": config.mask_id takes a token id in [0, V = ", vocab, "), got ",
-                      options.mask_id);
-  } else {
-    TORCH_CHECK_VALUE(options.temperature == 0.0, op,
-                      ": config.temperature takes 0 with statistics (a token is drawn from "
-                      "logits), got ",
-                      options.temperature);
-  }
-}
-
 Rounding rounding_of(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? Rounding::kBFloat16
          : dtype == at::kHalf   ? Rounding::kHalf
                                 : Rounding::kNone;
+}
+
+float maybe_threshold(double value) {
+  return value == kNone ? kNoThreshold : static_cast<float>(value);
 }
 
 StepOptions step_options(const StepArguments& options, at::ScalarType dtype) {
@@ -103,41 +115,160 @@ StepOptions step_options(const StepArguments& options, at::ScalarType dtype) {
       options.confidence_in_logits_dtype ? rounding_of(dtype) : Rounding::kNone;
   const auto spatial_threshold = static_cast<float>(options.spatial_threshold);
   return {.mask_id = options.mask_id,
+          .mask_prediction = static_cast<MaskPrediction>(options.mask_prediction),
           .base = static_cast<BaseRule>(options.base),
-          .threshold = static_cast<float>(options.threshold),
+          .threshold = maybe_threshold(options.threshold),
+          .compare = static_cast<Compare>(options.compare),
+          .quota = options.quota,
           .factor = options.factor,
           .error_budget = options.error_budget,
+          .entropy_budget = options.entropy_budget,
+          .last_free = options.last_free,
           .steps_per_block = options.steps_per_block,
           .window = {.window = options.confidence_cluster_size,
                      .max_unmasked = options.confidence_cluster_unmasked,
                      .min_confidence = spatial_threshold,
                      .rounding = rounding},
+          .neighbour = {.radius = options.neighbour_radius,
+                        .threshold = static_cast<float>(options.neighbour_threshold)},
           .run = {.mode = static_cast<TokenCluster>(options.token_cluster),
                   .min_run = options.token_cluster_size,
                   .min_confidence = spatial_threshold},
           .stability = {.steps = options.temporal_steps,
                         .min_confidence = static_cast<float>(options.temporal_threshold),
                         .mode = static_cast<TemporalEval>(options.temporal_eval)},
+          .edit_threshold = maybe_threshold(options.edit_threshold),
+          .sampled_confidence = static_cast<SampledConfidence>(options.sampled_confidence),
           .seed = static_cast<uint64_t>(options.seed),
           .rounding = rounding};
 }
 
+bool wants_entropy(const StepArguments& options) {
+  return options.report_entropy || static_cast<BaseRule>(options.base) == BaseRule::kEntropy;
+}
+
+// The option that needs a state, or null.
+const char* needs_state(const StepArguments& options, const StepInputs& inputs,
+                        const RowParams& rows) {
+  if (static_cast<BaseRule>(options.base) == BaseRule::kSchedule) return "config.base=\"schedule\"";
+  if (options.temporal_steps > 0) return "config.temporal_steps";
+  if (static_cast<TokenCluster>(options.token_cluster) == TokenCluster::kRandom) {
+    return "config.token_cluster=\"random\"";
+  }
+  if (options.temperature > 0.0) return "config.temperature";
+  if (rows.temperature) return "rows.temperature";
+  return inputs.slots ? "slots" : nullptr;
+}
+
+void check_options(const char* op, const Evidence& evidence, const StepArguments& options,
+                   const StepInputs& inputs, const RowParams& rows) {
+  R2D_STEP_OPTIONS(R2D_CHECK)
+  TORCH_CHECK_VALUE(options.mask_id >= 0 || inputs.candidates, op,
+                    ": candidates takes a tensor where config.mask_id is None, got None");
+  TORCH_CHECK_VALUE(!inputs.editable || options.edit_threshold != kNone, op,
+                    ": editable takes None where config.edit_threshold is None, got a tensor");
+  TORCH_CHECK_VALUE(!rows.edit_threshold || options.edit_threshold != kNone, op,
+                    ": rows.edit_threshold takes None where config.edit_threshold is None, got a "
+                    "tensor");
+  if (evidence.is_logits) {
+    const int64_t vocab = evidence.values.size(2);
+    TORCH_CHECK_VALUE(options.mask_id < vocab, op,
+                      ": config.mask_id takes a token id in [0, V = ", vocab, "), got ",
+                      options.mask_id);
+    return;
+  }
+  TORCH_CHECK_VALUE(options.temperature == 0.0 && !rows.temperature, op,
+                    ": config.temperature takes 0, and rows.temperature None, with statistics (a "
+                    "token is drawn from logits), got ",
+                    rows.temperature ? "a tensor" : "a temperature");
+  TORCH_CHECK_VALUE(!inputs.proposed, op,
+                    ": proposed takes None with statistics (a token is judged by its logit), got "
+                    "a tensor");
+}
+
 // ---- the step --------------------------------------------------------------------------------
 
-void check_state(const char* op, const Evidence& evidence, const State& state) {
-  const auto cells = evidence.cells();
-  const auto check = [&](const char* name, const Tensor& t, at::ScalarType dtype,
+int64_t check_state(const char* op, const Evidence& evidence, const StateTensors& state,
+                    const StepInputs& inputs) {
+  const int64_t batch = evidence.cells()[0], length = evidence.cells()[1];
+  const int64_t rows = state.counters->dim() > 0 ? state.counters->size(0) : 0;
+  TORCH_CHECK_VALUE(inputs.slots || rows == batch, op, ": state takes B = ", batch,
+                    " rows where slots is None, got ", rows);
+  const auto check = [&](const char* name, const MaybeTensor& t, at::ScalarType dtype,
                          at::IntArrayRef sizes, const char* shape) {
-    check_device(op, name, t, evidence.values, evidence.name);
-    check_dtype(op, name, t, dtype);
-    check_shape(op, name, t, sizes, shape);
-    check_contiguous(op, name, t);
+    TORCH_CHECK_VALUE(t.has_value(), op, ": ", name, " takes a tensor, got None");
+    check_device(op, name, *t, evidence.values, evidence.name);
+    check_dtype(op, name, *t, dtype);
+    check_shape(op, name, *t, sizes, shape);
+    check_contiguous(op, name, *t);
   };
-  check("state.streak_count", state.streak_count, at::kInt, cells, "[B, L]");
-  check("state.streak_id", state.streak_id, at::kLong, cells, "[B, L]");
-  check("state.streak_sum", state.streak_sum, at::kFloat, cells, "[B, L]");
-  check("state.streak_max", state.streak_max, at::kFloat, cells, "[B, L]");
-  check("state.counters", state.counters, at::kLong, {cells[0], kCounters}, "[B, 5]");
+  check("state.streak_count", state.streak_count, at::kInt, {rows, length}, "[rows, L]");
+  check("state.streak_id", state.streak_id, at::kLong, {rows, length}, "[rows, L]");
+  check("state.streak_sum", state.streak_sum, at::kFloat, {rows, length}, "[rows, L]");
+  check("state.streak_max", state.streak_max, at::kFloat, {rows, length}, "[rows, L]");
+  check("state.counters", state.counters, at::kLong, {rows, kCounters}, "[rows, 5]");
+  if (state.step_map) {
+    check("state.step_map", state.step_map, at::kShort, {rows, length}, "[rows, L]");
+  }
+  return rows;
+}
+
+StateView view_state(int64_t rows, const StateTensors& state, const Tensor& slots) {
+  if (!state.counters) return {.rows = 0, .slots = nullptr};
+  return {.rows = rows,
+          .slots = data_or_null<int64_t>(slots),
+          .streaks = {.count = state.streak_count->mutable_data_ptr<int32_t>(),
+                      .id = state.streak_id->mutable_data_ptr<int64_t>(),
+                      .sum = state.streak_sum->mutable_data_ptr<float>(),
+                      .max = state.streak_max->mutable_data_ptr<float>()},
+          .counters = state.counters->mutable_data_ptr<int64_t>(),
+          .step_map = state.step_map ? state.step_map->mutable_data_ptr<int16_t>() : nullptr};
+}
+
+// The parameters of the rows in the order of the Python class. They are read in place, so that a
+// captured graph sees what lies there when it is replayed.
+RowParams view_rows(const char* op, const Evidence& evidence,
+                    const c10::List<MaybeTensor>& tensors) {
+  RowParams rows;
+  if (tensors.empty()) return rows;
+  constexpr int64_t kFields = 12;
+  TORCH_CHECK_VALUE(tensors.size() == kFields, op, ": rows takes none or ", kFields,
+                    " tensors, got ", tensors.size());
+  size_t next = 0;
+  // The tensor of a parameter, which is of one of two dtypes, or null.
+  const auto take = [&](const char* name, at::ScalarType wide, at::ScalarType narrow) {
+    const MaybeTensor tensor = tensors.get(next++);
+    std::pair<const void*, bool> found{nullptr, false};
+    if (!tensor) return found;
+    check_device(op, name, *tensor, evidence.values, evidence.name);
+    TORCH_CHECK_TYPE(tensor->scalar_type() == wide || tensor->scalar_type() == narrow, op, ": ",
+                     name, " takes dtype ", narrow, " or ", wide, ", got ", tensor->scalar_type());
+    check_shape(op, name, *tensor, evidence.cells().slice(0, 1), "[B]");
+    check_contiguous(op, name, *tensor);
+    found = {tensor->const_data_ptr(), tensor->scalar_type() == wide};
+    return found;
+  };
+  const auto values = [&](const char* name) {
+    const auto [data, is_wide] = take(name, at::kDouble, at::kFloat);
+    return RowValues{.data = data, .is_double = is_wide};
+  };
+  const auto integers = [&](const char* name, at::ScalarType narrow = at::kInt) {
+    const auto [data, is_wide] = take(name, at::kLong, narrow);
+    return RowIntegers{.data = data, .is_wide = is_wide};
+  };
+  // Braces are evaluated in order.
+  return {.threshold = values("rows.threshold"),
+          .quota = integers("rows.quota"),
+          .error_budget = values("rows.error_budget"),
+          .entropy_budget = values("rows.entropy_budget"),
+          .spatial_threshold = values("rows.spatial_threshold"),
+          .temporal_threshold = values("rows.temporal_threshold"),
+          .edit_threshold = values("rows.edit_threshold"),
+          .temperature = values("rows.temperature"),
+          .top_k = integers("rows.top_k"),
+          .top_p = values("rows.top_p"),
+          .min_p = values("rows.min_p"),
+          .seed = integers("rows.seed", at::kLong)};
 }
 
 // Only the shape, for evidence that is no logits.
@@ -153,66 +284,90 @@ LogitsView view_cells(const Tensor& values) {
           .shift = 0};
 }
 
-Tensor step_workspace(const Tensor& values, const LogitsView& logits,
-                      const SamplingOptions& sampling) {
+Tensor step_workspace(const Tensor& values, const DecodeStepParams& params) {
 #ifdef R2DLLM_WITH_CUDA
-  if (on_cuda(values)) return new_bytes(values, cuda::decode_step_bytes(logits, sampling));
+  if (on_cuda(values)) return new_bytes(values, cuda::decode_step_bytes(params));
 #endif
-  (void)values, (void)logits, (void)sampling;
+  (void)values, (void)params;
   return {};
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Results step(const char* op, const Evidence& evidence, const Tensor& tokens, bool writes,
-             const State& state, const std::optional<Tensor>& candidates, int64_t logits_shift,
+             const StateTensors& state, const StepInputs& inputs, int64_t logits_shift,
              const StepArguments& arguments) {
   const Tensor& values = evidence.values;
   const auto cells = evidence.cells();
   check_device(op, "tokens", tokens, values, evidence.name);
-  check_dtype(op, "tokens", tokens, at::kLong);
+  TORCH_CHECK_TYPE(tokens.scalar_type() == at::kLong || tokens.scalar_type() == at::kInt, op,
+                   ": tokens takes dtype int64 or int32, got ", tokens.scalar_type());
   check_shape(op, "tokens", tokens, cells, "[B, L]");
   if (writes) check_writable(op, "tokens", tokens);
-  check_state(op, evidence, state);
-  check_candidates(op, candidates, values, evidence.name);
+  check_cells(op, "candidates", inputs.candidates, at::kBool, values, evidence.name);
+  check_cells(op, "editable", inputs.editable, at::kBool, values, evidence.name);
+  check_cells(op, "proposed", inputs.proposed, at::kLong, values, evidence.name);
+  if (inputs.slots) {
+    check_device(op, "slots", *inputs.slots, values, evidence.name);
+    check_dtype(op, "slots", *inputs.slots, at::kLong);
+    check_shape(op, "slots", *inputs.slots, cells.slice(0, 1), "[B]");
+  }
   TORCH_CHECK_VALUE(logits_shift == 0 || logits_shift == 1, op, ": logits_shift takes 0 or 1, got ",
                     logits_shift);
   check_length(op, tokens);
-  check_options(op, evidence, arguments);
+  const RowParams rows = view_rows(op, evidence, inputs.rows);
+  check_options(op, evidence, arguments, inputs, rows);
+  const char* const needing = needs_state(arguments, inputs, rows);
+  TORCH_CHECK_VALUE(state.counters || needing == nullptr, op, ": state takes a DecodeState with ",
+                    needing, ", got None");
+  const int64_t state_rows = state.counters ? check_state(op, evidence, state, inputs) : 0;
 
-  const SamplingOptions sampling{
-      .temperature = arguments.temperature, .top_k = arguments.top_k, .top_p = arguments.top_p};
-  Tensor prediction = at::empty(cells, values.options().dtype(at::kLong));
-  Tensor confidence = at::empty(cells, values.options().dtype(at::kFloat));
-  Tensor rule = at::empty(cells, values.options().dtype(at::kByte));
-  Tensor remaining = at::empty({cells[0]}, values.options().dtype(at::kInt));
-  const Tensor candidate_cells = candidates ? candidates->contiguous() : Tensor();
-  const int64_t excluded = arguments.allow_mask_id ? -1 : arguments.mask_id;
-  const LogitsView view =
-      evidence.is_logits ? view_logits(values, excluded, logits_shift) : view_cells(values);
-  const Tensor workspace = step_workspace(values, view, sampling);
-  const DecodeStepParams params{
-      .logits = view,
+  const auto contiguous = [](const MaybeTensor& t) { return t ? t->contiguous() : Tensor(); };
+  const Tensor candidates = contiguous(inputs.candidates), editable = contiguous(inputs.editable),
+               proposed = contiguous(inputs.proposed), slots = contiguous(inputs.slots);
+  const auto made = [&](at::IntArrayRef shape, at::ScalarType dtype) {
+    return at::empty(shape, values.options().dtype(dtype));
+  };
+  const bool with_entropy = wants_entropy(arguments);
+  const Tensor prediction = made(cells, at::kLong), confidence = made(cells, at::kFloat),
+               rule = made(cells, at::kByte), remaining = made({cells[0]}, at::kInt),
+               entropy = with_entropy ? made(cells, at::kFloat) : made({0}, at::kFloat);
+  const bool bans = static_cast<MaskPrediction>(arguments.mask_prediction) == MaskPrediction::kBan;
+  DecodeStepParams params{
+      .logits = evidence.is_logits
+                    ? view_logits(values, bans ? arguments.mask_id : -1, logits_shift)
+                    : view_cells(values),
       .statistics = evidence.is_logits ? nullptr : values.const_data_ptr<double>(),
       .options = step_options(arguments, evidence.dtype),
-      .sampling = sampling,
-      .candidates = data_or_null<bool>(candidate_cells),
-      .tokens = tokens.const_data_ptr<int64_t>(),
-      .tokens_batch_stride = tokens.stride(0),
-      .tokens_length_stride = tokens.stride(1),
-      .written_tokens = writes ? tokens.mutable_data_ptr<int64_t>() : nullptr,
-      .streaks = {.count = state.streak_count.mutable_data_ptr<int32_t>(),
-                  .id = state.streak_id.mutable_data_ptr<int64_t>(),
-                  .sum = state.streak_sum.mutable_data_ptr<float>(),
-                  .max = state.streak_max.mutable_data_ptr<float>()},
-      .counters = state.counters.mutable_data_ptr<int64_t>(),
+      .sampling = {.temperature = arguments.temperature,
+                   .top_k = arguments.top_k,
+                   .top_p = arguments.top_p,
+                   .min_p = arguments.min_p},
+      .rows = rows,
+      .candidates = data_or_null<bool>(candidates),
+      .editable = data_or_null<bool>(editable),
+      .proposed = data_or_null<int64_t>(proposed),
+      .tokens = {.data = tokens.const_data_ptr(),
+                 .written = writes ? tokens.mutable_data_ptr() : nullptr,
+                 .is_wide = tokens.scalar_type() == at::kLong,
+                 .batch_stride = tokens.stride(0),
+                 .length_stride = tokens.stride(1)},
+      .state = view_state(state_rows, state, slots),
       .prediction = prediction.mutable_data_ptr<int64_t>(),
       .confidence = confidence.mutable_data_ptr<float>(),
       .rule = rule.mutable_data_ptr<uint8_t>(),
       .remaining = remaining.mutable_data_ptr<int32_t>(),
-      .workspace = bytes_of(workspace)};
+      .entropy = with_entropy ? entropy.mutable_data_ptr<float>() : nullptr,
+      .workspace = nullptr};
+  const Tensor workspace = step_workspace(values, params);
+  params.workspace = bytes_of(workspace);
   R2D_CALL_BACKEND(values, decode_step, params);
-  return {prediction, confidence, rule, remaining};
+  if (writes) bump(tokens);
+  for (const MaybeTensor* written : {&state.streak_count, &state.streak_id, &state.streak_sum,
+                                     &state.streak_max, &state.counters, &state.step_map}) {
+    bump(*written);
+  }
+  return {prediction, confidence, rule, remaining, entropy};
 }
 
 // ---- registration ----------------------------------------------------------------------------
@@ -220,41 +375,48 @@ Results step(const char* op, const Evidence& evidence, const Tensor& tokens, boo
 template <bool kWrites>
 constexpr const char* kOp = kWrites ? "decode_step" : "select";
 
+// The tensors between `tokens` and the options, as the schema lists them.
+#define R2D_STEP_TENSORS                                                                        \
+  const MaybeTensor &streak_count, const MaybeTensor &streak_id, const MaybeTensor &streak_sum, \
+      const MaybeTensor &streak_max, const MaybeTensor &counters, const MaybeTensor &step_map,  \
+      const MaybeTensor &candidates, const MaybeTensor &editable, const MaybeTensor &proposed,  \
+      const MaybeTensor &slots, const c10::List<MaybeTensor>&rows
+constexpr auto kTensorsSchema =
+    "Tensor(b!)? streak_count, Tensor(c!)? streak_id, Tensor(d!)? streak_sum, "
+    "Tensor(e!)? streak_max, Tensor(f!)? counters, Tensor(g!)? step_map, Tensor? candidates, "
+    "Tensor? editable, Tensor? proposed, Tensor? slots, Tensor?[] rows, ";
+
 template <bool kWrites>
-Results of_logits(const Tensor& logits, const Tensor& tokens, const Tensor& streak_count,
-                  const Tensor& streak_id, const Tensor& streak_sum, const Tensor& streak_max,
-                  const Tensor& counters, const std::optional<Tensor>& candidates,
+Results of_logits(const Tensor& logits, const Tensor& tokens, R2D_STEP_TENSORS,
                   int64_t logits_shift R2D_STEP_OPTIONS(R2D_PARAMETER)) {
   constexpr auto op = kOp<kWrites>;
   check_logits(op, logits);
   return step(op, {"logits", logits, true, logits.scalar_type()}, tokens, kWrites,
-              {streak_count, streak_id, streak_sum, streak_max, counters}, candidates, logits_shift,
+              {streak_count, streak_id, streak_sum, streak_max, counters, step_map},
+              {candidates, editable, proposed, slots, rows}, logits_shift,
               {R2D_STEP_OPTIONS(R2D_ARGUMENT)});
 }
 
 template <bool kWrites>
-Results of_statistics(const Tensor& statistics, const Tensor& tokens, const Tensor& streak_count,
-                      const Tensor& streak_id, const Tensor& streak_sum, const Tensor& streak_max,
-                      const Tensor& counters, const std::optional<Tensor>& candidates,
+Results of_statistics(const Tensor& statistics, const Tensor& tokens, R2D_STEP_TENSORS,
                       at::ScalarType dtype R2D_STEP_OPTIONS(R2D_PARAMETER)) {
   constexpr auto op = kOp<kWrites>;
-  check_dim(op, "statistics", statistics, 3, "[B, L, 3]");
+  check_dim(op, "statistics", statistics, 3, "[B, L, 4]");
   check_dtype(op, "statistics", statistics, at::kDouble);
   TORCH_CHECK_VALUE(statistics.size(2) == kStatistics, op,
-                    ": statistics takes shape [B, L, 3], got ", statistics.sizes());
+                    ": statistics takes shape [B, L, 4], got ", statistics.sizes());
   check_contiguous(op, "statistics", statistics);
   return step(op, {"statistics", statistics, false, dtype}, tokens, kWrites,
-              {streak_count, streak_id, streak_sum, streak_max, counters}, candidates, 0,
-              {R2D_STEP_OPTIONS(R2D_ARGUMENT)});
+              {streak_count, streak_id, streak_sum, streak_max, counters, step_map},
+              {candidates, editable, proposed, slots, rows}, 0, {R2D_STEP_OPTIONS(R2D_ARGUMENT)});
 }
 
 std::string schema(const std::string& name, const std::string& evidence, const std::string& tokens,
                    const std::string& last) {
-  return name + "(Tensor " + evidence + ", " + tokens +
-         " tokens, Tensor(b!) streak_count, Tensor(c!) streak_id, Tensor(d!) streak_sum, "
-         "Tensor(e!) streak_max, Tensor(f!) counters, Tensor? candidates, " +
-         last + R2D_STEP_OPTIONS(R2D_SCHEMA) +
-         ") -> (Tensor prediction, Tensor confidence, Tensor rule, Tensor remaining)";
+  return name + "(Tensor " + evidence + ", " + tokens + " tokens, " + kTensorsSchema + last +
+         R2D_STEP_OPTIONS(R2D_SCHEMA) +
+         ") -> (Tensor prediction, Tensor confidence, Tensor rule, Tensor remaining, "
+         "Tensor entropy)";
 }
 
 template <bool kWrites>

@@ -4,41 +4,89 @@
 
 #include "../rules/decode_step.h"
 #include "../rules/logits_view.h"
-#include "../rules/sampling.h"
+#include "../rules/row_params.h"
 #include "../rules/vocab_statistics.h"
 
 namespace r2dllm {
+
+// The state of `rows` rows; row b of the batch has row slots[b] of it.
+struct StateView {
+  int64_t rows;
+  const int64_t* slots;  // [B]; null: b
+  Streaks streaks;       // [rows, L] contiguous, in and out; null: no state
+  int64_t* counters;     // [rows, kCounters]
+  int16_t* step_map;     // [rows, L]; null: not wanted
+
+  // The row of the state, or -1: a slot outside it.
+  R2D_HOST_DEVICE int64_t slot(int64_t b) const {
+    const int64_t slot = slots != nullptr ? slots[b] : b;
+    return counters == nullptr || (slot >= 0 && slot < rows) ? slot : -1;
+  }
+};
 
 struct DecodeStepParams {
   LogitsView logits;         // of statistics: the shape alone
   const double* statistics;  // [B, L, kStatistics] contiguous, in place of logits; or null
   StepOptions options;
   SamplingOptions sampling;
+  RowParams rows;
 
-  // In.
-  const bool* candidates;  // [B, L] contiguous; null: tokens == mask_id
-  const int64_t* tokens;   // [B, L]
-  int64_t tokens_batch_stride, tokens_length_stride;
+  // In, contiguous.
+  const bool* candidates;   // [B, L]; null: tokens == mask_id
+  const bool* editable;     // [B, L]; null: none
+  const int64_t* proposed;  // [B, L]; null: none
 
-  // In and out, contiguous.
-  int64_t* written_tokens;  // tokens, or null: nothing is written
-  Streaks streaks;          // [B, L]
-  int64_t* counters;        // [B, kCounters]
+  // In and out.
+  TokensView tokens;
+  StateView state;
 
   // Out, contiguous.
   int64_t* prediction;  // [B, L]
   float* confidence;    // [B, L]
   uint8_t* rule;        // [B, L]
   int32_t* remaining;   // [B]
+  float* entropy;       // [B, L]; null: not asked for
 
   void* workspace;  // CUDA: of decode_step_bytes
+
+  R2D_HOST_DEVICE bool is_candidate(int64_t b, int64_t l) const {
+    return candidates != nullptr ? candidates[b * logits.length + l]
+                                 : tokens.get(b, l) == options.mask_id;
+  }
+  R2D_HOST_DEVICE bool is_editable(int64_t b, int64_t l) const {
+    return editable != nullptr && editable[b * logits.length + l] && !is_candidate(b, l);
+  }
+  R2D_HOST_DEVICE bool may_draw() const {
+    return proposed == nullptr && (sampling.draws() || rows.may_draw());
+  }
+  R2D_HOST_DEVICE bool may_restrict() const {
+    return may_draw() && (sampling.restricts() || rows.may_restrict());
+  }
+
+  // Gives `own`, a copy of the options, the values of row b; false: the row is left alone.
+  R2D_HOST_DEVICE bool take_row(int64_t b, StepOptions& own) const {
+    return take_options(rows, b, own) && state.slot(b) >= 0;
+  }
+  // What row b draws with; temperature 0: it does not.
+  R2D_HOST_DEVICE SamplingOptions sampling_of(int64_t b) const {
+    StepOptions own = options;
+    SamplingOptions drawing = sampling;
+    take_sampling(rows, b, drawing);
+    if (proposed != nullptr || !take_row(b, own)) drawing.temperature = 0.0;
+    return drawing;
+  }
+  // The random number that the draw of a cell spends.
+  R2D_HOST_DEVICE double uniform_of(int64_t b, int64_t l) const {
+    return uniform(seed_of_row(rows, b, options.seed), state.counters + state.slot(b) * kCounters,
+                   l, Draw::kToken);
+  }
 };
 
 namespace cpu {
 void decode_step(const DecodeStepParams& params);
 }
 namespace cuda {
-int64_t decode_step_bytes(const LogitsView& logits, const SamplingOptions& sampling);
+int64_t decode_step_bytes(const DecodeStepParams& params);
 void decode_step(const DecodeStepParams& params);
 }  // namespace cuda
 

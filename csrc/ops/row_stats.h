@@ -5,6 +5,7 @@
 
 #include "../rules/logits_view.h"
 #include "../rules/row_stats.h"
+#include "../rules/row_values.h"
 
 namespace r2dllm {
 

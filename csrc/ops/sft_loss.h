@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../rules/row_stats.h"
+#include "../rules/row_values.h"
 #include "../rules/sft_loss.h"
 
 namespace r2dllm {

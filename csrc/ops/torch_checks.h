@@ -86,12 +86,19 @@ inline void check_logits(const char* op, const Tensor& logits) {
                     "decode under torch.no_grad() or pass logits.detach()");
 }
 
+// A tensor [B, L] beside logits or statistics, or none.
+inline void check_cells(const char* op, const char* name, const std::optional<Tensor>& cells,
+                        at::ScalarType dtype, const Tensor& logits,
+                        const char* logits_name = "logits") {
+  if (!cells) return;
+  check_device(op, name, *cells, logits, logits_name);
+  check_dtype(op, name, *cells, dtype);
+  check_shape(op, name, *cells, logits.sizes().slice(0, 2), "[B, L]");
+}
+
 inline void check_candidates(const char* op, const std::optional<Tensor>& candidates,
-                             const Tensor& logits, const char* logits_name = "logits") {
-  if (!candidates) return;
-  check_device(op, "candidates", *candidates, logits, logits_name);
-  check_dtype(op, "candidates", *candidates, at::kBool);
-  check_shape(op, "candidates", *candidates, logits.sizes().slice(0, 2), "[B, L]");
+                             const Tensor& logits) {
+  check_cells(op, "candidates", candidates, at::kBool, logits);
 }
 
 // [B, L] probabilities, of a dtype that converts to float32 without loss.

@@ -59,6 +59,12 @@ inline Tensor new_bytes(const Tensor& beside, int64_t bytes) {
   return at::empty({bytes}, beside.options().dtype(at::kByte));
 }
 
+// Tells autograd that an op has written `t`: what was saved of it, of its views and of its base for
+// a backward is stale.
+inline void bump(const std::optional<Tensor>& t) {
+  if (t && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+}
+
 // Null for no tensor.
 inline void* bytes_of(const Tensor& workspace) {
   return workspace.defined() ? workspace.mutable_data_ptr() : nullptr;

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "../rules/row_stats.h"
+#include "../rules/row_values.h"
 
 namespace r2dllm {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The base rule: which cells of a row are committed from their confidence alone.
+// The base rule: which cells of a row are committed from their confidence (or entropy) alone.
 #pragma once
 
 #include <cstring>
@@ -8,13 +8,28 @@
 
 namespace r2dllm {
 
-enum class BaseRule : int32_t { kThreshold, kSchedule, kFactor, kFirst, kBudget, kCount };
+enum class BaseRule : int32_t { kThreshold, kSchedule, kFactor, kFirst, kBudget, kEntropy, kCount };
+
+enum class Compare : int32_t { kAtLeast, kAbove, kCount };
+
+R2D_HOST_DEVICE bool passes(float confidence, float threshold, Compare compare) {
+  return compare == Compare::kAbove ? confidence > threshold : confidence >= threshold;
+}
+
+constexpr float kNoThreshold = 2.0f;  // which no probability passes
 
 // Orders cells by falling confidence, ties by lowest index; 0 = no cell. Confidence is in [0, 1].
 R2D_HOST_DEVICE uint64_t cell_key(float confidence, int64_t cell) {
   uint32_t bits;
   memcpy(&bits, &confidence, sizeof bits);
   return (static_cast<uint64_t>(bits) << 32) | (0xFFFFFFFFu - static_cast<uint32_t>(cell));
+}
+
+// The same by rising entropy, which is finite and not negative.
+R2D_HOST_DEVICE uint64_t entropy_key(float entropy, int64_t cell) {
+  uint32_t bits;
+  memcpy(&bits, &entropy, sizeof bits);
+  return (static_cast<uint64_t>(~bits) << 32) | (0xFFFFFFFFu - static_cast<uint32_t>(cell));
 }
 
 R2D_HOST_DEVICE int64_t cell_of(uint64_t key) {
@@ -27,8 +42,8 @@ R2D_HOST_DEVICE int64_t schedule_quota(int64_t masked, int64_t step, int64_t ste
   return masked / steps + (step < masked % steps ? 1 : 0);
 }
 
-// Length of the prefix of `count` >= 1 cells in falling confidence that a rule commits by itself.
-// `confidence(j)` is the j-th best, j from 0; it always passes the factor rule.
+// Length of the prefix of `count` >= 1 cells in falling confidence that the factor rule commits.
+// `confidence(j)` is the j-th best, j from 0; it always passes.
 template <class Confidence>
 R2D_HOST_DEVICE int64_t factor_prefix(int64_t count, double factor, Confidence confidence) {
   int64_t length = 1;
@@ -39,13 +54,16 @@ R2D_HOST_DEVICE int64_t factor_prefix(int64_t count, double factor, Confidence c
   return length == count - 1 ? count : length;
 }
 
-template <class Confidence>
-R2D_HOST_DEVICE int64_t budget_prefix(int64_t count, double budget, Confidence confidence) {
-  double expected_errors = 0.0;
+// Length of the longest prefix whose summed cost stays within the budget; with `last_free` its last
+// cell does not count. `cost(j)` >= 0 of the j-th cell.
+template <class Cost>
+R2D_HOST_DEVICE int64_t budget_prefix(int64_t count, double budget, bool last_free, Cost cost) {
+  double before = 0.0;  // of the cells in the prefix
   int64_t length = 0;
   while (length < count) {
-    expected_errors += 1.0 - confidence(length);
-    if (!(expected_errors <= budget)) break;
+    const double with = before + cost(length);
+    if (!((last_free ? before : with) <= budget)) break;
+    before = with;
     ++length;
   }
   return length;

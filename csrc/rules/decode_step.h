@@ -3,34 +3,29 @@
 // sees. Written against an execution context so that a loop (CPU), a thread block (CUDA) and a
 // test's fibres run the same source:
 //
-//   ctx.for_each(n, f)   f(i) for 0 <= i < n in any order; all done, and visible, on return
-//   ctx.count(n, f)      how many i have f(i); every participant gets the answer
-//   ctx.max(n, f)        greatest f(i) (uint64), 0 if n = 0; every participant gets the answer
-//   ctx.once(f)          f() by one participant; done, and visible, on return
+//   ctx.for_each(n, f)       f(i) for 0 <= i < n in any order; all done, and visible, on return
+//   ctx.count(n, f)          how many i have f(i); every participant gets the answer
+//   ctx.max(n, f)            greatest f(i) (uint64), 0 if n = 0; every participant gets the answer
+//   ctx.sort(n, keys, order) order[0], order[1], ... = the i with keys[i] != 0, by falling key (no
+//                            two are equal); how many there are
+//   ctx.once(f)              f() by one participant; done, and visible, on return
 #pragma once
 
-#include "base_rule.h"
-#include "confidence.h"
-#include "positional_ambiguity.h"
-#include "stability.h"
-#include "window_pool.h"
+#include "step_options.h"
+#include "tokens_view.h"
 
 namespace r2dllm {
 
-enum class Rule : uint8_t { kNone, kThreshold, kForced, kWindow, kAmbiguity, kStability, kBase };
-
-struct StepOptions {
-  int64_t mask_id;
-  BaseRule base;
-  float threshold;
-  double factor;
-  double error_budget;
-  int64_t steps_per_block;  // 0: one token a step
-  WindowOptions window;
-  RunOptions run;  // mode kOff: off
-  StabilityOptions stability;
-  uint64_t seed;
-  Rounding rounding;
+enum class Rule : uint8_t {
+  kNone,
+  kThreshold,
+  kForced,
+  kWindow,
+  kAmbiguity,
+  kStability,
+  kBase,
+  kNeighbour,
+  kEdit
 };
 
 // Columns of DecodeState.counters.
@@ -47,29 +42,35 @@ R2D_HOST_DEVICE double uniform(uint64_t seed, const int64_t* counters, int64_t p
 // One batch row; every array has `length` cells.
 struct StepRow {
   int64_t length;
+  int64_t number;  // of the row in `tokens`
+  bool is_valid;   // false: nothing is committed, and the state stays as it is
 
-  // The pass over V. At cells that are no candidates: -1 and 0; without a prediction: -1 and NaN.
+  // The pass over V. At cells that were not read: -1 and 0; without a prediction: -1 and NaN.
   const int64_t* top_id;        // argmax
   const float* top_confidence;  // its probability, not rounded
+  const float* entropy;         // in nats; BaseRule::kEntropy alone reads it
 
-  // In: the drawn token (the argmax at temperature 0) and its probability, rounded on request.
-  // Out: the same, but at cells committed by kAmbiguity or kStability the argmax.
+  // In: the token that confidence alone would commit (drawn, proposed or the argmax) and its
+  // probability, rounded on request. Out: the same, but at cells committed by kAmbiguity,
+  // kStability or kEdit the argmax.
   int64_t* prediction;
   float* confidence;
 
   uint8_t* rule;       // out
   int32_t* remaining;  // out: candidates that are still masked
 
-  int64_t* tokens;  // null: not written
-  int64_t tokens_stride;
+  TokensView tokens;
 
+  // The state of the row; null where no rule needs it.
   Streaks streaks;
   int64_t* counters;
+  int16_t* step_map;  // null: not wanted
 
-  bool* masked;       // in: the candidates. Scratch: candidates not committed yet
-  uint64_t* keys;     // scratch
-  uint8_t* selected;  // scratch
-  int32_t* order;     // scratch
+  const bool* editable;  // decided cells that may be edited; null: none
+  bool* masked;          // in: the candidates. Scratch: candidates not committed yet
+  uint64_t* keys;        // scratch
+  uint8_t* selected;     // scratch
+  int32_t* order;        // scratch
 };
 
 template <class Context>
@@ -81,31 +82,35 @@ class RowStep {
   R2D_HOST_DEVICE void run() {
     const StepRow& row = row_;
     ctx_.for_each(row.length, [&](int64_t i) { row.rule[i] = 0; });
-    if (row.counters[kBlockMasked] < 0) {
-      const int64_t masked = ctx_.count(row.length, [&](int64_t i) { return row.masked[i]; });
-      ctx_.once([&] { row.counters[kBlockMasked] = masked; });
+    const int64_t skipped = row.is_valid ? begin() : 0;
+    if (row.is_valid) {
+      base_rule();
+      if (options_.window.window > 0) window_pool();
+      if (options_.neighbour.radius > 0) neighbours();
+      if (options_.run.mode != TokenCluster::kOff) positional_ambiguity();
+      if (options_.stability.steps > 0) stability();
+      if (row.editable != nullptr) edits();
     }
-    base_rule();
-    if (options_.window.window > 0) window_pool();
-    if (options_.run.mode != TokenCluster::kOff) positional_ambiguity();
-    if (options_.stability.steps > 0) stability();
-    const int64_t remaining = ctx_.count(row.length, [&](int64_t i) { return row.masked[i]; });
-    ctx_.once([&] {
-      *row.remaining = static_cast<int32_t>(remaining);
-      ++row.counters[kStep];
-      ++row.counters[kBlockStep];
-    });
-    if (row.tokens != nullptr) {
-      ctx_.for_each(row.length, [&](int64_t i) {
-        if (row.rule[i] != 0) row.tokens[i * row.tokens_stride] = row.prediction[i];
-      });
-    }
+    const int64_t remaining = count_masked() + skipped;
+    ctx_.once([&] { *row.remaining = static_cast<int32_t>(remaining); });
+    if (row.is_valid) finish();
   }
 
  private:
   // A cell without a prediction (NaN) is masked but never eligible.
   R2D_HOST_DEVICE bool eligible(int64_t i) const {
     return row_.masked[i] && row_.confidence[i] == row_.confidence[i];
+  }
+
+  // From the first commit on: a candidate is either masked still or was given a rule in this step.
+  R2D_HOST_DEVICE bool was_masked(int64_t i) const { return row_.masked[i] || row_.rule[i] != 0; }
+
+  R2D_HOST_DEVICE int64_t count_masked() {
+    return ctx_.count(row_.length, [&](int64_t i) { return row_.masked[i]; });
+  }
+
+  R2D_HOST_DEVICE bool passes(float confidence, float threshold) const {
+    return r2dllm::passes(confidence, round_to(threshold, options_.rounding), options_.compare);
   }
 
   // Committing the mask id leaves the cell masked.
@@ -115,7 +120,7 @@ class RowStep {
     row_.rule[i] = static_cast<uint8_t>(rule);
   }
 
-  // Ambiguity and stability look at the argmax, also where another token was drawn.
+  // Ambiguity, stability and edits look at the argmax, also where another token was drawn.
   R2D_HOST_DEVICE void commit_top(int64_t i, Rule rule) {
     if (row_.top_id[i] == options_.mask_id) return;
     row_.prediction[i] = row_.top_id[i];
@@ -123,58 +128,123 @@ class RowStep {
     commit(i, rule);
   }
 
+  // Takes the cells that MaskPrediction::kSkip leaves out from the candidates; returns how many.
+  R2D_HOST_DEVICE int64_t begin() {
+    const StepRow& row = row_;
+    const bool skips = options_.mask_prediction == MaskPrediction::kSkip;
+    const bool begins_block = row.counters != nullptr && row.counters[kBlockMasked] < 0;
+    if (!skips && !begins_block) return 0;
+    const int64_t given = count_masked();
+    if (begins_block) ctx_.once([&] { row.counters[kBlockMasked] = given; });
+    if (!skips) return 0;
+    ctx_.for_each(row.length, [&](int64_t i) {
+      if (row.top_id[i] == options_.mask_id) row.masked[i] = false;
+    });
+    return given - count_masked();
+  }
+
+  R2D_HOST_DEVICE void finish() {
+    const StepRow& row = row_;
+    const int64_t step = row.counters != nullptr ? row.counters[kBlockStep] : 0;
+    ctx_.for_each(row.length, [&](int64_t i) {
+      if (row.rule[i] == 0) return;
+      if (row.tokens.written != nullptr) row.tokens.set(row.number, i, row.prediction[i]);
+      if (row.step_map != nullptr) {
+        row.step_map[i] = static_cast<int16_t>(step < INT16_MAX ? step : INT16_MAX);
+      }
+    });
+    if (row.counters == nullptr) return;
+    ctx_.once([&] {
+      ++row.counters[kStep];
+      ++row.counters[kBlockStep];
+    });
+  }
+
+  R2D_HOST_DEVICE uint64_t key(int64_t i) const {
+    if (!eligible(i)) return 0;
+    if (options_.base == BaseRule::kFirst) return cell_key(0.0f, i);
+    if (options_.base != BaseRule::kEntropy) return cell_key(row_.confidence[i], i);
+    return row_.entropy[i] == row_.entropy[i] ? entropy_key(row_.entropy[i], i) : 0;
+  }
+
   R2D_HOST_DEVICE void base_rule() {
     const StepRow& row = row_;
-    ctx_.for_each(row.length, [&](int64_t i) {
-      const float rank_by = options_.base == BaseRule::kFirst ? 0.0f : row.confidence[i];
-      row.keys[i] = eligible(i) ? cell_key(rank_by, i) : 0;
-    });
-    if (options_.base == BaseRule::kThreshold || options_.base == BaseRule::kFirst) {
+    ctx_.for_each(row.length, [&](int64_t i) { row.keys[i] = key(i); });
+    const bool by_threshold = options_.base == BaseRule::kThreshold;
+    if ((by_threshold || options_.base == BaseRule::kFirst) && options_.quota <= 1) {
+      // Without an order of all cells.
       const int64_t best = cell_of(ctx_.max(row.length, [&](int64_t i) { return row.keys[i]; }));
-      const bool by_threshold = options_.base == BaseRule::kThreshold;
-      const float threshold = round_to(options_.threshold, options_.rounding);
       ctx_.for_each(row.length, [&](int64_t i) {
-        if (by_threshold && eligible(i) && row.confidence[i] >= threshold) {
+        if (by_threshold && eligible(i) && passes(row.confidence[i], options_.threshold)) {
           commit(i, Rule::kThreshold);
-        } else if (i == best) {
+        } else if (i == best && options_.quota > 0) {
           commit(i, by_threshold ? Rule::kForced : Rule::kBase);
         }
       });
       return;
     }
-    // The other rules commit a prefix of the cells in falling confidence.
-    const int64_t count = ctx_.count(row.length, [&](int64_t i) { return row.keys[i] != 0; });
+    const int64_t count = ctx_.sort(row.length, row.keys, row.order);
     if (count == 0) return;
-    ctx_.for_each(row.length, [&](int64_t i) {
-      if (row.keys[i] == 0) return;
-      int32_t rank = 0;
-      for (int64_t j = 0; j < row.length; ++j) rank += row.keys[j] > row.keys[i];
-      row.order[rank] = static_cast<int32_t>(i);
+    ctx_.once([&] {
+      const int64_t prefix = own_prefix(count);
+      for (int64_t rank = 0; rank < count && (rank < prefix || rank < options_.quota); ++rank) {
+        commit(row.order[rank], rank >= prefix ? Rule::kForced
+                                : by_threshold ? Rule::kThreshold
+                                               : Rule::kBase);
+      }
     });
+  }
+
+  // How many of the `count` >= 1 cells in row.order the base rule commits by itself.
+  R2D_HOST_DEVICE int64_t own_prefix(int64_t count) const {
+    const StepRow& row = row_;
     const auto confidence = [&](int64_t rank) {
       return static_cast<double>(row.confidence[row.order[rank]]);
     };
-    ctx_.once([&] {
-      int64_t prefix = 0;
-      if (options_.base == BaseRule::kSchedule) {
-        const int64_t steps = options_.steps_per_block > 0 ? options_.steps_per_block : row.length;
+    switch (options_.base) {
+      case BaseRule::kThreshold: {
+        int64_t passing = 0;
+        while (passing < count && passes(row.confidence[row.order[passing]], options_.threshold)) {
+          ++passing;
+        }
+        return passing;
+      }
+      case BaseRule::kSchedule: {
         const int64_t step = row.counters[kBlockStep];
-        prefix = step < steps ? schedule_quota(row.counters[kBlockMasked], step, steps) : count;
-      } else if (options_.base == BaseRule::kFactor) {
-        prefix = factor_prefix(count, options_.factor, confidence);
-      } else {
-        prefix = budget_prefix(count, options_.error_budget, confidence);
+        const int64_t steps = options_.steps_per_block > 0 ? options_.steps_per_block : row.length;
+        return step < steps ? schedule_quota(row.counters[kBlockMasked], step, steps) : count;
       }
-      for (int64_t rank = 0; rank < count && rank < prefix; ++rank) {
-        commit(row.order[rank], Rule::kBase);
-      }
-      if (prefix == 0) commit(row.order[0], Rule::kForced);
-    });
+      case BaseRule::kFactor:
+        return factor_prefix(count, options_.factor, confidence);
+      case BaseRule::kBudget:
+        return budget_prefix(count, options_.error_budget, options_.last_free,
+                             [&](int64_t rank) { return 1.0 - confidence(rank); });
+      case BaseRule::kEntropy:
+        return budget_prefix(count, options_.entropy_budget, options_.last_free, [&](int64_t rank) {
+          return static_cast<double>(row.entropy[row.order[rank]]);
+        });
+      default:
+        return options_.quota;  // kFirst
+    }
   }
 
   R2D_HOST_DEVICE void window_pool() {
     pool_windows(ctx_, row_.length, options_.window, row_.masked, row_.confidence, row_.selected,
                  [&](int64_t i) { commit(i, Rule::kWindow); });
+  }
+
+  R2D_HOST_DEVICE void neighbours() {
+    const StepRow& row = row_;
+    const auto is_anchor = [&](int64_t j) {
+      return was_masked(j) && passes(row.confidence[j], options_.threshold);
+    };
+    ctx_.for_each(row.length, [&](int64_t i) {
+      row.selected[i] = eligible(i) && passes(row.confidence[i], options_.neighbour.threshold) &&
+                        beside_anchor(i, row.length, options_.neighbour.radius, is_anchor);
+    });
+    ctx_.for_each(row.length, [&](int64_t i) {
+      if (row.selected[i]) commit(i, Rule::kNeighbour);
+    });
   }
 
   R2D_HOST_DEVICE void positional_ambiguity() {
@@ -196,12 +266,24 @@ class RowStep {
   R2D_HOST_DEVICE void stability() {
     const StepRow& row = row_;
     ctx_.for_each(row.length, [&](int64_t i) {
-      // A candidate is either masked still or was given a rule in this step.
-      const Observation cell{.was_masked = row.masked[i] || row.rule[i] != 0,
+      const Observation cell{.was_masked = was_masked(i),
                              .is_masked = row.masked[i],
                              .prediction = row.top_id[i],
                              .confidence = row.top_confidence[i]};
       if (advance(row.streaks, i, cell, options_.stability)) commit_top(i, Rule::kStability);
+    });
+  }
+
+  // Token to token (LLaDA2.1, arXiv 2602.08676): a decided cell takes another token that is sure.
+  R2D_HOST_DEVICE void edits() {
+    const StepRow& row = row_;
+    ctx_.for_each(row.length, [&](int64_t i) {
+      if (!row.editable[i] || row.top_id[i] < 0) return;
+      const float confidence = round_to(row.top_confidence[i], options_.rounding);
+      if (row.top_id[i] != row.tokens.get(row.number, i) &&
+          passes(confidence, options_.edit_threshold)) {
+        commit_top(i, Rule::kEdit);
+      }
     });
   }
 

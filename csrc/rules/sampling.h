@@ -11,6 +11,10 @@ struct SamplingOptions {
   double temperature;  // 0: argmax
   int64_t top_k;       // 0: all
   double top_p;        // 1: all
+  double min_p;        // 0: all
+
+  R2D_HOST_DEVICE bool draws() const { return temperature > 0.0; }
+  R2D_HOST_DEVICE bool restricts() const { return top_k > 0 || top_p < 1.0 || min_p > 0.0; }
 };
 
 // Bits that order like the logit: a larger logit has a larger key. -0 and +0 share one.

@@ -19,8 +19,11 @@ StepOptions no_rules() {
   StepOptions options{};
   options.mask_id = kMask;
   options.threshold = 0.9f;
+  options.quota = 1;
   options.factor = 1.0;
   options.error_budget = 0.1;
+  options.neighbour = {.radius = 0, .threshold = 0.75f};
+  options.edit_threshold = kNoThreshold;
   options.window = {
       .window = 0, .max_unmasked = 1, .min_confidence = 0.8f, .rounding = Rounding::kNone};
   options.run = {.mode = TokenCluster::kOff, .min_run = 2, .min_confidence = 0.8f};
@@ -33,7 +36,10 @@ struct Block {
   std::vector<int64_t> ids;
   std::vector<float> confidence;
   std::vector<int64_t> tokens, prediction, streak_id, counters{0, 0, 0, -1, 0};
-  std::vector<float> judged, streak_sum, streak_max;
+  std::vector<float> judged, streak_sum, streak_max, entropy;
+  std::vector<bool> decided;  // which are editable; none by default
+  std::vector<int16_t> step_map;
+  bool is_valid = true;
   std::vector<int32_t> streak_count, order;
   std::vector<uint8_t> rule, selected;
   std::vector<uint64_t> keys;
@@ -46,6 +52,8 @@ struct Block {
         judged(length),
         streak_sum(length),
         streak_max(length),
+        entropy(length),
+        step_map(length, -1),
         streak_count(length),
         order(length),
         rule(length),
@@ -55,26 +63,36 @@ struct Block {
   template <class Context = cpu::RowContext>
   void step(const StepOptions& options, Context context = {}) {
     const auto length = static_cast<int64_t>(tokens.size());
-    const std::unique_ptr<bool[]> masked(new bool[tokens.size()]);
+    const std::unique_ptr<bool[]> masked(new bool[tokens.size()]),
+        editable(new bool[tokens.size()]);
     for (int64_t i = 0; i < length; ++i) {
       masked[i] = tokens[i] == kMask;
+      editable[i] = !decided.empty() && decided[static_cast<size_t>(i)];
       prediction[i] = ids[i];
       judged[i] = confidence[i];
     }
     const StepRow row{.length = length,
+                      .number = 0,
+                      .is_valid = is_valid,
                       .top_id = ids.data(),
                       .top_confidence = confidence.data(),
+                      .entropy = entropy.data(),
                       .prediction = prediction.data(),
                       .confidence = judged.data(),
                       .rule = rule.data(),
                       .remaining = &remaining,
-                      .tokens = tokens.data(),
-                      .tokens_stride = 1,
+                      .tokens = {.data = tokens.data(),
+                                 .written = tokens.data(),
+                                 .is_wide = true,
+                                 .batch_stride = length,
+                                 .length_stride = 1},
                       .streaks = {.count = streak_count.data(),
                                   .id = streak_id.data(),
                                   .sum = streak_sum.data(),
                                   .max = streak_max.data()},
                       .counters = counters.data(),
+                      .step_map = step_map.data(),
+                      .editable = decided.empty() ? nullptr : editable.get(),
                       .masked = masked.get(),
                       .keys = keys.data(),
                       .selected = selected.data(),
@@ -150,9 +168,13 @@ TEST(factor_commits_the_last_cell_with_all_others) {
 TEST(budget_bounds_the_expected_errors) {
   const double confidence[] = {0.5, 0.96875, 0.96875, 0.9};
   const auto of = [&](int64_t j) { return confidence[j]; };
-  CHECK(budget_prefix(4, 0.0, of) == 0);
-  CHECK(budget_prefix(4, 0.5625, of) == 3);  // 0.5 + 2 / 32, inclusive
-  CHECK(budget_prefix(4, 0.56, of) == 2);
+  const auto cost = [&](int64_t j) { return 1.0 - of(j); };
+  CHECK(budget_prefix(4, 0.0, false, cost) == 0);
+  CHECK(budget_prefix(4, 0.5625, false, cost) == 3);  // 0.5 + 2 / 32, inclusive
+  CHECK(budget_prefix(4, 0.56, false, cost) == 2);
+  CHECK(budget_prefix(4, 0.0, true, cost) == 1);  // the last one is free
+  CHECK(budget_prefix(4, 0.5625, true, cost) == 4);
+  CHECK(budget_prefix(4, 0.56, true, cost) == 3);
 }
 
 TEST(first_takes_the_first_cell_with_a_prediction) {
@@ -256,9 +278,9 @@ TEST(a_row_without_predictions_is_left_alone) {
   options.stability.steps = 1;
   options.window.min_confidence = options.run.min_confidence = 0.0f;
   options.stability.min_confidence = 0.0f;
-  for (BaseRule base : {BaseRule::kThreshold, BaseRule::kSchedule, BaseRule::kFactor,
-                        BaseRule::kFirst, BaseRule::kBudget}) {
-    options.base = base;
+  options.quota = 2;
+  for (int base = 0; base < static_cast<int>(BaseRule::kCount); ++base) {
+    options.base = static_cast<BaseRule>(base);
     Block block(2);
     block.ids = {-1, -1};
     block.confidence = {NAN, NAN};
@@ -268,27 +290,146 @@ TEST(a_row_without_predictions_is_left_alone) {
   }
 }
 
+// The rules of one step on cells with ids 1, 2, 3, ... and these confidences.
+Rules rules_of(const StepOptions& options, const std::vector<float>& confidence) {
+  Block block(confidence.size());
+  for (size_t i = 0; i < confidence.size(); ++i) block.ids.push_back(static_cast<int64_t>(i) + 1);
+  block.confidence = confidence;
+  block.step(options);
+  return block.rule;
+}
+
+TEST(a_quota_is_united_with_what_the_base_rule_commits) {
+  StepOptions options = no_rules();
+  const std::vector<float> p{0.5f, 0.95f, 0.7f, 0.7f};
+  for (const auto& [quota, want] : std::vector<std::pair<int64_t, Rules>>{
+           {0, {0, 1, 0, 0}}, {1, {0, 1, 0, 0}}, {2, {0, 1, 2, 0}}, {9, {2, 1, 2, 2}}}) {
+    options.quota = quota;
+    CHECK(rules_of(options, p) == want);
+  }
+  options.threshold = kNoThreshold;
+  options.quota = 3;
+  CHECK(rules_of(options, p) == (Rules{0, 2, 2, 2}));
+  options.base = BaseRule::kFirst;
+  CHECK(rules_of(options, p) == (Rules{6, 6, 6, 0}));
+  options.base = BaseRule::kBudget;
+  options.error_budget = 0.0;
+  CHECK(rules_of(options, p) == (Rules{0, 2, 2, 2}));
+  options.last_free = true;
+  CHECK(rules_of(options, p) == (Rules{0, 6, 2, 2}));
+  options.quota = 0;
+  options.last_free = false;
+  CHECK(rules_of(options, p) == (Rules{0, 0, 0, 0}));
+}
+
+TEST(a_threshold_may_be_strict) {
+  StepOptions options = no_rules();
+  options.threshold = 0.5f;
+  options.quota = 0;
+  CHECK(rules_of(options, {0.5f, 0.75f}) == (Rules{1, 1}));
+  options.compare = Compare::kAbove;
+  CHECK(rules_of(options, {0.5f, 0.75f}) == (Rules{0, 1}));
+}
+
+TEST(entropy_orders_by_itself_and_leaves_the_last_cell_free) {
+  StepOptions options = no_rules();
+  options.base = BaseRule::kEntropy;
+  options.entropy_budget = 0.5;
+  Block block(4);
+  block.ids = {1, 2, 3, 4};
+  block.confidence = {0.9f, 0.1f, 0.2f, 0.3f};
+  block.entropy = {2.0f, 0.25f, 0.25f, 0.5f};
+  Block free = block;
+  block.step(options);
+  CHECK(block.rule == (Rules{0, 6, 6, 0}));  // 0.25 + 0.25 <= 0.5
+  options.last_free = true;
+  free.step(options);
+  CHECK(free.rule == (Rules{0, 6, 6, 6}));
+}
+
+TEST(cells_beside_an_anchor_need_less) {
+  StepOptions options = no_rules();
+  options.neighbour = {.radius = 2, .threshold = 0.75f};
+  CHECK(rules_of(options, {0.8f, 0.8f, 0.3f, 0.95f, 0.74f, 0.75f}) == (Rules{0, 7, 0, 1, 0, 7}));
+  options.threshold = kNoThreshold;
+  CHECK(rules_of(options, {0.8f, 0.95f}) == (Rules{0, 2}));
+}
+
+TEST(a_cell_that_predicts_the_mask_id_may_be_skipped) {
+  StepOptions options = no_rules();
+  options.window.window = 2;
+  options.window.max_unmasked = 0;
+  options.stability.steps = 1;
+  options.mask_prediction = MaskPrediction::kSkip;
+  Block block(3);
+  block.ids = {1, kMask, 3};
+  block.confidence = {0.3f, 0.99f, 0.85f};
+  block.streak_count = {0, 7, 0};
+  block.step(options);
+  CHECK(block.rule == (Rules{0, 0, 2}));  // windows see it as decided; the best of the others goes
+  CHECK(block.streak_count == (std::vector<int32_t>{1, 7, 0}));
+  CHECK(block.remaining == 2 && block.counters[kBlockMasked] == 3);
+}
+
+TEST(a_decided_cell_takes_another_token_that_is_sure) {
+  StepOptions options = no_rules();
+  options.edit_threshold = 0.9f;
+  Block block(5);
+  block.tokens = {1, 2, 3, kMask, 5};
+  block.decided = {true, true, false, false, true};
+  block.ids = {1, 7, 8, 4, kMask};
+  block.confidence = {0.99f, 0.9f, 0.99f, 0.2f, 0.99f};
+  block.step(options);
+  CHECK(block.rule == (Rules{0, 8, 0, 2, 0}));
+  CHECK(block.tokens == (Ids{1, 7, 3, 4, 5}));
+  CHECK(block.step_map == (std::vector<int16_t>{-1, 0, -1, 0, -1}));
+  CHECK(block.remaining == 0);
+}
+
+TEST(a_row_that_is_left_alone_keeps_its_state) {
+  StepOptions options = no_rules();
+  options.stability.steps = 2;
+  Block block(2);
+  block.ids = {1, 2};
+  block.confidence = {1.0f, 0.5f};
+  block.is_valid = false;
+  block.step(options);
+  CHECK(block.rule == (Rules{0, 0}) && block.remaining == 2);
+  CHECK(block.tokens == (Ids{kMask, kMask}) && block.streak_count == (std::vector<int32_t>{0, 0}));
+  CHECK(block.counters == (Ids{0, 0, 0, -1, 0}) &&
+        block.step_map == (std::vector<int16_t>{-1, -1}));
+}
+
 TEST(no_rule_depends_on_the_order_of_its_cells) {
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
   for (unsigned round = 0; round < 500; ++round) {
     StepOptions options = no_rules();
-    options.base = static_cast<BaseRule>(round % 5);
+    options.base = static_cast<BaseRule>(round % static_cast<unsigned>(BaseRule::kCount));
+    options.quota = round % 5;
+    options.last_free = round % 2 == 0;
+    options.entropy_budget = 0.5;
+    options.mask_prediction = static_cast<MaskPrediction>(round % 3);
     options.window.window = round % 4;
+    options.neighbour.radius = round % 3;
     options.run.mode = static_cast<TokenCluster>(round / 3 % 4);
     options.stability.steps = 1 + round % 3;
     options.stability.mode = static_cast<TemporalEval>(round % 3);
+    options.edit_threshold = 0.5f;
     Block ordered(1 + round % 40);
     for (size_t i = 0; i < ordered.tokens.size(); ++i) {
-      ordered.ids.push_back(random() % 3);
+      ordered.ids.push_back(random() % 8 == 0 ? kMask : static_cast<int64_t>(random() % 3));
       ordered.confidence.push_back(uniform(random));
+      ordered.entropy[i] = uniform(random);
+      ordered.decided.push_back(random() % 4 == 0);
+      if (ordered.decided.back()) ordered.tokens[i] = 1;
     }
     Block shuffled = ordered;
     for (int step = 0; step < 4; ++step) {
       ordered.step(options);
       shuffled.step(options, ShuffledContext(round));
       CHECK(ordered.tokens == shuffled.tokens && ordered.rule == shuffled.rule);
-      CHECK(ordered.streak_sum == shuffled.streak_sum);
+      CHECK(ordered.streak_sum == shuffled.streak_sum && ordered.step_map == shuffled.step_map);
     }
   }
 }
