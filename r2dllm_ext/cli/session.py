@@ -63,6 +63,7 @@ def describe(answer: Answer) -> str:
         return ""
     if verdict.correct:
         return "correct"
+    assert verdict.wrong_step is not None  # as it is wrong
     return f"wrong in sentence {verdict.wrong_step + 1}: {verdict.reason}"
 
 
