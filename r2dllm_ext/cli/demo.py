@@ -7,7 +7,7 @@ import argparse
 import time
 
 from ..config import DecodeConfig
-from ..ledger import make_sample
+from ..tasks.ledger import make_sample
 from . import options
 from .session import Answer, Prompt, Session
 

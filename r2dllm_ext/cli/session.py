@@ -13,9 +13,9 @@ import torch
 
 from ..config import DecodeConfig, Rule
 from ..generation import NoProgressError, generate
-from ..ledger import ANSWER_LENGTH, Tokenizer, Verdict, verify
 from ..models import load_model
 from ..stop_ids import StopId, answer_length, stop_ids
+from ..tasks.ledger import ANSWER_LENGTH, Tokenizer, Verdict, verify
 from ..trace import Trace
 from . import options, text
 

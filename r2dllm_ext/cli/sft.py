@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DecodeConfig
-from ..ledger import make_sample
+from ..tasks.ledger import make_sample
 from . import options
 from .session import Session
 
@@ -22,7 +22,7 @@ OUT holds recipe.json, prompts.jsonl, rollouts/, selected.jsonl, selection.json,
 evaluation/ and evaluation.json. Killed, the same command goes on. On several processes:
   torchrun --nproc-per-node 2 -m r2dllm_ext sft --out OUT ...
 """
-_LEDGER_VERIFIER = "r2dllm_ext.ledger:verify_record"
+_LEDGER_VERIFIER = "r2dllm_ext.tasks.ledger:verify_record"
 
 
 def add_parser(commands) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from ..ledger import Tokenizer
+from ..tasks.ledger import Tokenizer
 from ..text_input import read_text, split_lines
 
 

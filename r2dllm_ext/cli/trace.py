@@ -8,7 +8,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
-from ..ledger import make_sample
+from ..tasks.ledger import make_sample
 from . import options
 from .session import Answer, Session, describe
 
