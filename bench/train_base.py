@@ -85,15 +85,15 @@ PLANS = {
             Stage("3", 2, 1200, 48, 4e-4, **_FRONTIER),
             Stage("4", 3, 6000, 64, 1e-3, iid_share=0.15, frontier_share=0.5),
             Stage(
-                "5", 4, 2000, 48, 6e-4, warmup=50, iid_share=0.2, frontier_share=0.15,
-                own_share=0.5, ended_share=0.05,
+                "5", 4, 1000, 32, 5e-4, warmup=50, ema_decay=0.995, iid_share=0.2,
+                frontier_share=0.15, own_share=0.5, ended_share=0.05,
             ),
         ),
     ),
     "pronounce": Plan(
         Shape(width=160, layers=5, heads=5, mlp_width=448),
         (
-            Stage("1", 0, 3000, 32, 2e-3, warmup=150, iid_share=0.7, ended_share=0.05),
+            Stage("1", 0, 1200, 32, 2e-3, warmup=100, iid_share=0.7, ended_share=0.05),
         ),
     ),
 }  # fmt: skip
@@ -156,9 +156,7 @@ def draw(task: Task, stage: Stage, step: int) -> Batch:
     return mask(ids, torch.tensor(active)[:, None], ids[:, -A:], task, stage, generator)
 
 
-def mask(
-    ids: Tensor, start: Tensor, answers: Tensor, task: Task, stage: Stage, generator
-) -> Batch:
+def mask(ids: Tensor, start: Tensor, answers: Tensor, task: Task, stage: Stage, generator) -> Batch:
     """Hides cells of `answers` [B, A] whose active blocks begin at `start` [B, 1].
 
     iid rows hide each cell with one ratio t ~ U(0, 1). In the others, what lies before the active

@@ -20,8 +20,8 @@ from r2dllm_ext import DecodeConfig, Rule, generate, load_model
 from r2dllm_ext.cli import main, options
 from r2dllm_ext.cli.display import Display, marked_lines
 from r2dllm_ext.cli.text import pieces
-from r2dllm_ext.ledger import MODEL_PATH, Tokenizer, make_sample
 from r2dllm_ext.models import ModelConfig, Transformer, save_model
+from r2dllm_ext.tasks.ledger import Tokenizer, make_sample
 from r2dllm_ext.trace_plot import RULE_COLORS, plot_trace
 
 PROMPT = "start with 4 . first add 3 . second take 5 . answer :"
@@ -391,7 +391,6 @@ def test_demo_shows_other_prompts_for_another_seed(run, ledger):
     assert f"> {make_sample(1, 0, split='test').prompt}\n" in result.out
 
 
-@pytest.mark.skipif(not (MODEL_PATH / "model.safetensors").exists(), reason="no bundled weights")
 def test_bundled_model_answers(run):
     result = run("demo", "--decoders", "fast_dllm")
     assert result.status == 0 and ", correct\n" in result.out

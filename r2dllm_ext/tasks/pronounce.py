@@ -17,6 +17,7 @@ import zlib
 from dataclasses import dataclass
 from functools import cache
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,11 +191,15 @@ def verify(prompt: str, answer: str) -> Verdict:
     if False not in good:
         return Verdict(False, len(good), "the answer ends before this word", right, parts)
     wrong = good.index(False)
-    reason = (
-        f"{words[wrong]} is {' '.join(found[wrong]) or 'nothing'}, expected "
-        + " or ".join(" ".join(one) for one in listed[words[wrong]])
+    reason = f"{words[wrong]} is {' '.join(found[wrong]) or 'nothing'}, expected " + " or ".join(
+        " ".join(one) for one in listed[words[wrong]]
     )
     return Verdict(False, wrong, reason, right, parts)
+
+
+def verify_record(record: dict[str, Any], answer: str) -> bool:
+    """`verify` as a verifier of `r2dllm sft`: `record["prompt"]` is the text of a prompt."""
+    return verify(record["prompt"], answer).correct
 
 
 def phoneme_errors(prompt: str, answer: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -80,7 +80,3 @@ class Task:
             )
         fill = [self.tokenizer.end_id] * (self.answer_length - len(answer))
         return self.tokenizer.encode(sample.prompt), answer + fill
-
-    def verify_record(self, record: dict[str, Any], answer: str) -> bool:
-        """`verify` as a verifier of `r2dllm sft`: `record["prompt"]` is the text of a prompt."""
-        return self.verify(record["prompt"], answer).correct
