@@ -60,6 +60,7 @@ class Stage:
     batch_size: int
     learning_rate: float
     warmup: int = 200
+    horizon: int | None = None  # the step at which the rate would be zero; None = steps
     weight_decay: float = 0.05
     ema_decay: float = 0.998
     iid_share: float = 0.15
@@ -69,12 +70,21 @@ class Stage:
     ended_share: float = 1.0
 
 
+class Schedule(NamedTuple):
+    """What `learning_rate` reads."""
+
+    learning_rate: float
+    warmup: int
+    steps: int
+
+
 class Plan(NamedTuple):
     shape: Shape
     stages: tuple[Stage, ...]
 
 
 _FRONTIER = {"iid_share": 0.15, "frontier_share": 0.6, "frontier_digits": 3}
+_OWN = {"iid_share": 0.2, "frontier_share": 0.15, "own_share": 0.5, "ended_share": 0.05}
 PLANS = {
     # Stages 1 to 4 were trained, with these settings, by the trainer that this one came from.
     "ledger": Plan(
@@ -84,10 +94,8 @@ PLANS = {
             Stage("2", 1, 2200, 48, 8e-4, **_FRONTIER),
             Stage("3", 2, 1200, 48, 4e-4, **_FRONTIER),
             Stage("4", 3, 6000, 64, 1e-3, iid_share=0.15, frontier_share=0.5),
-            Stage(
-                "5", 4, 1000, 32, 5e-4, warmup=50, ema_decay=0.995, iid_share=0.2,
-                frontier_share=0.15, own_share=0.5, ended_share=0.05,
-            ),
+            Stage("5", 4, 275, 32, 5e-4, warmup=50, horizon=1000, ema_decay=0.995, **_OWN),
+            Stage("6", 5, 420, 32, 3.5e-4, warmup=10, ema_decay=0.99, **_OWN),
         ),
     ),
     "pronounce": Plan(
@@ -309,7 +317,9 @@ class Trainer:
 
     def train_step(self) -> tuple[float, float]:
         """One update; returns its loss and learning rate."""
-        lr = learning_rate(self.stage, self.step)
+        stage = self.stage
+        schedule = Schedule(stage.learning_rate, stage.warmup, stage.horizon or stage.steps)
+        lr = learning_rate(schedule, self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr

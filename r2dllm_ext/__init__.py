@@ -47,6 +47,7 @@ __all__ = [
     "row_stats",
     "select",
     "sft_loss",
+    "tasks",
     "token_confidence",
     "update_stability_",
     "vocab_statistics",

