@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from r2dllm_ext.models import load_model
-from r2dllm_ext.tasks import get_task
+from r2dllm_ext.tasks import TASKS, get_task, task_of
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import train_base  # noqa: E402
@@ -206,3 +206,10 @@ def test_command_line_errors(options, words, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         train_base.main(["--task", "ledger", "--out", str(tmp_path), *options])
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_trained_model_is_known_by_its_vocabulary(name):
+    config = train_base.model_config(SHAPE, get_task(name))
+    assert task_of(config).name == name
+    assert task_of(dataclasses.replace(config, mask_id=None)) is None

@@ -195,7 +195,7 @@ def verify_record(record: dict[str, Any], answer: str) -> bool:
 class Ledger(Task):
     """The task as the trainers and commands see it."""
 
-    name, parts = "ledger", "answers"
+    name, part = "ledger", "sentence"
     answer_length, prompt_length = ANSWER_LENGTH, 32
 
     def __init__(self) -> None:

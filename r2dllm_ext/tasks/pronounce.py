@@ -233,7 +233,7 @@ def edit_distance(a: Pronunciation, b: Pronunciation) -> int:
 class Pronounce(Task):
     """The task as the trainers and commands see it."""
 
-    name, parts = "pronounce", "words"
+    name, part = "pronounce", "word"
     answer_length, prompt_length = ANSWER_LENGTH, PROMPT_LENGTH
 
     def __init__(self) -> None:

@@ -40,13 +40,13 @@ class Task:
     """Base class of the tasks; a new one is a file with a subclass, and a line in `TASKS`.
 
     name: of the task and of its tuned model; its base model is `name`-base.
-    parts: what the verifier counts, in the plural.
+    part: what `Verdict.wrong_step` numbers.
     answer_length: token slots of an answer, a multiple of the block length 32.
     prompt_length: slots that every prompt of `sample` fits into, a multiple of 32 too.
     """
 
     name: str
-    parts: str
+    part: str
     answer_length: int
     prompt_length: int
     tokenizer: WordTokenizer
