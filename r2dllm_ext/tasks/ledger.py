@@ -197,6 +197,7 @@ class Ledger(Task):
 
     name, part = "ledger", "sentence"
     answer_length, prompt_length = ANSWER_LENGTH, 32
+    tokenizer: Tokenizer
 
     def __init__(self) -> None:
         self.tokenizer = Tokenizer()

@@ -235,6 +235,7 @@ class Pronounce(Task):
 
     name, part = "pronounce", "word"
     answer_length, prompt_length = ANSWER_LENGTH, PROMPT_LENGTH
+    tokenizer: Tokenizer
 
     def __init__(self) -> None:
         self.tokenizer = Tokenizer()
