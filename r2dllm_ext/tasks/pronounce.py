@@ -177,7 +177,7 @@ def verify(prompt: str, answer: str) -> Verdict:
 
     `ValueError` if a word of the prompt is not in the dictionary: then nothing can be said.
     """
-    words, listed, found = prompt.split(), dictionary(), read_answer(answer)
+    words, listed, found = prompt.lower().split(), dictionary(), read_answer(answer)
     for word in words:
         if word not in listed:
             raise ValueError(f"pronounce: {word!r} is not in the dictionary")
@@ -208,7 +208,7 @@ def phoneme_errors(prompt: str, answer: str) -> tuple[int, int]:
     >>> phoneme_errors("cat dog", "1 K AH T 2 D AO G")  # doctest: +SKIP
     (1, 6)
     """
-    words, found = prompt.split(), read_answer(answer)
+    words, found = prompt.lower().split(), read_answer(answer)
     found += [()] * (len(words) - len(found))
     errors = total = 0
     for word, one in zip(words, found, strict=False):
