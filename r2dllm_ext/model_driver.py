@@ -141,8 +141,10 @@ class ModelDriver:
                 f"[{expected[0]}, {expected[1]}, V], got {list(logits.shape)}"
             )
         if not self._block_logits_only:
-            listed = isinstance(rows, torch.Tensor)
-            logits = logits.index_select(1, rows) if listed else logits[:, rows[0] : rows[1]]
+            if isinstance(rows, torch.Tensor):
+                logits = logits.index_select(1, rows)
+            else:
+                logits = logits[:, rows[0] : rows[1]]
         return logits, output
 
 
