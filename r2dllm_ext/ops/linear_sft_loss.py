@@ -293,8 +293,12 @@ class _Gradients:
 
     def _head_by_columns(self, hidden, head, bias, index, memory) -> None:
         """All rows at once, as many columns as the memory holds."""
-        tensors = (torch.cat(parts) for parts in list(zip(*self._rows, strict=True))[:4])
-        rows = _Rows(*tensors, *self._rows[0][4:])
+        rows = self._rows[0]._replace(
+            targets=torch.cat([chunk.targets for chunk in self._rows]),
+            state=torch.cat([chunk.state for chunk in self._rows]),
+            d_nll=torch.cat([chunk.d_nll for chunk in self._rows]),
+            d_entropy=torch.cat([chunk.d_entropy for chunk in self._rows]),
+        )
         states = hidden.index_select(0, index).to(head.dtype)
         vocab, n = len(head), len(index)
         if len(memory) < n:
