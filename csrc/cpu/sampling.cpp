@@ -84,10 +84,9 @@ int64_t choose(int64_t n, double& target, Mass mass) {
 
 }  // namespace
 
-int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& options,
-                   double uniform) {
-  // A temperature near 0 is the argmax; keep the scale within float32.
-  const double scale = std::min(kLog2eWide / options.temperature, 1e30);
+DrawnToken draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& options,
+                      double uniform) {
+  const double scale = drawing_scale(options.temperature);
   const double max = pass.stats(row).max;
   const VocabKernels& kernels = pass.kernels();
   const Cutoff cutoff(pass, row, scale);
@@ -106,7 +105,7 @@ int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& op
     least = std::max(least, cutoff.find(least, options.top_p * mass,
                                         [&](double logit) { return cutoff.term(logit); }));
   }
-  const double lowest = logit_of_key(least);
+  const double lowest = std::max(logit_of_key(least), min_p_cutoff(max, options));
 
   // Inverse CDF by levels: a slice, 64 columns of it, one of these.
   std::vector<double> mass(pass.slices());
@@ -119,7 +118,7 @@ int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& op
   }
   double target = uniform * total;
   const int64_t slice = choose(pass.slices(), target, [&](int64_t i) { return mass[i]; });
-  return slice * kSliceWidth + pass.with_slice(row, slice, [&](const char* data) {
+  const int64_t column = slice * kSliceWidth + pass.with_slice(row, slice, [&](const char* data) {
     constexpr int64_t kWidth = 64;
     const int64_t size = pass.slice_size(slice);
     const int64_t group = choose((size + kWidth - 1) / kWidth, target, [&](int64_t i) {
@@ -132,6 +131,7 @@ int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& op
              return logit >= lowest ? cutoff.term(logit) : 0.0;
            });
   });
+  return {column, cutoff.term(pass.load(row, column)) / total};
 }
 
 }  // namespace r2dllm::cpu

@@ -2,6 +2,7 @@
 // The pass over V on one slice of a row, per instruction set. No torch: raw pointers only.
 #pragma once
 
+#include <cfloat>
 #include <vector>
 
 #include "../rules/confidence.h"
@@ -40,6 +41,8 @@ struct VocabKernels {
 
   // Statistics of `n` logits, read once from memory and once from the L1 cache.
   VocabStats (*stats)(const void* logits, int64_t n);
+  // The same in the same pass, and `moment`: sum of w * log2(w) over the terms w of the sum.
+  VocabStats (*stats_and_moment)(const void* logits, int64_t n, double* moment);
 
   // What the sum of these `stats` lacks because the terms near `column` were added up in float32.
   // That matters near a term which is most of the row: there a rounding of the sum is one of the

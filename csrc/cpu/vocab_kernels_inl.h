@@ -127,12 +127,15 @@ struct Term {
         log2e(Simd::set(kLog2e)),
         round(Simd::set(Simd::kExp2Round - exponent)) {}
 
-  void operator()(Floats z, Floats& fraction, Floats& power) const {
+  // Returns z * kLog2e - exponent.
+  Floats operator()(Floats z, Floats& fraction, Floats& power) const {
     const Floats clamped = Simd::max(floor, z);
     const Floats t = Simd::fma(clamped, log2e, round);
-    const Floats f = Simd::fma(clamped, log2e, Simd::sub(round, t));
+    const Floats minus_k = Simd::sub(round, t);
+    const Floats f = Simd::fma(clamped, log2e, minus_k);
     fraction = exp2_fraction(f);
     power = Simd::exp2(t);
+    return Simd::sub(f, minus_k);
   }
 };
 
@@ -145,9 +148,26 @@ inline double sum_of_terms(const typename Loader::Element* p, int64_t n, const T
   });
 }
 
+// Sums of the terms w and of w * x, where w = 2^x and x = z * kLog2e - exponent.
 template <class Loader>
-VocabStats stats(const void* logits, int64_t n) {
+inline double sums_of_terms(const typename Loader::Element* p, int64_t n, const Term& term,
+                            double& moment) {
+  double totals[2];
+  sums_over_groups<Loader>(p, n, totals, [&](Floats z, Floats(&sums)[2]) {
+    Floats fraction, power;
+    const Floats x = term(z, fraction, power);
+    const Floats w = Simd::mul(fraction, power);
+    sums[0] = Simd::add(sums[0], w);
+    sums[1] = Simd::fma(w, x, sums[1]);
+  });
+  moment = totals[1];
+  return totals[0];
+}
+
+template <class Loader, bool kMoment>
+inline VocabStats read_slice(const void* logits, int64_t n, double* moment) {
   const auto* p = static_cast<const typename Loader::Element*>(logits);
+  if constexpr (kMoment) *moment = 0.0;
   const float max = greatest<Loader>(p, n);
   if (!(max > -INFINITY && max < INFINITY)) {
     // +inf or NaN on top makes the row invalid. So does a NaN among nothing but -inf.
@@ -158,11 +178,32 @@ VocabStats stats(const void* logits, int64_t n) {
   if (!is_narrow(max)) {
     const double exponent = rint(static_cast<double>(max) * kLog2eWide);
     double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) sum += wide_term(Loader::to_float(p[i]), exponent);
+    for (int64_t i = 0; i < n; ++i) {
+      const double logit = Loader::to_float(p[i]), term = wide_term(logit, exponent);
+      sum += term;
+      if constexpr (kMoment) *moment += wide_moment(logit, exponent, term);
+    }
     return {max, exponent, sum};
   }
   const float exponent = rintf(max * kLog2e);
-  return {max, exponent, sum_of_terms<Loader>(p, n, Term(max, exponent)) * log2e_factor(max)};
+  const Term term(max, exponent);
+  const double factor = log2e_factor(max);
+  if constexpr (kMoment) {
+    const double sum = sums_of_terms<Loader>(p, n, term, *moment);
+    *moment *= factor;
+    return {max, exponent, sum * factor};
+  }
+  return {max, exponent, sum_of_terms<Loader>(p, n, term) * factor};
+}
+
+template <class Loader>
+VocabStats stats(const void* logits, int64_t n) {
+  return read_slice<Loader, false>(logits, n, nullptr);
+}
+
+template <class Loader>
+VocabStats stats_and_moment(const void* logits, int64_t n, double* moment) {
+  return read_slice<Loader, true>(logits, n, moment);
 }
 
 template <class Loader>
@@ -204,13 +245,23 @@ int64_t find(const void* logits, int64_t n, double value) {
   return i < n ? i : -1;
 }
 
+// A scale too small for float32 makes all terms alike, as it should.
+inline float narrow_scale(double scale) {
+  return static_cast<float>(scale < FLT_MIN ? FLT_MIN : scale);
+}
+
+// How far below the maximum a logit counts, so that its term is not below 2^-115.
+inline float tempered_floor(double scale) {
+  const double floor = -115.0 / static_cast<double>(narrow_scale(scale));
+  return static_cast<float>(floor < -FLT_MAX ? -FLT_MAX : floor);
+}
+
 template <class Loader>
 double tempered_mass(const void* logits, int64_t n, double max, double scale, double cutoff) {
   const auto* p = static_cast<const typename Loader::Element*>(logits);
   const Floats top = Simd::set(static_cast<float>(max)),
-               low = Simd::set(static_cast<float>(cutoff)),
-               factor = Simd::set(static_cast<float>(scale)), round = Simd::set(Simd::kExp2Round),
-               floor = Simd::set(-115.0f / static_cast<float>(scale));
+               low = Simd::set(static_cast<float>(cutoff)), factor = Simd::set(narrow_scale(scale)),
+               round = Simd::set(Simd::kExp2Round), floor = Simd::set(tempered_floor(scale));
   return sum_over_groups<Loader>(p, n, [&](Floats sum, Floats z) {
     const Floats below = Simd::max(floor, Simd::sub(z, top));
     const Floats t = Simd::fma(below, factor, round);
@@ -226,8 +277,8 @@ struct TemperedTerm {
 
   TemperedTerm(double max, double scale)
       : top(Simd::set(static_cast<float>(max))),
-        factor(Simd::set(static_cast<float>(scale))),
-        floor(Simd::set(-115.0f / static_cast<float>(scale))),
+        factor(Simd::set(narrow_scale(scale))),
+        floor(Simd::set(tempered_floor(scale))),
         round(Simd::set(Simd::kExp2Round)) {}
 
   // exp2(u) = fraction * power
@@ -327,6 +378,7 @@ template <class Loader>
 constexpr VocabKernels kernels_for(const char* name) {
   return {name,
           stats<Loader>,
+          stats_and_moment<Loader>,
           correction<Loader>,
           find<Loader>,
           tempered_mass<Loader>,

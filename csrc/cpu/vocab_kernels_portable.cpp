@@ -147,7 +147,8 @@ struct Half {
 
 #include "vocab_kernels_inl.h"
 
-VocabStats stats_double(const void* logits, int64_t n) {
+VocabStats stats_and_moment_double(const void* logits, int64_t n, double* moment) {
+  *moment = 0.0;
   const auto* p = static_cast<const double*>(logits);
   double max = -INFINITY;
   bool has_nan = false;
@@ -159,8 +160,17 @@ VocabStats stats_double(const void* logits, int64_t n) {
   if (max == -INFINITY) return VocabStats::empty();
   const double exponent = rint(max * kLog2eWide);
   double sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) sum += wide_term(p[i], exponent);
+  for (int64_t i = 0; i < n; ++i) {
+    const double term = wide_term(p[i], exponent);
+    sum += term;
+    *moment += wide_moment(p[i], exponent, term);
+  }
   return {max, exponent, sum};
+}
+
+VocabStats stats_double(const void* logits, int64_t n) {
+  double moment;
+  return stats_and_moment_double(logits, n, &moment);
 }
 
 double correction_double(const void*, int64_t, int64_t, const VocabStats&) { return 0.0; }
@@ -210,8 +220,9 @@ void store_double(void* logits, int64_t i, double value) {
 constexpr VocabKernels kKernels[] = {
     kernels_for<Loader<Float>>("portable"), kernels_for<Loader<BFloat16>>("portable"),
     kernels_for<Loader<Half>>("portable"),
-    VocabKernels{"portable", stats_double, correction_double, find_double, tempered_mass_double,
-                 tempered_sums_double, gradient_double, load_double, store_double}};
+    VocabKernels{"portable", stats_double, stats_and_moment_double, correction_double, find_double,
+                 tempered_mass_double, tempered_sums_double, gradient_double, load_double,
+                 store_double}};
 
 }  // namespace
 

@@ -5,7 +5,8 @@
 
 namespace r2dllm::cpu {
 
-VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double scale)
+VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double scale,
+                     bool with_entropy)
     : logits_(logits),
       kernels_(vocab_kernels(logits.type)),
       bytes_(kLogitBytes[static_cast<int>(logits.type)]),
@@ -19,13 +20,19 @@ VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double sc
   stats_.resize(rows());
   argmax_.resize(rows(), -1);
   if (scale != 0.0) tempered_.resize(rows() * slices_);
+  if (with_entropy) {
+    moment_.resize(rows() * slices_);
+    entropy_.resize(rows(), NAN);
+  }
   // A task is a slice of a row: a single row uses all threads too.
   constexpr int64_t kTasksWorthAThread = 4;
   parallel_for(0, rows() * slices_, kTasksWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices_;
       with_slice(task / slices_, slice, [&](const char* data) {
-        partial_[task] = kernels_.stats(data, slice_size(slice));
+        const int64_t size = slice_size(slice);
+        partial_[task] = with_entropy ? kernels_.stats_and_moment(data, size, &moment_[task])
+                                      : kernels_.stats(data, size);
         if (scale != 0.0 && is_valid(partial_[task])) {
           tempered_[task] =
               kernels_.tempered_sums(data, slice_size(slice), partial_[task].max, scale);
@@ -44,6 +51,7 @@ void VocabPass::merge_slices(int64_t row) {
   VocabStats merged = VocabStats::empty();
   for (int64_t i = 0; i < slices_; ++i) merged = merge(merged, partial[i]);
   if (is_valid(merged)) {
+    if (!entropy_.empty()) entropy_[row] = entropy_of(merged.sum, merged_moment(row, merged));
     int64_t slice = 0;
     while (partial[slice].max != merged.max) ++slice;
     with_slice(row, slice, [&](const char* data) {
@@ -54,6 +62,18 @@ void VocabPass::merge_slices(int64_t row) {
     });
   }
   stats_[row] = merged;
+}
+
+// The weights of a slice are 2^d times as large beside the row's exponent, their logarithms d more.
+double VocabPass::merged_moment(int64_t row, const VocabStats& merged) const {
+  double moment = 0.0;
+  for (int64_t i = row * slices_; i < (row + 1) * slices_; ++i) {
+    const double d = partial_[i].exponent - merged.exponent;
+    if (partial_[i].max > -INFINITY) {
+      moment += scale_by_exponent(moment_[i] + d * partial_[i].sum, d);
+    }
+  }
+  return moment;
 }
 
 TemperedSums VocabPass::tempered(int64_t row) const {

@@ -12,19 +12,22 @@ namespace r2dllm::cpu {
 class VocabPass {
  public:
   // Reads each row whose `candidates` [B, L] is true once; nothing of size V is written. With a
-  // scale (see tempered_scale) the same read also yields `tempered`.
-  VocabPass(const LogitsView& logits, const bool* candidates, double scale = 0.0);
+  // scale (see tempered_scale) the same read also yields `tempered`; on request, `entropy`.
+  VocabPass(const LogitsView& logits, const bool* candidates, double scale = 0.0,
+            bool with_entropy = false);
 
   int64_t rows() const { return static_cast<int64_t>(cells_.size()); }
   int64_t cell(int64_t row) const { return cells_[row]; }  // b * L + l
   const VocabStats& stats(int64_t row) const { return stats_[row]; }
   TemperedSums tempered(int64_t row) const;
+  double entropy(int64_t row) const { return entropy_[row]; }  // in nats, of a valid row
   const VocabKernels& kernels() const { return kernels_; }
 
   int64_t argmax(int64_t row) const { return argmax_[row]; }  // lowest on ties; -1 if not valid
   float probability(int64_t row, int64_t column) const;
   VocabStats token_stats(int64_t row, int64_t column) const;  // of that logit alone
   double mass(int64_t row, int64_t column) const;             // 1 / probability, not rounded
+  double load(int64_t row, int64_t column) const { return kernels_.load(logit(row, column), 0); }
 
   int64_t logit_bytes() const { return bytes_; }
   int64_t slices() const { return slices_; }
@@ -54,6 +57,7 @@ class VocabPass {
   }
   void exclude(char* logit) const;
   void merge_slices(int64_t row);
+  double merged_moment(int64_t row, const VocabStats& merged) const;
 
   LogitsView logits_;
   const VocabKernels& kernels_;
@@ -65,6 +69,8 @@ class VocabPass {
   std::vector<VocabStats> stats_;       // [rows]
   std::vector<int64_t> argmax_;         // [rows]
   std::vector<TemperedSums> tempered_;  // [rows, slices] if asked for
+  std::vector<double> moment_;          // [rows, slices] if asked for
+  std::vector<double> entropy_;         // [rows] if asked for
 };
 
 }  // namespace r2dllm::cpu

@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kSliceThreads)
     draw_kernel(DecodeStepParams params, VocabWorkspace workspace, Drawn* drawn) {
   __shared__ DrawShared shared;
   CudaLane lane;
-  draw_body<Format>(lane, shared, params.logits, Candidates(params), workspace,
-                    RowSampling{params}, drawn);
+  draw_body<Format>(lane, shared, params.logits, Candidates(params), workspace, RowSampling{params},
+                    drawn);
 }
 
 // The parts of the workspace, and its size.

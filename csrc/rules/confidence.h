@@ -54,6 +54,11 @@ R2D_HOST_DEVICE double wide_term(double logit, double exponent) {
   return exp2(product - exponent);
 }
 
+// `term` * log2(term), where that is not 0.
+R2D_HOST_DEVICE double wide_moment(double logit, double exponent, double term) {
+  return term > 0.0 ? term * (logit * kLog2eWide - exponent) : 0.0;
+}
+
 R2D_HOST_DEVICE double scale_by_exponent(double sum, double exponent_difference) {
   return exponent_difference < -2000.0 ? 0.0 : ldexp(sum, static_cast<int>(exponent_difference));
 }
@@ -78,6 +83,13 @@ R2D_HOST_DEVICE bool is_valid(const VocabStats& row) {
 // so that n tied tokens have probability 1 / n exactly.
 R2D_HOST_DEVICE float probability(const VocabStats& token, const VocabStats& row) {
   return static_cast<float>(scale_by_exponent(token.sum, token.exponent - row.exponent) / row.sum);
+}
+
+// Entropy in nats of weights w of this sum and moment (sum of w * log2(w)), whatever their scale
+// is.
+R2D_HOST_DEVICE double entropy_of(double sum, double moment) {
+  const double entropy = 0.69314718055994531 * (log2(sum) - moment / sum);
+  return entropy < 0.0 ? 0.0 : entropy;  // a rounding below
 }
 
 enum class Rounding : int32_t { kNone, kBFloat16, kHalf };

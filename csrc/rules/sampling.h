@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "host_device.h"
+#include "confidence.h"
 
 namespace r2dllm {
 
@@ -16,6 +16,17 @@ struct SamplingOptions {
   R2D_HOST_DEVICE bool draws() const { return temperature > 0.0; }
   R2D_HOST_DEVICE bool restricts() const { return top_k > 0 || top_p < 1.0 || min_p > 0.0; }
 };
+
+// log2(e) / temperature; a temperature near 0 is the argmax, and the scale stays within float32.
+R2D_HOST_DEVICE double drawing_scale(double temperature) {
+  const double scale = kLog2eWide / temperature;
+  return scale < 1e30 ? scale : 1e30;
+}
+
+// The least logit that min-p keeps.
+R2D_HOST_DEVICE double min_p_cutoff(double max, const SamplingOptions& options) {
+  return options.min_p > 0.0 ? max + log(options.min_p) * options.temperature : -INFINITY;
+}
 
 // Bits that order like the logit: a larger logit has a larger key. -0 and +0 share one.
 R2D_HOST_DEVICE uint64_t logit_key(double logit) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a row of logits says, in three numbers that ranks can exchange when each holds a part of the
+// What a row of logits says, in four numbers that ranks can exchange when each holds a part of the
 // vocabulary.
 #pragma once
 
@@ -7,21 +7,24 @@
 
 namespace r2dllm {
 
-// Columns of the statistics: greatest logit, -inf if there is none; sum of exp(z - max), NaN if a
-// logit is NaN or +inf; lowest id of the greatest logit, -1 if there is none.
-enum Statistic : int { kMaximum, kMass, kTokenId, kStatistics };
+// Columns of the statistics: greatest logit, -inf if there is none; sum of w = exp(z - max), NaN if
+// a logit is NaN or +inf; lowest id of the greatest logit, -1 if there is none; sum of w * log(w)
+// in nats, NaN if nobody asked for the entropy.
+enum Statistic : int { kMaximum, kMass, kTokenId, kMoment, kStatistics };
 
-R2D_HOST_DEVICE void store_statistics(double* statistics, double max, double mass, int64_t id) {
+R2D_HOST_DEVICE void store_statistics(double* statistics, double max, double mass, int64_t id,
+                                      double moment) {
   statistics[kMaximum] = max;
   statistics[kMass] = mass;
   statistics[kTokenId] = max > -INFINITY ? static_cast<double>(id) : -1.0;
+  statistics[kMoment] = moment;
 }
 
-// `part(i)`: statistics of part i. The sum is taken in the order of the parts; ties go to the
+// `part(i)`: statistics of part i. The sums are taken in the order of the parts; ties go to the
 // lowest id in any order.
 template <class Part>
 R2D_HOST_DEVICE void merge_statistics(int64_t parts, Part part, double* merged) {
-  double max = -INFINITY, id = -1.0, mass = 0.0;
+  double max = -INFINITY, id = -1.0, mass = 0.0, moment = 0.0;
   for (int64_t i = 0; i < parts; ++i) {
     const double* one = part(i);
     if (one[kMaximum] > max || (one[kMaximum] == max && one[kTokenId] < id)) {
@@ -31,11 +34,22 @@ R2D_HOST_DEVICE void merge_statistics(int64_t parts, Part part, double* merged) 
   }
   for (int64_t i = 0; i < parts; ++i) {
     const double* one = part(i);
-    // Without a finite maximum a mass is 0 or NaN.
-    mass += one[kMaximum] > -INFINITY ? one[kMass] * exp2((one[kMaximum] - max) * kLog2eWide)
-                                      : one[kMass];
+    if (!(one[kMaximum] > -INFINITY)) {  // a mass of 0 or NaN
+      mass += one[kMass];
+      moment += one[kMoment];
+      continue;
+    }
+    // Beside the greatest logit of all, the logarithm of each weight is `below` less.
+    const double below = one[kMaximum] - max, factor = exp2(below * kLog2eWide);
+    mass += one[kMass] * factor;
+    moment += factor > 0.0 ? (one[kMoment] + below * one[kMass]) * factor : 0.0 * one[kMoment];
   }
-  store_statistics(merged, max, mass, static_cast<int64_t>(id));
+  store_statistics(merged, max, mass, static_cast<int64_t>(id), moment);
+}
+
+// In nats.
+R2D_HOST_DEVICE double entropy_of(const double* statistics) {
+  return entropy_of(statistics[kMass], statistics[kMoment] * kLog2eWide);
 }
 
 struct Top {
