@@ -19,7 +19,7 @@ void judge_logits(const DecodeStepParams& params, const bool* masked, int64_t* t
   const StepOptions& options = params.options;
   const bool greedy = params.sampling.temperature == 0.0;
   const VocabPass pass(params.logits, masked);
-  parallel_for(0, pass.rows(), greedy ? 16 : 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pass.cells(), greedy ? 16 : 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t cell = pass.cell(row);
       if (!is_valid(pass.stats(row))) {
@@ -31,7 +31,8 @@ void judge_logits(const DecodeStepParams& params, const bool* masked, int64_t* t
       if (!greedy) {
         const int64_t* counters = params.counters + cell / length * kCounters;
         id = draw_token(pass, row, params.sampling,
-                        uniform(options.seed, counters, cell % length, Draw::kToken));
+                        uniform(options.seed, counters, cell % length, Draw::kToken))
+                 .column;
         confidence = pass.probability(row, id);
       }
       params.prediction[cell] = id;

@@ -8,12 +8,12 @@
 namespace r2dllm::cpu {
 namespace {
 
-// The least logit that top-k and top-p keep, by radix selection: histograms over parts of
+// The least logit that a restriction keeps, by radix selection: histograms over parts of
 // the sort key, in place of sorting V logits. Ties at the border are kept.
 class Cutoff {
  public:
-  Cutoff(const VocabPass& pass, int64_t row, double scale)
-      : pass_(pass), row_(row), max_(pass.stats(row).max), scale_(scale) {}
+  Cutoff(const VocabPass& pass, int64_t cell, double scale)
+      : pass_(pass), cell_(cell), max_(pass.stats(cell).max), scale_(scale) {}
 
   // Keep logits from the greatest down until `enough` of them (or of their mass) are kept.
   template <class Weight>
@@ -48,7 +48,7 @@ class Cutoff {
   template <class F>
   void for_each_logit(F f) const {
     for (int64_t slice = 0; slice < pass_.slices(); ++slice) {
-      pass_.with_slice(row_, slice, [&](const char* data) {
+      pass_.with_slice(cell_, slice, [&](const char* data) {
         for (int64_t i = 0; i < pass_.slice_size(slice); ++i) f(pass_.kernels().load(data, i));
         return 0;
       });
@@ -62,7 +62,7 @@ class Cutoff {
   static constexpr int kShifts[] = {53, 42, 31, 20, 10, 0};
 
   const VocabPass& pass_;
-  int64_t row_;
+  int64_t cell_;
   double max_, scale_;
 };
 
@@ -84,13 +84,13 @@ int64_t choose(int64_t n, double& target, Mass mass) {
 
 }  // namespace
 
-int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& options,
-                   double uniform) {
-  // A temperature near 0 is the argmax; keep the scale within float32.
-  const double scale = std::min(kLog2eWide / options.temperature, 1e30);
-  const double max = pass.stats(row).max;
+DrawnToken draw_token(const VocabPass& pass, int64_t cell, const SamplingOptions& options,
+                      double uniform) {
+  // Finite: the greatest logit has a term of 1 at any temperature.
+  const double scale = std::min(tempered_scale(options.temperature), DBL_MAX);
+  const double max = pass.stats(cell).max;
   const VocabKernels& kernels = pass.kernels();
-  const Cutoff cutoff(pass, row, scale);
+  const Cutoff cutoff(pass, cell, scale);
 
   uint64_t least = logit_key(pass.logit_bytes() == 8 ? -DBL_MAX : -FLT_MAX);
   if (options.top_k > 0) {
@@ -106,20 +106,21 @@ int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& op
     least = std::max(least, cutoff.find(least, options.top_p * mass,
                                         [&](double logit) { return cutoff.term(logit); }));
   }
+  if (options.min_p > 0.0) least = std::max(least, logit_key(min_p_cutoff(max, options)));
   const double lowest = logit_of_key(least);
 
   // Inverse CDF by levels: a slice, 64 columns of it, one of these.
   std::vector<double> mass(pass.slices());
   double total = 0.0;
   for (int64_t slice = 0; slice < pass.slices(); ++slice) {
-    mass[slice] = pass.with_slice(row, slice, [&](const char* data) {
+    mass[slice] = pass.with_slice(cell, slice, [&](const char* data) {
       return kernels.tempered_mass(data, pass.slice_size(slice), max, scale, lowest);
     });
     total += mass[slice];
   }
   double target = uniform * total;
   const int64_t slice = choose(pass.slices(), target, [&](int64_t i) { return mass[i]; });
-  return slice * kSliceWidth + pass.with_slice(row, slice, [&](const char* data) {
+  return pass.with_slice(cell, slice, [&](const char* data) -> DrawnToken {
     constexpr int64_t kWidth = 64;
     const int64_t size = pass.slice_size(slice);
     const int64_t group = choose((size + kWidth - 1) / kWidth, target, [&](int64_t i) {
@@ -127,10 +128,12 @@ int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& op
                                    std::min(kWidth, size - i * kWidth), max, scale, lowest);
     });
     const int64_t first = group * kWidth;
-    return first + choose(std::min(kWidth, size - first), target, [&](int64_t i) {
-             const double logit = kernels.load(data, first + i);
-             return logit >= lowest ? cutoff.term(logit) : 0.0;
-           });
+    const auto term = [&](int64_t i) {
+      const double logit = kernels.load(data, first + i);
+      return logit >= lowest ? cutoff.term(logit) : 0.0;
+    };
+    const int64_t chosen = choose(std::min(kWidth, size - first), target, term);
+    return {slice * kSliceWidth + first + chosen, term(chosen) / total};
   });
 }
 

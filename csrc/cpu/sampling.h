@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Drawing tokens from softmax(logits / temperature), restricted to top-k / top-p.
+// Drawing tokens from softmax(logits / temperature), restricted to top-k / top-p / min-p.
 #pragma once
 
 #include "../rules/sampling.h"
@@ -7,8 +7,14 @@
 
 namespace r2dllm::cpu {
 
-// The column that `uniform` in [0, 1) falls on, in the order of the vocabulary. The row is valid.
-int64_t draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& options,
-                   double uniform);
+struct DrawnToken {
+  int64_t column;
+  double tempered;  // its probability in the distribution that it was drawn from
+};
+
+// The column that `uniform` in [0, 1) falls on, in the order of the vocabulary. `cell`: i of the
+// pass, valid; the temperature is > 0.
+DrawnToken draw_token(const VocabPass& pass, int64_t cell, const SamplingOptions& options,
+                      double uniform);
 
 }  // namespace r2dllm::cpu

@@ -145,28 +145,70 @@ inline double sum_of_terms(const typename Loader::Element* p, int64_t n, const T
   });
 }
 
+// Sums of the terms, to the bit as `sum_of_terms`, and of term * (z - max).
 template <class Loader>
-VocabStats stats(const void* logits, int64_t n) {
+inline void sum_and_moment(const typename Loader::Element* p, int64_t n, float max,
+                           const Term& term, double (&totals)[2]) {
+  const Floats top = Simd::set(max);
+  sums_over_groups<Loader>(p, n, totals, [&](Floats z, Floats(&sums)[2]) {
+    Floats fraction, power;
+    term(z, fraction, power);
+    const Floats product = Simd::mul(fraction, power),
+                 below = Simd::sub(Simd::max(term.floor, z), top);
+    // A power of 2 makes the product exact, and the cheaper sum the same.
+    sums[0] =
+        Simd::kExp2Parts == 1 ? Simd::add(sums[0], product) : Simd::fma(fraction, power, sums[0]);
+    sums[1] = Simd::fma(product, below, sums[1]);
+  });
+}
+
+// kMoment: `moment` too.
+template <class Loader, bool kMoment>
+inline OnlineSoftmax statistics(const void* logits, int64_t n, double* moment) {
   const auto* p = static_cast<const typename Loader::Element*>(logits);
   const float max = greatest<Loader>(p, n);
   if (!(max > -INFINITY && max < INFINITY)) {
     // +inf or NaN on top makes the row invalid. So does a NaN among nothing but -inf.
     bool has_nan = max != -INFINITY;
     for (int64_t i = 0; i < n && !has_nan; ++i) has_nan = Loader::is_nan(p[i]);
+    if constexpr (kMoment) *moment = has_nan ? NAN : 0.0;
     return {max, 0.0, has_nan ? NAN : 0.0};
   }
   if (!is_narrow(max)) {
     const double exponent = rint(static_cast<double>(max) * kLog2eWide);
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) sum += wide_term(Loader::to_float(p[i]), exponent);
+    double sum = 0.0, products = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double z = Loader::to_float(p[i]), term = wide_term(z, exponent);
+      sum += term;
+      if constexpr (kMoment) products += wide_product(term, z, max);
+    }
+    if constexpr (kMoment) *moment = products;
     return {max, exponent, sum};
   }
   const float exponent = rintf(max * kLog2e);
-  return {max, exponent, sum_of_terms<Loader>(p, n, Term(max, exponent)) * log2e_factor(max)};
+  const Term term(max, exponent);
+  const double factor = log2e_factor(max);
+  if constexpr (kMoment) {
+    double totals[2];
+    sum_and_moment<Loader>(p, n, max, term, totals);
+    *moment = totals[1] * factor;
+    return {max, exponent, totals[0] * factor};
+  }
+  return {max, exponent, sum_of_terms<Loader>(p, n, term) * factor};
 }
 
 template <class Loader>
-double correction(const void* logits, int64_t n, int64_t column, const VocabStats& stats) {
+OnlineSoftmax stats(const void* logits, int64_t n) {
+  return statistics<Loader, false>(logits, n, nullptr);
+}
+
+template <class Loader>
+OnlineSoftmax stats_and_moment(const void* logits, int64_t n, double* moment) {
+  return statistics<Loader, true>(logits, n, moment);
+}
+
+template <class Loader>
+double correction(const void* logits, int64_t n, int64_t column, const OnlineSoftmax& stats) {
   const float max = static_cast<float>(stats.max);
   if (!is_narrow(max)) return 0.0;
   const int64_t begin = column / kChain * kChain, size = n - begin < kChain ? n - begin : kChain;
@@ -207,8 +249,15 @@ int64_t find(const void* logits, int64_t n, double value) {
 template <class Loader>
 double tempered_mass(const void* logits, int64_t n, double max, double scale, double cutoff) {
   const auto* p = static_cast<const typename Loader::Element*>(logits);
-  const Floats top = Simd::set(static_cast<float>(max)),
-               low = Simd::set(static_cast<float>(cutoff)),
+  if (!is_narrow_scale(scale)) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double z = Loader::to_float(p[i]);
+      if (z >= cutoff) sum += exp2((z - max) * scale);
+    }
+    return sum;
+  }
+  const Floats top = Simd::set(static_cast<float>(max)), low = Simd::set(least_float(cutoff)),
                factor = Simd::set(static_cast<float>(scale)), round = Simd::set(Simd::kExp2Round),
                floor = Simd::set(-115.0f / static_cast<float>(scale));
   return sum_over_groups<Loader>(p, n, [&](Floats sum, Floats z) {
@@ -242,15 +291,20 @@ struct TemperedTerm {
 
 template <class Loader>
 TemperedSums tempered_sums(const void* logits, int64_t n, double max, double scale) {
+  const auto* p = static_cast<const typename Loader::Element*>(logits);
+  if (!is_narrow_scale(scale)) {
+    TemperedSums sums{0.0, 0.0};
+    for (int64_t i = 0; i < n; ++i) add_tempered(sums, (Loader::to_float(p[i]) - max) * scale);
+    return sums;
+  }
   const TemperedTerm term(max, scale);
   double totals[2];
-  sums_over_groups<Loader>(static_cast<const typename Loader::Element*>(logits), n, totals,
-                           [&](Floats z, Floats(&sums)[2]) {
-                             Floats u, fraction, power;
-                             term(z, u, fraction, power);
-                             sums[0] = Simd::fma(fraction, power, sums[0]);
-                             sums[1] = Simd::fma(Simd::mul(fraction, u), power, sums[1]);
-                           });
+  sums_over_groups<Loader>(p, n, totals, [&](Floats z, Floats(&sums)[2]) {
+    Floats u, fraction, power;
+    term(z, u, fraction, power);
+    sums[0] = Simd::fma(fraction, power, sums[0]);
+    sums[1] = Simd::fma(Simd::mul(fraction, u), power, sums[1]);
+  });
   return {totals[0], totals[1]};
 }
 
@@ -302,7 +356,8 @@ void gradient(const void* logits, void* gradient, int64_t n, const RowGradient& 
   auto* out = static_cast<typename Loader::Element*>(gradient);
   if (is_nan(row)) {
     for (int64_t i = 0; i < n; ++i) out[i] = Loader::from_float(NAN);
-  } else if (!is_narrow(static_cast<float>(row.max))) {
+  } else if (!is_narrow(static_cast<float>(row.max)) ||
+             (row.entropy != 0.0 && !is_narrow_scale(row.scale))) {
     for (int64_t i = 0; i < n; ++i) {
       out[i] = Loader::from_float(static_cast<float>(logit_gradient(row, Loader::to_float(p[i]))));
     }
@@ -327,6 +382,7 @@ template <class Loader>
 constexpr VocabKernels kernels_for(const char* name) {
   return {name,
           stats<Loader>,
+          stats_and_moment<Loader>,
           correction<Loader>,
           find<Loader>,
           tempered_mass<Loader>,

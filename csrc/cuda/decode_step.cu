@@ -17,22 +17,20 @@ __global__ void __launch_bounds__(1024) row_kernel(DecodeStepParams params, Cand
 template <class Format>
 __global__ void __launch_bounds__(kCutoffThreads)
     cutoff_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace,
-                  double scale, int64_t top_k, double top_p) {
+                  SameOptions options) {
   __shared__ CutoffShared shared;
   CudaLane lane;
-  cutoff_body<Format>(lane, shared, logits, is_candidate, workspace, scale, top_k, top_p);
+  cutoff_body<Format>(lane, shared, logits, is_candidate, workspace, options);
 }
 
 template <class Format>
 __global__ void __launch_bounds__(kSliceThreads)
-    draw_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace, double scale,
-                uint64_t seed, const int64_t* counters, Drawn* drawn) {
+    draw_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace,
+                SameOptions options, Drawn* drawn) {
   __shared__ DrawShared shared;
   CudaLane lane;
-  draw_body<Format>(lane, shared, logits, is_candidate, workspace, scale, seed, counters, drawn);
+  draw_body<Format>(lane, shared, logits, is_candidate, workspace, options, drawn);
 }
-
-bool restricts(const SamplingOptions& options) { return options.top_k > 0 || options.top_p < 1.0; }
 
 // The parts of the workspace, and its size.
 struct StepWorkspace {
@@ -80,9 +78,10 @@ void decode_step(const DecodeStepParams& params) {
   const bool draws = sampling.temperature > 0.0;
   const bool judges_logits = params.statistics == nullptr && cells > 0;
   if (judges_logits) {
-    const double scale = draws ? tempering(sampling) : 0.0;
+    const SameOptions options{sampling, params.options.seed, params.counters};
     if (draws && !restricts(sampling)) {
-      launch_slices<Tempered::kMass>(logits, is_candidate, workspace.vocab, scale);
+      launch_slices<Tempered::kMass>(logits, is_candidate, workspace.vocab,
+                                     SameScale{narrow_scale(tempering(sampling))});
     } else {
       launch_slices(logits, is_candidate, workspace.vocab);
     }
@@ -90,11 +89,11 @@ void decode_step(const DecodeStepParams& params) {
       using Format = decltype(format);
       if (draws && restricts(sampling)) {
         Launch{cells, kCutoffThreads}(cutoff_kernel<Format>, logits, is_candidate, workspace.vocab,
-                                      scale, sampling.top_k, sampling.top_p);
+                                      options);
       }
       if (draws) {
         Launch{cells, kSliceThreads}(draw_kernel<Format>, logits, is_candidate, workspace.vocab,
-                                     scale, params.options.seed, params.counters, workspace.drawn);
+                                     options, workspace.drawn);
       }
     });
   }

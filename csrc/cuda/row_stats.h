@@ -39,15 +39,9 @@ R2D_DEVICE void row_stats_body(Lane& lane, const RowStatsParams& params,
   const SlicePartial merged = merge_slices(lane, workspace.partial + first, slices);
   TemperedSums tempered{0.0, 0.0};
   if (scale != 0.0) {
-    for (int64_t i = first + place_in_warp(lane); i < first + slices; i += kWarp) {
-      const double below =
-          static_cast<double>(workspace.partial[i].max) - static_cast<double>(merged.max);
-      const TemperedSums part =
-          rebased({workspace.tempered[i], workspace.moment[i]}, below * scale);
-      tempered.mass += part.mass;
-      tempered.moment += part.moment;
-    }
-    tempered = {warp_sum(lane, tempered.mass), warp_sum(lane, tempered.moment)};
+    tempered = merge_sums(
+        lane, workspace.partial + first, [&](int64_t i) { return workspace.tempered[first + i]; },
+        workspace.moment + first, slices, merged.max, scale);
   }
   if (!writes) return;
 
@@ -55,7 +49,7 @@ R2D_DEVICE void row_stats_body(Lane& lane, const RowStatsParams& params,
   const bool valid = top.id >= 0, is_id = target >= 0 && target < params.logits.vocab;
   RowState state{merged.max, 0.0, NAN, NAN, tempered.mass, tempered.moment};
   if (valid && is_id) {
-    const VocabStats row = stats_of(merged.max, merged.mass);
+    const OnlineSoftmax row = stats_of(merged.max, merged.mass);
     const float logit = Format::value(row_of<Format>(params.logits, cell).data[target]);
     state.exponent = row.exponent;
     state.sum = row.sum;

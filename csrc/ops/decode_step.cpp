@@ -180,8 +180,10 @@ Results step(const char* op, const Evidence& evidence, const Tensor& tokens, boo
   check_length(op, tokens);
   check_options(op, evidence, arguments);
 
-  const SamplingOptions sampling{
-      .temperature = arguments.temperature, .top_k = arguments.top_k, .top_p = arguments.top_p};
+  const SamplingOptions sampling{.temperature = arguments.temperature,
+                                 .top_k = arguments.top_k,
+                                 .top_p = arguments.top_p,
+                                 .min_p = 0.0};
   Tensor prediction = at::empty(cells, values.options().dtype(at::kLong));
   Tensor confidence = at::empty(cells, values.options().dtype(at::kFloat));
   Tensor rule = at::empty(cells, values.options().dtype(at::kByte));

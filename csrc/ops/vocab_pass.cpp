@@ -32,11 +32,11 @@ LogitsView view_logits(const Tensor& logits, int64_t excluded, int64_t shift) {
           .shift = shift};
 }
 
-Tensor vocab_pass_workspace(const Tensor& logits, const LogitsView& view) {
+Tensor vocab_pass_workspace(const Tensor& logits, const LogitsView& view, bool with_entropy) {
 #ifdef R2DLLM_WITH_CUDA
-  if (on_cuda(logits)) return new_bytes(logits, cuda::vocab_pass_bytes(view));
+  if (on_cuda(logits)) return new_bytes(logits, cuda::vocab_pass_bytes(view, with_entropy));
 #endif
-  (void)logits, (void)view;
+  (void)logits, (void)view, (void)with_entropy;
   return {};
 }
 

@@ -6,6 +6,6 @@
 namespace r2dllm::cuda {
 
 // Device memory for the partial results of the pass over V.
-int64_t vocab_pass_bytes(const LogitsView& logits);
+int64_t vocab_pass_bytes(const LogitsView& logits, bool with_entropy);
 
 }  // namespace r2dllm::cuda

@@ -11,7 +11,8 @@ struct VocabStatisticsParams {
   LogitsView logits;
   const bool* candidates;  // [B, L] contiguous; null on CUDA: all
   int64_t first_id;        // of column 0
-  double* statistics;      // [B, L, kStatistics] contiguous, out
+  bool with_entropy;
+  double* statistics;  // [B, L, kStatistics] contiguous, out
   void* workspace;
 };
 

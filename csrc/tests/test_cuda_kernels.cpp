@@ -60,6 +60,8 @@ bool close(float got, long double want) {
 
 // ---- launches ------------------------------------------------------------------------------
 
+constexpr SamplingOptions kGreedy{0.0, 0, 1.0, 0.0};
+
 struct Workspace {
   std::unique_ptr<SlicePartial[]> partial;
   std::unique_ptr<double[]> tempered;
@@ -67,28 +69,28 @@ struct Workspace {
   std::unique_ptr<Drawn[]> drawn;
   VocabWorkspace view;
 
-  Workspace(int64_t rows, int64_t slices, const SamplingOptions& sampling = {0.0, 0, 1.0})
+  Workspace(int64_t rows, int64_t slices, const SamplingOptions& sampling = kGreedy)
       : partial(new SlicePartial[static_cast<size_t>(rows * slices)]),
         view{slices, partial.get(), nullptr, nullptr} {
     if (sampling.temperature == 0.0) return;
     tempered.reset(new double[static_cast<size_t>(rows * slices)]);
     drawn.reset(new Drawn[static_cast<size_t>(rows)]);
     view.tempered = tempered.get();
-    if (sampling.top_k > 0 || sampling.top_p < 1.0) {
+    if (restricts(sampling)) {
       cutoff.reset(new float[static_cast<size_t>(rows)]);
       view.cutoff = cutoff.get();
     }
   }
 };
 
-template <class Format, Tempered kTempered = Tempered::kNone, class IsCandidate>
+template <class Format, Tempered kTempered = Tempered::kNone, bool kEntropy = false,
+          class IsCandidate, class ScaleOf = SameScale>
 void run_slices(const Logits<Format>& logits, const IsCandidate& is_candidate,
-                const VocabWorkspace& workspace, unsigned seed, double scale = 0.0) {
+                const VocabWorkspace& workspace, unsigned seed, const ScaleOf& scale_of = {}) {
   test::launch<SliceShared>(logits.batch * logits.length * workspace.slices, kSliceThreads, seed,
                             sizeof(SliceShared), [&](FibreLane& lane, SliceShared* shared) {
-                              slice_body<Format, kTempered>(lane, *shared, logits.view(),
-                                                            is_candidate, workspace,
-                                                            static_cast<float>(scale));
+                              slice_body<Format, kTempered, kEntropy>(
+                                  lane, *shared, logits.view(), is_candidate, workspace, scale_of);
                             });
 }
 
@@ -356,9 +358,10 @@ void run_step(const Logits<Format>& logits, StepMemory& memory, const StepOption
   const DecodeStepParams params = memory.params(logits.view(), options, sampling);
   const Candidates is_candidate = candidates_of(params);
   const bool draws = sampling.temperature > 0.0;
-  const double scale = draws ? tempering(sampling) : 0.0;
+  const SameOptions row_options{sampling, options.seed, params.counters};
   if (draws && workspace.view.cutoff == nullptr) {
-    run_slices<Format, Tempered::kMass>(logits, is_candidate, workspace.view, seed, scale);
+    run_slices<Format, Tempered::kMass>(logits, is_candidate, workspace.view, seed,
+                                        SameScale{narrow_scale(tempering(sampling))});
   } else {
     run_slices(logits, is_candidate, workspace.view, seed);
   }
@@ -366,16 +369,15 @@ void run_step(const Logits<Format>& logits, StepMemory& memory, const StepOption
     test::launch<CutoffShared>(logits.batch * logits.length, kCutoffThreads, seed,
                                sizeof(CutoffShared), [&](FibreLane& lane, CutoffShared* shared) {
                                  cutoff_body<Format>(lane, *shared, logits.view(), is_candidate,
-                                                     workspace.view, scale, sampling.top_k,
-                                                     sampling.top_p);
+                                                     workspace.view, row_options);
                                });
   }
   if (draws) {
     test::launch<DrawShared>(logits.batch * logits.length, kSliceThreads, seed, sizeof(DrawShared),
                              [&](FibreLane& lane, DrawShared* shared) {
                                draw_body<Format>(lane, *shared, logits.view(), is_candidate,
-                                                 workspace.view, scale, options.seed,
-                                                 params.counters, workspace.drawn.get());
+                                                 workspace.view, row_options,
+                                                 workspace.drawn.get());
                              });
   }
   run_rows(params, workspace.view, workspace.drawn.get(), seed);
@@ -436,8 +438,6 @@ void fill_block(Logits<Format>& logits, std::mt19937& random) {
   }
 }
 
-constexpr SamplingOptions kGreedy{0.0, 0, 1.0};
-
 // From logits: all launches of a step.
 template <class Format>
 void check_steps(int64_t batch, int64_t length, const SamplingOptions& sampling, unsigned seed) {
@@ -464,7 +464,7 @@ void check_steps(int64_t batch, int64_t length, const SamplingOptions& sampling,
 TEST(a_step_is_bit_equal_to_the_cpu_after_the_pass) {
   for (int64_t length : {1, 2, 33}) {
     check_steps<BFloat16>(2, length, kGreedy, static_cast<unsigned>(length));
-    check_steps<Float32>(1, length, {1.0, 0, 1.0}, static_cast<unsigned>(length));
+    check_steps<Float32>(1, length, {1.0, 0, 1.0, 0.0}, static_cast<unsigned>(length));
   }
 }
 
@@ -552,8 +552,9 @@ TEST(a_step_from_statistics_of_shards) {
     }
     const Workspace workspace(cells, shard.slices());
     run_slices(shard, Flagged{nullptr}, workspace.view, 2);
-    const VocabStatisticsParams params{shard.view(), nullptr, bounds[part],
-                                       statistics.data() + part * cells * kStatistics, nullptr};
+    const VocabStatisticsParams params{
+        shard.view(), nullptr, bounds[part], false, statistics.data() + part * cells * kStatistics,
+        nullptr};
     test::launch<char>((cells + kCellsPerBlock - 1) / kCellsPerBlock, kCellThreads, 2, 1,
                        [&](FibreLane& lane, char*) {
                          statistics_body(lane, params, Flagged{nullptr}, workspace.view);
@@ -645,14 +646,14 @@ TEST(a_token_is_drawn_by_the_inverse_of_the_distribution) {
   unsigned seed = 20;
   for (double temperature : {0.3, 1.0, 2.5, 1e-9}) {
     for (int64_t vocab : {5, 300, 9001, 30000}) {
-      check_draws<BFloat16>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
-      if (vocab < 9001) check_draws<Float32>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
+      check_draws<BFloat16>({temperature, 0, 1.0, 0.0}, vocab, 2.0f, ++seed);
+      if (vocab < 9001) check_draws<Float32>({temperature, 0, 1.0, 0.0}, vocab, 2.0f, ++seed);
     }
   }
 }
 
 TEST(more_slices_than_a_warp_has_lanes) {
-  check_draws<Float32>({1.0, 0, 1.0}, 40 * kSliceColumns<Float32> + 17, 0.5f, 3);
+  check_draws<Float32>({1.0, 0, 1.0, 0.0}, 40 * kSliceColumns<Float32> + 17, 0.5f, 3);
 }
 
 TEST(top_k_and_top_p_keep_what_sorting_keeps) {
@@ -660,11 +661,11 @@ TEST(top_k_and_top_p_keep_what_sorting_keeps) {
   for (int64_t top_k : {0, 1, 5, 5000}) {
     for (double top_p : {0.05, 0.9, 1.0}) {
       if (top_k == 0 && top_p == 1.0) continue;
-      check_draws<BFloat16>({0.8, top_k, top_p}, 500, 2.0f, ++seed, 1, 1);
+      check_draws<BFloat16>({0.8, top_k, top_p, 0.0}, 500, 2.0f, ++seed, 1, 1);
     }
   }
-  check_draws<cuda::Half>({0.8, 20, 0.9}, 9000, 2.0f, ++seed, 1, 2);
-  check_draws<Float32>({1.5, 3, 0.7}, 5000, 2.0f, ++seed, 2, 1);
+  check_draws<cuda::Half>({0.8, 20, 0.9, 0.0}, 9000, 2.0f, ++seed, 1, 2);
+  check_draws<Float32>({1.5, 3, 0.7, 0.0}, 5000, 2.0f, ++seed, 2, 1);
 }
 
 // ---- the rules alone -----------------------------------------------------------------------

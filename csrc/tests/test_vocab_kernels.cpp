@@ -61,7 +61,7 @@ struct Row {
     }
   }
 
-  VocabStats stats() const { return kernels->stats(data.get(), size()); }
+  OnlineSoftmax stats() const { return kernels->stats(data.get(), size()); }
   int64_t size() const { return static_cast<int64_t>(exact.size()); }
 };
 
@@ -98,7 +98,7 @@ TEST(a_term_is_as_exact_as_documented) {
     double worst = 0;
     for (int trial = 0; trial < 400000; ++trial) {
       const float z = uniform(random);
-      const VocabStats term = set.kernels->stats(&z, 1);
+      const OnlineSoftmax term = set.kernels->stats(&z, 1);
       const long double exact = exp2l(static_cast<long double>(z) * 1.4426950408889634074L -
                                       static_cast<long double>(term.exponent));
       worst = std::max(worst, std::abs(static_cast<double>(term.sum / exact - 1)));
@@ -116,10 +116,10 @@ TEST(a_sum_is_as_exact_as_documented) {
     std::vector<float> values;
     for (int64_t i = 0; i < n; ++i) values.push_back(uniform(random));
     for (const InstructionSet& set : sets()) {
-      const VocabStats stats = set.kernels->stats(values.data(), n);
+      const OnlineSoftmax stats = set.kernels->stats(values.data(), n);
       long double sum = 0;
       for (const float& z : values) {
-        const VocabStats term = set.kernels->stats(&z, 1);
+        const OnlineSoftmax term = set.kernels->stats(&z, 1);
         sum += std::ldexp(static_cast<long double>(term.sum),
                           static_cast<int>(term.exponent - stats.exponent));
       }
@@ -143,7 +143,7 @@ TEST(statistics_match_long_double) {
           if (!(std::abs(x) < 1e4)) return;
         }
       }
-      const VocabStats stats = row.stats();
+      const OnlineSoftmax stats = row.stats();
       const double max = *std::max_element(row.exact.begin(), row.exact.end());
       long double sum = 0;
       for (double x : row.exact) {
@@ -152,7 +152,7 @@ TEST(statistics_match_long_double) {
       CHECK(stats.max == max);
       const double below = std::log(static_cast<double>(n));
       CHECK(std::abs(stats.sum / sum - 1) < (kTermError + kSumError + kLog2eError * below) * kU);
-      const VocabStats token =
+      const OnlineSoftmax token =
           row.kernels->stats(row.data.get() + row.kernels->find(row.data.get(), row.size(), max) *
                                                   kLogitBytes[static_cast<int>(row.type)],
                              1);
@@ -176,7 +176,7 @@ TEST(a_term_that_is_most_of_the_row_costs_one_rounding) {
       for (LogitType type : {LogitType::kFloat, LogitType::kBFloat16}) {
         const Row row(type, values, set.kernels);
         const char* token = row.data.get() + top * kLogitBytes[static_cast<int>(type)];
-        VocabStats stats = row.stats();
+        OnlineSoftmax stats = row.stats();
         stats.sum += row.kernels->correction(row.data.get(), row.size(), top, stats);
         long double sum = 0;
         for (double x : row.exact) sum += std::exp(static_cast<long double>(x) - stats.max);
@@ -195,7 +195,7 @@ TEST(ties_in_one_lane_are_exact) {
       for (int64_t i = 0; i < n; ++i) values[static_cast<size_t>(64 * i)] = top;
       for (const InstructionSet& set : sets()) {
         const Row row(LogitType::kFloat, values, set.kernels);
-        const VocabStats token = row.kernels->stats(row.data.get(), 1);
+        const OnlineSoftmax token = row.kernels->stats(row.data.get(), 1);
         CHECK(probability(token, row.stats()) == 1.0f / static_cast<float>(n));
       }
     }
@@ -208,7 +208,7 @@ TEST(ties_are_exact_and_the_lowest_index_is_found) {
     for (size_t i : {70, 71, 200, 299}) values[i] = top;
     for (const InstructionSet& set : sets()) {
       const Row row(LogitType::kFloat, values, set.kernels);
-      const VocabStats stats = row.stats();
+      const OnlineSoftmax stats = row.stats();
       CHECK(row.kernels->find(row.data.get(), 300, stats.max) == 70);
       CHECK(probability(row.kernels->stats(row.data.get() + 70 * 4, 1), stats) == 0.25f);
     }
@@ -253,7 +253,7 @@ TEST(minus_infinity_counts_as_nothing) {
   values[130] = -5.0f;
   for (const InstructionSet& set : sets()) {
     const Row row(LogitType::kFloat, values, set.kernels);
-    const VocabStats stats = row.stats();
+    const OnlineSoftmax stats = row.stats();
     CHECK(is_valid(stats));
     CHECK(probability(row.kernels->stats(row.data.get() + 130 * 4, 1), stats) == 1.0f);
   }
@@ -267,7 +267,7 @@ TEST(differences_of_large_logits_are_kept_on_both_sides_of_the_narrow_limit) {
       const Row row(LogitType::kFloat, values, set.kernels);
       long double shifted = 0;
       for (double x : row.exact) shifted += std::exp(static_cast<long double>(x) - top);
-      const VocabStats token = row.kernels->stats(row.data.get(), 1);
+      const OnlineSoftmax token = row.kernels->stats(row.data.get(), 1);
       const double p = static_cast<double>(1 / shifted);
       CHECK(std::abs(probability(token, row.stats()) * shifted - 1) < probability_error(1, p, 700));
     }
