@@ -39,9 +39,15 @@ R2D_DEVICE void row_stats_body(Lane& lane, const RowStatsParams& params,
   const SlicePartial merged = merge_slices(lane, workspace.partial + first, slices);
   TemperedSums tempered{0.0, 0.0};
   if (scale != 0.0) {
-    tempered = merge_sums(
-        lane, workspace.partial + first, [&](int64_t i) { return workspace.tempered[first + i]; },
-        workspace.moment + first, slices, merged.max, scale);
+    for (int64_t i = first + place_in_warp(lane); i < first + slices; i += kWarp) {
+      const double below =
+          static_cast<double>(workspace.partial[i].max) - static_cast<double>(merged.max);
+      const TemperedSums part =
+          rebased({workspace.tempered[i], workspace.moment[i]}, below * scale);
+      tempered.mass += part.mass;
+      tempered.moment += part.moment;
+    }
+    tempered = {warp_sum(lane, tempered.mass), warp_sum(lane, tempered.moment)};
   }
   if (!writes) return;
 

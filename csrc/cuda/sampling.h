@@ -168,8 +168,7 @@ R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logi
   const int64_t cell = lane.block(), slices = workspace.slices;
   if (!is_candidate(cell)) return;
   const int64_t b = row_number(logits, cell);
-  const SamplingOptions options = row_options(b);
-  if (!(options.temperature > 0.0)) {
+  if (!(row_options(b).temperature > 0.0)) {
     if (lane.thread() == 0) drawn[cell].id = -1;
     return;
   }
@@ -180,7 +179,7 @@ R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logi
   const Drawn result = draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
                                     workspace.tempered + cell * slices, slices,
                                     workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX,
-                                    tempering(options), u);
+                                    tempering(row_options(b)), u);
   if (result.id >= 0) drawn[cell] = result;
 }
 
@@ -215,13 +214,14 @@ R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& 
                             const RowOptions& row_options) {
   const int64_t cell = lane.block(), slices = workspace.slices;
   if (!is_candidate(cell)) return;
-  const SamplingOptions options = row_options(row_number(logits, cell));
-  if (!(options.temperature > 0.0)) return;
-  if (!restricts(options)) {
+  // Asked where they are needed: to keep them takes more registers than there are.
+  const auto options = [&] { return row_options(row_number(logits, cell)); };
+  if (!(options().temperature > 0.0)) return;
+  if (!restricts(options())) {
     if (lane.thread() == 0) workspace.cutoff[cell] = -FLT_MAX;
     return;
   }
-  const float narrow = narrow_scale(tempering(options));
+  const float narrow = narrow_scale(tempering(options()));
   const SlicePartial* partial = workspace.partial + cell * slices;
   const SlicePartial merged = merge_slices(lane, partial, slices);
   if (!(merged.mass > 0.0)) return;
@@ -256,12 +256,12 @@ R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& 
   };
 
   float lowest = -FLT_MAX;
-  if (options.top_k > 0) lowest = least_of(lowest, static_cast<double>(options.top_k), one);
-  if (options.top_p < 1.0) {
-    lowest = least_of(lowest, options.top_p * total(0, row.vocab, lowest, term), term);
+  if (options().top_k > 0) lowest = least_of(lowest, static_cast<double>(options().top_k), one);
+  if (options().top_p < 1.0) {
+    lowest = least_of(lowest, options().top_p * total(0, row.vocab, lowest, term), term);
   }
-  if (options.min_p > 0.0) {
-    lowest = fmaxf(lowest, least_float(min_p_cutoff(merged.max, options)));
+  if (options().min_p > 0.0) {
+    lowest = fmaxf(lowest, least_float(min_p_cutoff(merged.max, options())));
   }
   if (lane.thread() == 0) workspace.cutoff[cell] = lowest;
   for (int64_t slice = 0; slice < slices; ++slice) {

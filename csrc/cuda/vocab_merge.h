@@ -35,31 +35,20 @@ R2D_DEVICE SlicePartial merge_slices(Lane& lane, const SlicePartial* partial, in
   return {warp_sum(lane, mass), max, argmax};
 }
 
-// Every lane gets the sums of 2^u and u * 2^u, u = (z - max) * scale, from those of the slices; the
-// maximum is finite.
-template <class Lane, class MassOf>
-R2D_DEVICE TemperedSums merge_sums(Lane& lane, const SlicePartial* partial, MassOf mass_of,
-                                   const double* moment, int64_t slices, float max, double scale) {
-  TemperedSums sums{0.0, 0.0};
-  for (int64_t i = place_in_warp(lane); i < slices; i += kWarp) {
-    const double below = static_cast<double>(partial[i].max) - static_cast<double>(max);
-    const TemperedSums part = rebased({mass_of(i), moment[i]}, below * scale);
-    sums.mass += part.mass;
-    sums.moment += part.moment;
-  }
-  return {warp_sum(lane, sums.mass), warp_sum(lane, sums.moment)};
-}
-
 // The Statistic kMoment of a cell, in nats, for every lane; `merged`: of merge_slices. Without a
 // prediction it is 0 or NaN, as the mass.
 template <class Lane>
 R2D_DEVICE double merge_moment(Lane& lane, const VocabWorkspace& workspace, int64_t cell,
                                const SlicePartial& merged) {
   const SlicePartial* partial = workspace.partial + cell * workspace.slices;
-  const TemperedSums sums = merge_sums(
-      lane, partial, [&](int64_t i) { return partial[i].mass; },
-      workspace.moment + cell * workspace.slices, workspace.slices, merged.max, kLog2eWide);
-  return merged.mass > 0.0 ? kLn2 * sums.moment : merged.mass;
+  const double* moment = workspace.moment + cell * workspace.slices;
+  double sum = 0.0;
+  for (int64_t i = place_in_warp(lane); i < workspace.slices; i += kWarp) {
+    const double below = static_cast<double>(partial[i].max) - static_cast<double>(merged.max);
+    sum += rebased({partial[i].mass, moment[i]}, below * kLog2eWide).moment;
+  }
+  sum = warp_sum(lane, sum);
+  return merged.mass > 0.0 ? kLn2 * sum : merged.mass;
 }
 
 }  // namespace r2dllm::cuda

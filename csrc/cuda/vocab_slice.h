@@ -56,7 +56,6 @@ R2D_DEVICE auto sum_of_terms(const Words& vector, Term term) {
 
 constexpr float kLog2eFloat = 1.44269502f;
 
-// At temperature 1, one exp2 yields both.
 struct FloatSums {
   float mass, moment;
   R2D_DEVICE void operator+=(const FloatSums& other) {
@@ -99,10 +98,6 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
   // If all is -inf, z - zero is not NaN but -inf.
   const float zero = fmaxf(max, -FLT_MAX);
   const auto term = [&](float z) { return lane.exp2((z - zero) * kLog2eFloat); };
-  const auto term_and_moment = [&](float z) {
-    const float u = (z - zero) * kLog2eFloat, power = lane.exp2(u);
-    return FloatSums{power, power * fmaxf(u, kLeastExponent)};
-  };
   const auto tempered_term = [&](float z) {
     if constexpr (kMoment) {
       const float u = fmaxf((z - zero) * scale, kLeastExponent), power = lane.exp2(u);
@@ -116,9 +111,14 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
   R2D_UNROLL
   for (int g = 0; g < kLoads; ++g) {
     if constexpr (kEntropy) {
-      const FloatSums of_vector = sum_of_terms<Format>(vectors[g], term_and_moment);
-      mass += static_cast<double>(of_vector.mass);
-      sums.moment += static_cast<double>(of_vector.moment);
+      // The moment as a chain: a tree takes more registers than there are.
+      float moment = 0.0f;
+      mass += static_cast<double>(sum_of_terms<Format>(vectors[g], [&](float z) {
+        const float u = (z - zero) * kLog2eFloat, power = lane.exp2(u);
+        moment += power * fmaxf(u, kLeastExponent);
+        return power;
+      }));
+      sums.moment += static_cast<double>(moment);
     } else {
       mass += static_cast<double>(sum_of_terms<Format>(vectors[g], term));
     }
