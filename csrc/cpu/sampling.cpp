@@ -66,14 +66,21 @@ class Cutoff {
   double max_, scale_;
 };
 
+// The kernels count what vanishes beside the maximum, whose term is 1, as 2^-115. Nothing may be
+// drawn from among that alone: 4096 of these are less than kLeastOfSlice, 64 less than
+// kLeastOfGroup, and what is more has a part that is more.
+constexpr double kLeastOfSlice = 1e-30, kLeastOfGroup = 1e-32;
+static_assert(kSliceWidth * 0x1p-115 < kLeastOfSlice && 64 * 0x1p-115 < kLeastOfGroup &&
+              kLeastOfSlice / (kSliceWidth / 64) > kLeastOfGroup && kLeastOfGroup / 64 > 0x1p-115);
+
 // The first i whose cumulative mass exceeds `target`, which becomes the remainder within i.
-// Rounding may leave no such i: then the last one of any mass.
+// Rounding may leave no such i: then the last one of any mass, which is more than `least`.
 template <class Mass>
-int64_t choose(int64_t n, double& target, Mass mass) {
+int64_t choose(int64_t n, double& target, double least, Mass mass) {
   int64_t last = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double m = mass(i);
-    if (m == 0.0) continue;
+    if (!(m > least)) continue;
     last = i;
     if (target < m) return i;
     target -= m;
@@ -119,20 +126,22 @@ DrawnToken draw_token(const VocabPass& pass, int64_t cell, const SamplingOptions
     total += mass[slice];
   }
   double target = uniform * total;
-  const int64_t slice = choose(pass.slices(), target, [&](int64_t i) { return mass[i]; });
+  const int64_t slice =
+      choose(pass.slices(), target, kLeastOfSlice, [&](int64_t i) { return mass[i]; });
   return pass.with_slice(cell, slice, [&](const char* data) -> DrawnToken {
     constexpr int64_t kWidth = 64;
     const int64_t size = pass.slice_size(slice);
-    const int64_t group = choose((size + kWidth - 1) / kWidth, target, [&](int64_t i) {
-      return kernels.tempered_mass(data + i * kWidth * pass.logit_bytes(),
-                                   std::min(kWidth, size - i * kWidth), max, scale, lowest);
-    });
+    const int64_t group =
+        choose((size + kWidth - 1) / kWidth, target, kLeastOfGroup, [&](int64_t i) {
+          return kernels.tempered_mass(data + i * kWidth * pass.logit_bytes(),
+                                       std::min(kWidth, size - i * kWidth), max, scale, lowest);
+        });
     const int64_t first = group * kWidth;
     const auto term = [&](int64_t i) {
       const double logit = kernels.load(data, first + i);
       return logit >= lowest ? cutoff.term(logit) : 0.0;
     };
-    const int64_t chosen = choose(std::min(kWidth, size - first), target, term);
+    const int64_t chosen = choose(std::min(kWidth, size - first), target, 0.0, term);
     return {slice * kSliceWidth + first + chosen, term(chosen) / total};
   });
 }

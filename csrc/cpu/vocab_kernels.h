@@ -38,7 +38,7 @@ namespace r2dllm::cpu {
 // An entropy is -log p + the mean of d, and an error of the first, (1 - p) times the above, is one
 // of at most as much relative to -log p. A product term * d has two roundings more than its term;
 // where the mean of d is taken over the products themselves, call it D, the entropy is within,
-// relative (and 1e-15 absolute, see kLeastEntropy):
+// relative (and, absolute, V roundings of a double at 1 and kLeastEntropy):
 //   2 * kTermError + 2 * kSumError + 3 + kLog2eError * max(D, log(1 + p * V / (1 - p)))
 constexpr double kTermError = 4, kSumError = 11, kLog2eError = 0.25;
 
