@@ -65,25 +65,41 @@ constexpr int64_t kChain = 8 * kGroup;
 template <class Loader, int K, class Add>
 inline void sums_over_groups(const typename Loader::Element* p, int64_t n, double (&totals)[K],
                              Add add) {
-  constexpr int64_t kBytes = sizeof(typename Loader::Element);
+  using Element = typename Loader::Element;
+  constexpr int per_load = Loader::kPerLoad / Simd::kLanes, loads = kVectors / per_load;
+  constexpr int64_t kBytes = sizeof(Element), kLines = kChain * kBytes / 64;
   Doubles wide[K];
   for (int k = 0; k < K; ++k) wide[k] = Simd::zero();
   for (int64_t i = 0; i < n; i += kChain) {
-    Floats sums[kVectors][K];
-    for (int v = 0; v < kVectors; ++v) {
-      for (int k = 0; k < K; ++k) sums[v][k] = Simd::set(0.0f);
+    const Element* chain = p + i;
+    Element padded[kChain];
+    int64_t size = n - i < kChain ? n - i : kChain;
+    if (size % kGroup != 0) {
+      for (int64_t j = 0; j < size; ++j) padded[j] = chain[j];
+      for (; size % kGroup != 0; ++size) padded[size] = Loader::kNegativeInfinity;
+      chain = padded;
     }
-    const int64_t left = n - i;
-    const int64_t size = left < kChain ? left : kChain;
-    for_each_group<Loader>(p + i, size, [&](const typename Loader::Element* group) {
+    Floats sums[kVectors][K];
+    // Load by load, each through all groups: the sums stay in registers.
+    for (int load = 0; load < loads; ++load) {
       // The next slice comes from memory while this one is worked on in the cache.
-      for (int64_t line = 0; line < kGroup * kBytes; line += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(group) + n * kBytes + line);
+      for (int64_t line = load * kLines / loads; line < (load + 1) * kLines / loads; ++line) {
+        __builtin_prefetch(reinterpret_cast<const char*>(p + i) + n * kBytes + line * 64);
       }
-      Floats z[kVectors];
-      load_group<Loader>(group, z);
-      for (int v = 0; v < kVectors; ++v) add(z[v], sums[v]);
-    });
+      Floats mine[per_load][K];
+      for (int v = 0; v < per_load; ++v) {
+        for (int k = 0; k < K; ++k) mine[v][k] = Simd::set(0.0f);
+      }
+#pragma GCC unroll 4
+      for (int64_t group = 0; group < size; group += kGroup) {
+        Floats z[per_load];
+        Loader::load(chain + group + load * Loader::kPerLoad, z);
+        for (int v = 0; v < per_load; ++v) add(z[v], mine[v]);
+      }
+      for (int v = 0; v < per_load; ++v) {
+        for (int k = 0; k < K; ++k) sums[load * per_load + v][k] = mine[v][k];
+      }
+    }
     for (int v = kVectors / 2; v > 0; v /= 2) {
       for (int w = 0; w < v; ++w) {
         for (int k = 0; k < K; ++k) sums[w][k] = Simd::add(sums[w][k], sums[w + v][k]);
