@@ -184,7 +184,7 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
 // In float32, and no less than its least normal number: -inf times 0 would be no weight but NaN.
 R2D_HOST_DEVICE float narrow_scale(double scale) {
   const auto narrow = static_cast<float>(scale);
-  return narrow;
+  return narrow > FLT_MIN ? narrow : FLT_MIN;
 }
 
 // One scale for all rows.

@@ -865,7 +865,7 @@ TEST(rows_with_options_of_their_own_draw_as_if_alone) {
   Logits<Float32> logits(batch, length, 700, 1, 2);
   logits.fill(random, 2.0f);
   logits.excluded = kMask;
-  const SamplingOptions options[batch] = {{1.0, 0, 1.0, 0.0},
+  const SamplingOptions options[batch] = {{0.25, 0, 1.0, 0.0},
                                           {0.0, 0, 1.0, 0.0},
                                           {2.0, 7, 0.8, 0.0},
                                           {0.5, 0, 1.0, 0.05},
@@ -907,6 +907,9 @@ TEST(rows_with_options_of_their_own_draw_as_if_alone) {
       const Drawn& want = alone.drawn[static_cast<size_t>(b * length + l)];
       CHECK(got[l].id == want.id && want.id >= 0);
       CHECK(got[l].confidence == want.confidence && got[l].tempered == want.tempered);
+      // One slice: what it weighs is what the draw's borders hang on.
+      const auto cell = static_cast<size_t>(b * length + l);
+      CHECK(all.tempered[cell] == alone.tempered[cell]);
     }
   }
 }

@@ -223,7 +223,11 @@ TEST(min_p_is_decided_in_double) {
     int64_t kept = 0;
     for (double z : row) kept += z >= least;
     CHECK(kept == (cutoff > -1.0 + 1e-10 ? 2 : cutoff < -1.0 - 1e-10 ? 3 : kept));
-    CHECK(draw_token(block.pass(false), 0, options, 1 - 0x1p-53).column == kept - 1);
+    const DrawnToken last = draw_token(block.pass(false), 0, options, 1 - 0x1p-53);
+    CHECK(last.column == kept - 1);
+    double mass = 0;
+    for (int64_t i = 0; i < kept; ++i) mass += std::exp(row[static_cast<size_t>(i)]);
+    CHECK(std::abs(last.tempered * mass / std::exp(row[static_cast<size_t>(kept - 1)]) - 1) < 1e-6);
   }
 }
 
