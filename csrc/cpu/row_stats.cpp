@@ -25,10 +25,10 @@ void row_stats(const RowStatsParams& params) {
   const VocabPass pass(params.logits, has_target.get(),
                        with_entropy ? tempered_scale(params.temperature) : 0.0);
   constexpr int64_t kRowsWorthAThread = 16;
-  parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pass.cells(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t cell = pass.cell(row);
-      const VocabStats& stats = pass.stats(row);
+      const OnlineSoftmax& stats = pass.stats(row);
       const bool valid = is_valid(stats);
       const TemperedSums tempered =
           valid && with_entropy ? pass.tempered(row) : TemperedSums{0.0, 0.0};

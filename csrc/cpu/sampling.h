@@ -12,8 +12,9 @@ struct DrawnToken {
   double tempered;  // its probability in the distribution that it was drawn from
 };
 
-// The column that `uniform` in [0, 1) falls on, in the order of the vocabulary. The row is valid.
-DrawnToken draw_token(const VocabPass& pass, int64_t row, const SamplingOptions& options,
+// The column that `uniform` in [0, 1) falls on, in the order of the vocabulary. `cell`: i of the
+// pass, valid; the temperature is > 0.
+DrawnToken draw_token(const VocabPass& pass, int64_t cell, const SamplingOptions& options,
                       double uniform);
 
 }  // namespace r2dllm::cpu

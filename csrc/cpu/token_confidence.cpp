@@ -14,7 +14,7 @@ void token_confidence(const TokenConfidenceParams& params) {
   std::fill_n(params.confidence, cells, 0.0f);
   const VocabPass pass(params.logits, params.candidates);
   constexpr int64_t kRowsWorthAThread = 16;
-  parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pass.cells(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t cell = pass.cell(row);
       const bool valid = is_valid(pass.stats(row));

@@ -2,12 +2,12 @@
 // The pass over V on one slice of a row, per instruction set. No torch: raw pointers only.
 #pragma once
 
-#include <cfloat>
 #include <vector>
 
 #include "../rules/confidence.h"
 #include "../rules/logits_view.h"
 #include "../rules/row_stats.h"
+#include "../rules/sampling.h"
 
 namespace r2dllm::cpu {
 
@@ -34,25 +34,33 @@ namespace r2dllm::cpu {
 //   (1 - p) * (2 * kTermError + kSumError + kLog2eError * log(1 + p * V / (1 - p))) + 1
 // Without the correction, and for any other token, the first factor is 1. -log p has the same
 // error, absolute; a gradient p * d has it times p.
+//
+// An entropy is -log p + the mean of d, and an error of the first, (1 - p) times the above, is one
+// of at most as much relative to -log p. A product term * d has two roundings more than its term;
+// where the mean of d is taken over the products themselves, call it D, the entropy is within,
+// relative (and, absolute, V roundings of a double at 1 and kLeastEntropy):
+//   2 * kTermError + 2 * kSumError + 3 + kLog2eError * max(D, log(1 + p * V / (1 - p)))
 constexpr double kTermError = 4, kSumError = 11, kLog2eError = 0.25;
 
 struct VocabKernels {
   const char* instruction_set;
 
   // Statistics of `n` logits, read once from memory and once from the L1 cache.
-  VocabStats (*stats)(const void* logits, int64_t n);
-  // The same in the same pass, and `moment`: sum of w * log2(w) over the terms w of the sum.
-  VocabStats (*stats_and_moment)(const void* logits, int64_t n, double* moment);
+  OnlineSoftmax (*stats)(const void* logits, int64_t n);
+
+  // The same statistics to the bit, and from the same read the sum of term * (logit - max), in
+  // nats.
+  OnlineSoftmax (*stats_and_moment)(const void* logits, int64_t n, double* moment);
 
   // What the sum of these `stats` lacks because the terms near `column` were added up in float32.
   // That matters near a term which is most of the row: there a rounding of the sum is one of the
   // confidence.
-  double (*correction)(const void* logits, int64_t n, int64_t column, const VocabStats& stats);
+  double (*correction)(const void* logits, int64_t n, int64_t column, const OnlineSoftmax& stats);
 
   // Lowest index of a logit equal to `value`, which must be present.
   int64_t (*find)(const void* logits, int64_t n, double value);
 
-  // Sum over logits >= cutoff of 2^((logit - max) * scale).
+  // Sum over logits >= cutoff of 2^((logit - max) * scale); the cutoff is finite.
   double (*tempered_mass)(const void* logits, int64_t n, double max, double scale, double cutoff);
 
   // `max` is the greatest of these logits, finite.

@@ -65,25 +65,41 @@ constexpr int64_t kChain = 8 * kGroup;
 template <class Loader, int K, class Add>
 inline void sums_over_groups(const typename Loader::Element* p, int64_t n, double (&totals)[K],
                              Add add) {
-  constexpr int64_t kBytes = sizeof(typename Loader::Element);
+  using Element = typename Loader::Element;
+  constexpr int per_load = Loader::kPerLoad / Simd::kLanes, loads = kVectors / per_load;
+  constexpr int64_t kBytes = sizeof(Element), kLines = kChain * kBytes / 64;
   Doubles wide[K];
   for (int k = 0; k < K; ++k) wide[k] = Simd::zero();
   for (int64_t i = 0; i < n; i += kChain) {
-    Floats sums[kVectors][K];
-    for (int v = 0; v < kVectors; ++v) {
-      for (int k = 0; k < K; ++k) sums[v][k] = Simd::set(0.0f);
+    const Element* chain = p + i;
+    Element padded[kChain];
+    int64_t size = n - i < kChain ? n - i : kChain;
+    if (size % kGroup != 0) {
+      for (int64_t j = 0; j < size; ++j) padded[j] = chain[j];
+      for (; size % kGroup != 0; ++size) padded[size] = Loader::kNegativeInfinity;
+      chain = padded;
     }
-    const int64_t left = n - i;
-    const int64_t size = left < kChain ? left : kChain;
-    for_each_group<Loader>(p + i, size, [&](const typename Loader::Element* group) {
+    Floats sums[kVectors][K];
+    // Load by load, each through all groups: the sums stay in registers.
+    for (int load = 0; load < loads; ++load) {
       // The next slice comes from memory while this one is worked on in the cache.
-      for (int64_t line = 0; line < kGroup * kBytes; line += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(group) + n * kBytes + line);
+      for (int64_t line = load * kLines / loads; line < (load + 1) * kLines / loads; ++line) {
+        __builtin_prefetch(reinterpret_cast<const char*>(p + i) + n * kBytes + line * 64);
       }
-      Floats z[kVectors];
-      load_group<Loader>(group, z);
-      for (int v = 0; v < kVectors; ++v) add(z[v], sums[v]);
-    });
+      Floats mine[per_load][K];
+      for (int v = 0; v < per_load; ++v) {
+        for (int k = 0; k < K; ++k) mine[v][k] = Simd::set(0.0f);
+      }
+#pragma GCC unroll 4
+      for (int64_t group = 0; group < size; group += kGroup) {
+        Floats z[per_load];
+        Loader::load(chain + group + load * Loader::kPerLoad, z);
+        for (int v = 0; v < per_load; ++v) add(z[v], mine[v]);
+      }
+      for (int v = 0; v < per_load; ++v) {
+        for (int k = 0; k < K; ++k) sums[load * per_load + v][k] = mine[v][k];
+      }
+    }
     for (int v = kVectors / 2; v > 0; v /= 2) {
       for (int w = 0; w < v; ++w) {
         for (int k = 0; k < K; ++k) sums[w][k] = Simd::add(sums[w][k], sums[w + v][k]);
@@ -127,15 +143,12 @@ struct Term {
         log2e(Simd::set(kLog2e)),
         round(Simd::set(Simd::kExp2Round - exponent)) {}
 
-  // Returns z * kLog2e - exponent.
-  Floats operator()(Floats z, Floats& fraction, Floats& power) const {
+  void operator()(Floats z, Floats& fraction, Floats& power) const {
     const Floats clamped = Simd::max(floor, z);
     const Floats t = Simd::fma(clamped, log2e, round);
-    const Floats minus_k = Simd::sub(round, t);
-    const Floats f = Simd::fma(clamped, log2e, minus_k);
+    const Floats f = Simd::fma(clamped, log2e, Simd::sub(round, t));
     fraction = exp2_fraction(f);
     power = Simd::exp2(t);
-    return Simd::sub(f, minus_k);
   }
 };
 
@@ -148,66 +161,70 @@ inline double sum_of_terms(const typename Loader::Element* p, int64_t n, const T
   });
 }
 
-// Sums of the terms w and of w * x, where w = 2^x and x = z * kLog2e - exponent.
+// Sums of the terms, to the bit as `sum_of_terms`, and of term * (z - max).
 template <class Loader>
-inline double sums_of_terms(const typename Loader::Element* p, int64_t n, const Term& term,
-                            double& moment) {
-  double totals[2];
+inline void sum_and_moment(const typename Loader::Element* p, int64_t n, float max,
+                           const Term& term, double (&totals)[2]) {
+  const Floats top = Simd::set(max);
   sums_over_groups<Loader>(p, n, totals, [&](Floats z, Floats(&sums)[2]) {
     Floats fraction, power;
-    const Floats x = term(z, fraction, power);
-    const Floats w = Simd::mul(fraction, power);
-    sums[0] = Simd::add(sums[0], w);
-    sums[1] = Simd::fma(w, x, sums[1]);
+    term(z, fraction, power);
+    const Floats product = Simd::mul(fraction, power),
+                 below = Simd::sub(Simd::max(term.floor, z), top);
+    // A power of 2 makes the product exact, and the cheaper sum the same.
+    sums[0] =
+        Simd::kExp2Parts == 1 ? Simd::add(sums[0], product) : Simd::fma(fraction, power, sums[0]);
+    sums[1] = Simd::fma(product, below, sums[1]);
   });
-  moment = totals[1];
-  return totals[0];
 }
 
+// kMoment: `moment` too.
 template <class Loader, bool kMoment>
-inline VocabStats read_slice(const void* logits, int64_t n, double* moment) {
+inline OnlineSoftmax statistics(const void* logits, int64_t n, double* moment) {
   const auto* p = static_cast<const typename Loader::Element*>(logits);
-  if constexpr (kMoment) *moment = 0.0;
   const float max = greatest<Loader>(p, n);
   if (!(max > -INFINITY && max < INFINITY)) {
     // +inf or NaN on top makes the row invalid. So does a NaN among nothing but -inf.
     bool has_nan = max != -INFINITY;
     for (int64_t i = 0; i < n && !has_nan; ++i) has_nan = Loader::is_nan(p[i]);
+    if constexpr (kMoment) *moment = has_nan ? NAN : 0.0;
     return {max, 0.0, has_nan ? NAN : 0.0};
   }
   if (!is_narrow(max)) {
     const double exponent = rint(static_cast<double>(max) * kLog2eWide);
-    double sum = 0.0;
+    double sum = 0.0, products = 0.0;
     for (int64_t i = 0; i < n; ++i) {
-      const double logit = Loader::to_float(p[i]), term = wide_term(logit, exponent);
+      const double z = Loader::to_float(p[i]), term = wide_term(z, exponent);
       sum += term;
-      if constexpr (kMoment) *moment += wide_moment(logit, exponent, term);
+      if constexpr (kMoment) products += wide_product(term, z, max);
     }
+    if constexpr (kMoment) *moment = products;
     return {max, exponent, sum};
   }
   const float exponent = rintf(max * kLog2e);
   const Term term(max, exponent);
   const double factor = log2e_factor(max);
   if constexpr (kMoment) {
-    const double sum = sums_of_terms<Loader>(p, n, term, *moment);
-    *moment *= factor;
-    return {max, exponent, sum * factor};
+    double totals[2];
+    sum_and_moment<Loader>(p, n, max, term, totals);
+    *moment = totals[1] * factor;
+    return {max, exponent, totals[0] * factor};
   }
   return {max, exponent, sum_of_terms<Loader>(p, n, term) * factor};
 }
 
 template <class Loader>
-VocabStats stats(const void* logits, int64_t n) {
-  return read_slice<Loader, false>(logits, n, nullptr);
+OnlineSoftmax stats(const void* logits, int64_t n) {
+  return statistics<Loader, false>(logits, n, nullptr);
 }
 
 template <class Loader>
-VocabStats stats_and_moment(const void* logits, int64_t n, double* moment) {
-  return read_slice<Loader, true>(logits, n, moment);
+OnlineSoftmax stats_and_moment(const void* logits, int64_t n, double* moment) {
+  return statistics<Loader, true>(logits, n, moment);
 }
 
 template <class Loader>
-double correction(const void* logits, int64_t n, int64_t column, const VocabStats& stats) {
+double correction(const void* logits, int64_t n, int64_t column, const OnlineSoftmax& stats) {
   const float max = static_cast<float>(stats.max);
   if (!is_narrow(max)) return 0.0;
   const int64_t begin = column / kChain * kChain, size = n - begin < kChain ? n - begin : kChain;
@@ -245,23 +262,20 @@ int64_t find(const void* logits, int64_t n, double value) {
   return i < n ? i : -1;
 }
 
-// A scale too small for float32 makes all terms alike, as it should.
-inline float narrow_scale(double scale) {
-  return static_cast<float>(scale < FLT_MIN ? FLT_MIN : scale);
-}
-
-// How far below the maximum a logit counts, so that its term is not below 2^-115.
-inline float tempered_floor(double scale) {
-  const double floor = -115.0 / static_cast<double>(narrow_scale(scale));
-  return static_cast<float>(floor < -FLT_MAX ? -FLT_MAX : floor);
-}
-
 template <class Loader>
 double tempered_mass(const void* logits, int64_t n, double max, double scale, double cutoff) {
   const auto* p = static_cast<const typename Loader::Element*>(logits);
-  const Floats top = Simd::set(static_cast<float>(max)),
-               low = Simd::set(static_cast<float>(cutoff)), factor = Simd::set(narrow_scale(scale)),
-               round = Simd::set(Simd::kExp2Round), floor = Simd::set(tempered_floor(scale));
+  if (!is_narrow_scale(scale)) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double z = Loader::to_float(p[i]);
+      if (z >= cutoff) sum += exp2((z - max) * scale);
+    }
+    return sum;
+  }
+  const Floats top = Simd::set(static_cast<float>(max)), low = Simd::set(least_float(cutoff)),
+               factor = Simd::set(static_cast<float>(scale)), round = Simd::set(Simd::kExp2Round),
+               floor = Simd::set(-115.0f / static_cast<float>(scale));
   return sum_over_groups<Loader>(p, n, [&](Floats sum, Floats z) {
     const Floats below = Simd::max(floor, Simd::sub(z, top));
     const Floats t = Simd::fma(below, factor, round);
@@ -277,8 +291,8 @@ struct TemperedTerm {
 
   TemperedTerm(double max, double scale)
       : top(Simd::set(static_cast<float>(max))),
-        factor(Simd::set(narrow_scale(scale))),
-        floor(Simd::set(tempered_floor(scale))),
+        factor(Simd::set(static_cast<float>(scale))),
+        floor(Simd::set(-115.0f / static_cast<float>(scale))),
         round(Simd::set(Simd::kExp2Round)) {}
 
   // exp2(u) = fraction * power
@@ -293,15 +307,20 @@ struct TemperedTerm {
 
 template <class Loader>
 TemperedSums tempered_sums(const void* logits, int64_t n, double max, double scale) {
+  const auto* p = static_cast<const typename Loader::Element*>(logits);
+  if (!is_narrow_scale(scale)) {
+    TemperedSums sums{0.0, 0.0};
+    for (int64_t i = 0; i < n; ++i) add_tempered(sums, (Loader::to_float(p[i]) - max) * scale);
+    return sums;
+  }
   const TemperedTerm term(max, scale);
   double totals[2];
-  sums_over_groups<Loader>(static_cast<const typename Loader::Element*>(logits), n, totals,
-                           [&](Floats z, Floats(&sums)[2]) {
-                             Floats u, fraction, power;
-                             term(z, u, fraction, power);
-                             sums[0] = Simd::fma(fraction, power, sums[0]);
-                             sums[1] = Simd::fma(Simd::mul(fraction, u), power, sums[1]);
-                           });
+  sums_over_groups<Loader>(p, n, totals, [&](Floats z, Floats(&sums)[2]) {
+    Floats u, fraction, power;
+    term(z, u, fraction, power);
+    sums[0] = Simd::fma(fraction, power, sums[0]);
+    sums[1] = Simd::fma(Simd::mul(fraction, u), power, sums[1]);
+  });
   return {totals[0], totals[1]};
 }
 
@@ -353,7 +372,8 @@ void gradient(const void* logits, void* gradient, int64_t n, const RowGradient& 
   auto* out = static_cast<typename Loader::Element*>(gradient);
   if (is_nan(row)) {
     for (int64_t i = 0; i < n; ++i) out[i] = Loader::from_float(NAN);
-  } else if (!is_narrow(static_cast<float>(row.max))) {
+  } else if (!is_narrow(static_cast<float>(row.max)) ||
+             (row.entropy != 0.0 && !is_narrow_scale(row.scale))) {
     for (int64_t i = 0; i < n; ++i) {
       out[i] = Loader::from_float(static_cast<float>(logit_gradient(row, Loader::to_float(p[i]))));
     }

@@ -147,8 +147,7 @@ struct Half {
 
 #include "vocab_kernels_inl.h"
 
-VocabStats stats_and_moment_double(const void* logits, int64_t n, double* moment) {
-  *moment = 0.0;
+OnlineSoftmax stats_and_moment_double(const void* logits, int64_t n, double* moment) {
   const auto* p = static_cast<const double*>(logits);
   double max = -INFINITY;
   bool has_nan = false;
@@ -156,24 +155,25 @@ VocabStats stats_and_moment_double(const void* logits, int64_t n, double* moment
     max = p[i] > max ? p[i] : max;
     has_nan |= p[i] != p[i];
   }
+  *moment = has_nan || max == INFINITY ? NAN : 0.0;
   if (has_nan || max == INFINITY) return {max, 0.0, NAN};
-  if (max == -INFINITY) return VocabStats::empty();
+  if (max == -INFINITY) return OnlineSoftmax::empty();
   const double exponent = rint(max * kLog2eWide);
   double sum = 0.0;
   for (int64_t i = 0; i < n; ++i) {
     const double term = wide_term(p[i], exponent);
     sum += term;
-    *moment += wide_moment(p[i], exponent, term);
+    *moment += wide_product(term, p[i], max);
   }
   return {max, exponent, sum};
 }
 
-VocabStats stats_double(const void* logits, int64_t n) {
+OnlineSoftmax stats_double(const void* logits, int64_t n) {
   double moment;
   return stats_and_moment_double(logits, n, &moment);
 }
 
-double correction_double(const void*, int64_t, int64_t, const VocabStats&) { return 0.0; }
+double correction_double(const void*, int64_t, int64_t, const OnlineSoftmax&) { return 0.0; }
 
 int64_t find_double(const void* logits, int64_t n, double value) {
   const auto* p = static_cast<const double*>(logits);
@@ -196,12 +196,7 @@ double tempered_mass_double(const void* logits, int64_t n, double max, double sc
 TemperedSums tempered_sums_double(const void* logits, int64_t n, double max, double scale) {
   const auto* p = static_cast<const double*>(logits);
   TemperedSums sums{0.0, 0.0};
-  for (int64_t i = 0; i < n; ++i) {
-    const double u = (p[i] - max) * scale;
-    if (!(u > -2000.0)) continue;
-    sums.mass += exp2(u);
-    sums.moment += u * exp2(u);
-  }
+  for (int64_t i = 0; i < n; ++i) add_tempered(sums, (p[i] - max) * scale);
   return sums;
 }
 

@@ -12,21 +12,17 @@ VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double sc
       bytes_(kLogitBytes[static_cast<int>(logits.type)]),
       slices_((logits.vocab + kSliceWidth - 1) / kSliceWidth),
       scale_(scale) {
-  const int64_t cells = logits.batch * logits.length;
-  for (int64_t cell = 0; cell < cells; ++cell) {
+  for (int64_t cell = 0; cell < logits.batch * logits.length; ++cell) {
     if (candidates[cell]) cells_.push_back(cell);
   }
-  partial_.resize(rows() * slices_);
-  stats_.resize(rows());
-  argmax_.resize(rows(), -1);
-  if (scale != 0.0) tempered_.resize(rows() * slices_);
-  if (with_entropy) {
-    moment_.resize(rows() * slices_);
-    entropy_.resize(rows(), NAN);
-  }
-  // A task is a slice of a row: a single row uses all threads too.
+  partial_.resize(cells() * slices_);
+  stats_.resize(cells());
+  argmax_.resize(cells(), -1);
+  if (scale != 0.0) tempered_.resize(cells() * slices_);
+  if (with_entropy) moment_.resize(cells() * slices_);
+  // A task is a slice of a cell's logits: a single cell uses all threads too.
   constexpr int64_t kTasksWorthAThread = 4;
-  parallel_for(0, rows() * slices_, kTasksWorthAThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, cells() * slices_, kTasksWorthAThread, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices_;
       with_slice(task / slices_, slice, [&](const char* data) {
@@ -34,69 +30,75 @@ VocabPass::VocabPass(const LogitsView& logits, const bool* candidates, double sc
         partial_[task] = with_entropy ? kernels_.stats_and_moment(data, size, &moment_[task])
                                       : kernels_.stats(data, size);
         if (scale != 0.0 && is_valid(partial_[task])) {
-          tempered_[task] =
-              kernels_.tempered_sums(data, slice_size(slice), partial_[task].max, scale);
+          tempered_[task] = kernels_.tempered_sums(data, size, partial_[task].max, scale);
         }
       });
     }
   });
-  constexpr int64_t kRowsWorthAThread = 16;
-  parallel_for(0, rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) merge_slices(row);
+  constexpr int64_t kCellsWorthAThread = 16;
+  parallel_for(0, cells(), kCellsWorthAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) merge_slices(i);
   });
 }
 
-void VocabPass::merge_slices(int64_t row) {
-  const VocabStats* partial = &partial_[row * slices_];
-  VocabStats merged = VocabStats::empty();
-  for (int64_t i = 0; i < slices_; ++i) merged = merge(merged, partial[i]);
+void VocabPass::merge_slices(int64_t i) {
+  const OnlineSoftmax* partial = &partial_[i * slices_];
+  OnlineSoftmax merged = OnlineSoftmax::empty();
+  for (int64_t s = 0; s < slices_; ++s) merged = merge(merged, partial[s]);
   if (is_valid(merged)) {
-    if (!entropy_.empty()) entropy_[row] = entropy_of(merged.sum, merged_moment(row, merged));
     int64_t slice = 0;
     while (partial[slice].max != merged.max) ++slice;
-    with_slice(row, slice, [&](const char* data) {
+    with_slice(i, slice, [&](const char* data) {
       const int64_t size = slice_size(slice), column = kernels_.find(data, size, merged.max);
-      argmax_[row] = slice * kSliceWidth + column;
+      argmax_[i] = slice * kSliceWidth + column;
       merged.sum += scale_by_exponent(kernels_.correction(data, size, column, partial[slice]),
                                       partial[slice].exponent - merged.exponent);
     });
   }
-  stats_[row] = merged;
+  stats_[i] = merged;
 }
 
-// The weights of a slice are 2^d times as large beside the row's exponent, their logarithms d more.
-double VocabPass::merged_moment(int64_t row, const VocabStats& merged) const {
-  double moment = 0.0;
-  for (int64_t i = row * slices_; i < (row + 1) * slices_; ++i) {
-    const double d = partial_[i].exponent - merged.exponent;
-    if (partial_[i].max > -INFINITY) {
-      moment += scale_by_exponent(moment_[i] + d * partial_[i].sum, d);
-    }
-  }
-  return moment;
-}
-
-TemperedSums VocabPass::tempered(int64_t row) const {
+TemperedSums VocabPass::tempered(int64_t i) const {
   TemperedSums sums{0.0, 0.0};
-  for (int64_t i = row * slices_; i < (row + 1) * slices_; ++i) {
-    const TemperedSums slice = rebased(tempered_[i], (partial_[i].max - stats_[row].max) * scale_);
+  for (int64_t s = i * slices_; s < (i + 1) * slices_; ++s) {
+    const TemperedSums slice = rebased(tempered_[s], (partial_[s].max - stats_[i].max) * scale_);
     sums.mass += slice.mass;
     sums.moment += slice.moment;
   }
   return sums;
 }
 
-VocabStats VocabPass::token_stats(int64_t row, int64_t column) const {
-  return kernels_.stats(logit(row, column), 1);
+OnlineSoftmax VocabPass::token_stats(int64_t i, int64_t column) const {
+  return kernels_.stats(logit(i, column), 1);
 }
 
-float VocabPass::probability(int64_t row, int64_t column) const {
-  return r2dllm::probability(token_stats(row, column), stats_[row]);
+float VocabPass::probability(int64_t i, int64_t column) const {
+  return r2dllm::probability(token_stats(i, column), stats_[i]);
 }
 
-double VocabPass::mass(int64_t row, int64_t column) const {
-  const VocabStats token = kernels_.stats(logit(row, column), 1);
-  return stats_[row].sum / scale_by_exponent(token.sum, token.exponent - stats_[row].exponent);
+double VocabPass::mass(int64_t i, int64_t column) const { return stats_[i].sum / term(i, column); }
+
+// Of that logit, as it stands in the sum of stats(i).
+double VocabPass::term(int64_t i, int64_t column) const {
+  const OnlineSoftmax token = token_stats(i, column);
+  return scale_by_exponent(token.sum, token.exponent - stats_[i].exponent);
+}
+
+double VocabPass::moment(int64_t i) const {
+  const OnlineSoftmax& whole = stats_[i];
+  if (!is_valid(whole)) return whole.sum;  // 0 or NaN
+  double sum = 0.0;
+  for (int64_t s = i * slices_; s < (i + 1) * slices_; ++s) {
+    const OnlineSoftmax& part = partial_[s];
+    if (!(part.max > -INFINITY)) continue;
+    sum += scale_by_exponent(moment_[s] + (part.max - whole.max) * part.sum,
+                             part.exponent - whole.exponent);
+  }
+  return sum / term(i, argmax_[i]);
+}
+
+double VocabPass::entropy(int64_t i) const {
+  return is_valid(stats_[i]) ? entropy_of(mass(i, argmax_[i]), moment(i)) : NAN;
 }
 
 void VocabPass::exclude(char* logit) const {

@@ -5,29 +5,33 @@
 #include <cstring>
 #include <vector>
 
+#include "../rules/vocab_statistics.h"
 #include "vocab_kernels.h"
 
 namespace r2dllm::cpu {
 
 class VocabPass {
  public:
-  // Reads each row whose `candidates` [B, L] is true once; nothing of size V is written. With a
-  // scale (see tempered_scale) the same read also yields `tempered`; on request, `entropy`.
+  // Reads the V logits of each cell whose `candidates` [B, L] is true once; nothing of size V is
+  // written. With a scale (see tempered_scale) the same read also yields `tempered`.
   VocabPass(const LogitsView& logits, const bool* candidates, double scale = 0.0,
             bool with_entropy = false);
 
-  int64_t rows() const { return static_cast<int64_t>(cells_.size()); }
-  int64_t cell(int64_t row) const { return cells_[row]; }  // b * L + l
-  const VocabStats& stats(int64_t row) const { return stats_[row]; }
-  TemperedSums tempered(int64_t row) const;
-  double entropy(int64_t row) const { return entropy_[row]; }  // in nats, of a valid row
+  // What was read, in the order of the block; i in [0, cells()) below.
+  int64_t cells() const { return static_cast<int64_t>(cells_.size()); }
+  int64_t cell(int64_t i) const { return cells_[i]; }  // b * L + l
+  const OnlineSoftmax& stats(int64_t i) const { return stats_[i]; }
+  TemperedSums tempered(int64_t i) const;
   const VocabKernels& kernels() const { return kernels_; }
 
-  int64_t argmax(int64_t row) const { return argmax_[row]; }  // lowest on ties; -1 if not valid
-  float probability(int64_t row, int64_t column) const;
-  VocabStats token_stats(int64_t row, int64_t column) const;  // of that logit alone
-  double mass(int64_t row, int64_t column) const;             // 1 / probability, not rounded
-  double load(int64_t row, int64_t column) const { return kernels_.load(logit(row, column), 0); }
+  int64_t argmax(int64_t i) const { return argmax_[i]; }  // lowest on ties; -1 if not valid
+  float probability(int64_t i, int64_t column) const;
+  OnlineSoftmax token_stats(int64_t i, int64_t column) const;  // of that logit alone
+  double mass(int64_t i, int64_t column) const;                // 1 / probability, not rounded
+
+  // Of softmax(logits), with_entropy. `moment` is a Statistic: to a mass relative to the argmax.
+  double moment(int64_t i) const;
+  double entropy(int64_t i) const;  // nats, >= 0; NaN if not valid
 
   int64_t logit_bytes() const { return bytes_; }
   int64_t slices() const { return slices_; }
@@ -38,9 +42,9 @@ class VocabPass {
 
   // f(pointer to the logits of a slice). The excluded column reads as -inf.
   template <class F>
-  auto with_slice(int64_t row, int64_t slice, F f) const {
+  auto with_slice(int64_t i, int64_t slice, F f) const {
     const int64_t begin = slice * kSliceWidth, size = slice_size(slice);
-    const char* data = logit(row, begin);
+    const char* data = logit(i, begin);
     if (logits_.excluded < begin || logits_.excluded >= begin + size) return f(data);
     alignas(64) char copy[kSliceWidth * sizeof(double)];
     memcpy(copy, data, size * bytes_);
@@ -49,15 +53,15 @@ class VocabPass {
   }
 
  private:
-  const char* logit(int64_t row, int64_t column) const {
-    const int64_t b = cells_[row] / logits_.length, cell = cells_[row] % logits_.length;
+  const char* logit(int64_t i, int64_t column) const {
+    const int64_t b = cells_[i] / logits_.length, cell = cells_[i] % logits_.length;
     const int64_t l = cell > logits_.shift ? cell - logits_.shift : 0;
     return static_cast<const char*>(logits_.data) +
            (b * logits_.batch_stride + l * logits_.length_stride + column) * bytes_;
   }
+  double term(int64_t i, int64_t column) const;
   void exclude(char* logit) const;
-  void merge_slices(int64_t row);
-  double merged_moment(int64_t row, const VocabStats& merged) const;
+  void merge_slices(int64_t i);
 
   LogitsView logits_;
   const VocabKernels& kernels_;
@@ -65,12 +69,11 @@ class VocabPass {
   int64_t slices_;
   double scale_;
   std::vector<int64_t> cells_;
-  std::vector<VocabStats> partial_;     // [rows, slices]
-  std::vector<VocabStats> stats_;       // [rows]
-  std::vector<int64_t> argmax_;         // [rows]
-  std::vector<TemperedSums> tempered_;  // [rows, slices] if asked for
-  std::vector<double> moment_;          // [rows, slices] if asked for
-  std::vector<double> entropy_;         // [rows] if asked for
+  std::vector<OnlineSoftmax> partial_;  // [cells, slices]
+  std::vector<OnlineSoftmax> stats_;    // [cells]
+  std::vector<int64_t> argmax_;         // [cells]
+  std::vector<TemperedSums> tempered_;  // [cells, slices] if asked for
+  std::vector<double> moment_;          // [cells, slices] if asked for
 };
 
 }  // namespace r2dllm::cpu

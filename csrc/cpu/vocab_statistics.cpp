@@ -8,27 +8,24 @@ namespace r2dllm::cpu {
 
 void vocab_statistics(const VocabStatisticsParams& params) {
   const int64_t cells = params.logits.batch * params.logits.length;
-  const double nothing = params.with_entropy ? 0.0 : NAN;
   for (int64_t cell = 0; cell < cells; ++cell) {
-    store_statistics(params.statistics + cell * kStatistics, -INFINITY, 0.0, -1, nothing);
+    store_statistics(params.statistics + cell * kStatistics, -INFINITY, 0.0, -1,
+                     params.with_entropy ? 0.0 : NAN);
   }
   const VocabPass pass(params.logits, params.candidates, 0.0, params.with_entropy);
-  constexpr int64_t kRowsWorthAThread = 16;
-  parallel_for(0, pass.rows(), kRowsWorthAThread, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const VocabStats& stats = pass.stats(row);
+  constexpr int64_t kCellsWorthAThread = 16;
+  parallel_for(0, pass.cells(), kCellsWorthAThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const OnlineSoftmax& stats = pass.stats(i);
       int64_t id = -1;
       double mass = stats.sum;  // 0 or NaN: no prediction
-      double moment = params.with_entropy ? 0.0 : NAN;
       if (is_valid(stats)) {
-        const int64_t column = pass.argmax(row);
+        const int64_t column = pass.argmax(i);
         id = params.first_id + column;
-        mass = pass.mass(row, column);
-        // H = log(mass) - moment / mass
-        if (params.with_entropy) moment = mass * (log(mass) - pass.entropy(row));
+        mass = pass.mass(i, column);
       }
-      store_statistics(params.statistics + pass.cell(row) * kStatistics, stats.max, mass, id,
-                       moment);
+      store_statistics(params.statistics + pass.cell(i) * kStatistics, stats.max, mass, id,
+                       params.with_entropy ? pass.moment(i) : NAN);
     }
   });
 }

@@ -47,7 +47,7 @@ void row_stats(const RowStatsParams& params) {
   const bool with_entropy = params.temperature != 0.0;
   const double scale = with_entropy ? tempered_scale(params.temperature) : 0.0;
   if (with_entropy) {
-    launch_slices<Tempered::kMoment>(logits, has_target, workspace, scale);
+    launch_slices<Tempered::kMoment>(logits, has_target, workspace, SameScale{narrow_scale(scale)});
   } else {
     launch_slices(logits, has_target, workspace);
   }

@@ -55,7 +55,7 @@ R2D_DEVICE void row_stats_body(Lane& lane, const RowStatsParams& params,
   const bool valid = top.id >= 0, is_id = target >= 0 && target < params.logits.vocab;
   RowState state{merged.max, 0.0, NAN, NAN, tempered.mass, tempered.moment};
   if (valid && is_id) {
-    const VocabStats row = stats_of(merged.max, merged.mass);
+    const OnlineSoftmax row = stats_of(merged.max, merged.mass);
     const float logit = Format::value(row_of<Format>(params.logits, cell).data[target]);
     state.exponent = row.exponent;
     state.sum = row.sum;

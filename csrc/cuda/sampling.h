@@ -2,7 +2,12 @@
 // Drawing a token at temperature > 0: inverse CDF in the order of the vocabulary, by levels - a
 // slice by its mass, 512 bytes of it, 16 bytes of these, a column - so that of the row only one
 // slice is read again and one random number is spent. top-k and top-p first find the least logit
-// that they keep, by bisection of its bits: sums and counts alone, no sort and no atomics.
+// that they keep, by bisection of its bits: sums and counts alone, no sort and no atomics; min-p
+// knows it.
+//
+// Rows may differ in their options. A RowOptions has
+//   operator()(row)           SamplingOptions; a temperature that is not > 0: the row draws nothing
+//   uniform(row, position)    the random number of a cell, in [0, 1)
 #pragma once
 
 #include "../rules/decode_step.h"
@@ -14,10 +19,29 @@
 namespace r2dllm::cuda {
 
 // log2(e) / temperature; a temperature near 0 is the argmax.
-inline double tempering(const SamplingOptions& options) {
-  const double scale = kLog2eWide / options.temperature;
+R2D_HOST_DEVICE double tempering(const SamplingOptions& options) {
+  const double scale = tempered_scale(options.temperature);
   return scale < 1e30 ? scale : 1e30;
 }
+
+// A RowOptions: the same for all rows, row b of the batch with counters b.
+struct SameOptions {
+  SamplingOptions options;
+  uint64_t seed;
+  const int64_t* counters;  // [B, kCounters]
+
+  R2D_DEVICE SamplingOptions operator()(int64_t) const { return options; }
+  R2D_DEVICE double uniform(int64_t row, int64_t position) const {
+    return r2dllm::uniform(seed, counters + row * kCounters, position, Draw::kToken);
+  }
+};
+
+// The scales of a RowOptions for the pass over V.
+template <class RowOptions>
+struct RowScale {
+  RowOptions options;
+  R2D_DEVICE float operator()(int64_t row) const { return narrow_scale(tempering(options(row))); }
+};
 
 R2D_DEVICE int lowest_bit(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -58,8 +82,9 @@ struct DrawShared {
 };
 
 struct Drawn {
-  int32_t id;
-  float confidence;  // untempered
+  int32_t id;        // -1: nothing is drawn
+  float confidence;  // untempered probability
+  float tempered;    // probability in the distribution that it was drawn from
 };
 
 static_assert(kLoads * kSliceThreads == kWarp * kWarp, "a warp chooses among a slice's parts");
@@ -81,7 +106,8 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
   // Every warp does the same up to here.
   double total = 0.0;
   for (int64_t i = place_in_warp(lane); i < slices; i += kWarp) total += slice_mass(i);
-  double target = uniform * warp_sum(lane, total);
+  total = warp_sum(lane, total);
+  double target = uniform * total;
   int64_t begin = 0, end = slices;
   do {
     const int64_t share = (end - begin + kWarp - 1) / kWarp;
@@ -94,8 +120,9 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
 
   // The slice again: 32 runs of 512 bytes, run g * warps + w by warp w.
   constexpr int kWarps = kSliceThreads / kWarp;
+  const float narrow = narrow_scale(scale);
   const auto term = [&](float z) {
-    return z >= lowest ? lane.exp2((z - merged.max) * static_cast<float>(scale)) : 0.0f;
+    return z >= lowest ? lane.exp2((z - merged.max) * narrow) : 0.0f;
   };
   constexpr int64_t kStep = kSliceThreads * kVector<Format>;
   const int64_t mine = begin * kSliceColumns<Format> + lane.thread() * kVector<Format>;
@@ -111,7 +138,9 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
   const Words vector = load_vector(lane, row, column);
   const auto my_mass = static_cast<double>(sum_of_terms<Format>(vector, term));
   const int place = choose_lane(lane, my_mass, target);
-  if (warp_of(lane) != run % kWarps || place_in_warp(lane) != place) return {-1, 0.0f};
+  if (warp_of(lane) != run % kWarps || place_in_warp(lane) != place) {
+    return {-1, 0.0f, 0.0f};
+  }
 
   int chosen = 0;
   float logit = merged.max;
@@ -127,30 +156,34 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
     }
   }
   return {static_cast<int32_t>(column + chosen),
-          static_cast<float>(weight(logit, merged.max, kLog2eWide) / merged.mass)};
+          static_cast<float>(weight(logit, merged.max, kLog2eWide) / merged.mass),
+          static_cast<float>(weight(logit, merged.max, scale) / total)};
 }
 
 // Block = cell.
-template <class Format, class Lane, class IsCandidate>
+template <class Format, class Lane, class IsCandidate, class RowOptions>
 R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logits,
                           const IsCandidate& is_candidate, const VocabWorkspace& workspace,
-                          double scale, uint64_t seed, const int64_t* counters, Drawn* drawn) {
+                          const RowOptions& row_options, Drawn* drawn) {
   const int64_t cell = lane.block(), slices = workspace.slices;
   if (!is_candidate(cell)) return;
-  const auto length = static_cast<uint32_t>(logits.length), c = static_cast<uint32_t>(cell);
-  const int64_t* counter = counters + int64_t{c / length} * kCounters;
-  const double u = uniform(seed, counter, c % length, Draw::kToken);
+  const int64_t b = row_number(logits, cell);
+  if (!(row_options(b).temperature > 0.0)) {
+    if (lane.thread() == 0) drawn[cell].id = -1;
+    return;
+  }
+  const double u = row_options.uniform(b, cell - b * logits.length);
   const SlicePartial* partial = workspace.partial + cell * slices;
   const SlicePartial merged = merge_slices(lane, partial, slices);
   if (!(merged.mass > 0.0)) return;
-  const Drawn result =
-      draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
-                   workspace.tempered + cell * slices, slices,
-                   workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX, scale, u);
+  const Drawn result = draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
+                                    workspace.tempered + cell * slices, slices,
+                                    workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX,
+                                    tempering(row_options(b)), u);
   if (result.id >= 0) drawn[cell] = result;
 }
 
-// ---- top-k and top-p ----------------------------------------------------------------------------
+// ---- top-k, top-p, min-p ------------------------------------------------------------------------
 
 constexpr int kCutoffThreads = 1024;
 
@@ -173,13 +206,22 @@ R2D_DEVICE float logit_of(uint32_t key) {
   return bit_cast<float>(ordered(static_cast<int32_t>(key ^ 0x80000000u)));
 }
 
-// Block = cell, kCutoffThreads threads: workspace.cutoff, and workspace.tempered of what is kept.
-template <class Format, class Lane, class IsCandidate>
+// Block = cell, kCutoffThreads threads: workspace.cutoff, and workspace.tempered of what is kept. A
+// row that keeps everything keeps the masses that the pass over V left there.
+template <class Format, class Lane, class IsCandidate, class RowOptions>
 R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& logits,
                             const IsCandidate& is_candidate, const VocabWorkspace& workspace,
-                            double scale, int64_t top_k, double top_p) {
+                            const RowOptions& row_options) {
   const int64_t cell = lane.block(), slices = workspace.slices;
   if (!is_candidate(cell)) return;
+  // Asked where they are needed: to keep them takes more registers than there are.
+  const auto options = [&] { return row_options(row_number(logits, cell)); };
+  if (!(options().temperature > 0.0)) return;
+  if (!restricts(options())) {
+    if (lane.thread() == 0) workspace.cutoff[cell] = -FLT_MAX;
+    return;
+  }
+  const float narrow = narrow_scale(tempering(options()));
   const SlicePartial* partial = workspace.partial + cell * slices;
   const SlicePartial merged = merge_slices(lane, partial, slices);
   if (!(merged.mass > 0.0)) return;
@@ -196,9 +238,7 @@ R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& 
     return block_sum(lane, shared, sum);
   };
   const auto one = [](float) { return 1.0f; };
-  const auto term = [&](float z) {
-    return lane.exp2((z - merged.max) * static_cast<float>(scale));
-  };
+  const auto term = [&](float z) { return lane.exp2((z - merged.max) * narrow); };
   // The greatest logit such that it and all above it weigh `enough`; `lowest` if all of these
   // don't.
   const auto least_of = [&](float lowest, double enough, auto weight) {
@@ -216,8 +256,13 @@ R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& 
   };
 
   float lowest = -FLT_MAX;
-  if (top_k > 0) lowest = least_of(lowest, static_cast<double>(top_k), one);
-  if (top_p < 1.0) lowest = least_of(lowest, top_p * total(0, row.vocab, lowest, term), term);
+  if (options().top_k > 0) lowest = least_of(lowest, static_cast<double>(options().top_k), one);
+  if (options().top_p < 1.0) {
+    lowest = least_of(lowest, options().top_p * total(0, row.vocab, lowest, term), term);
+  }
+  if (options().min_p > 0.0) {
+    lowest = fmaxf(lowest, least_float(min_p_cutoff(merged.max, options())));
+  }
   if (lane.thread() == 0) workspace.cutoff[cell] = lowest;
   for (int64_t slice = 0; slice < slices; ++slice) {
     const int64_t begin = slice * kSliceColumns<Format>,
@@ -226,8 +271,7 @@ R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& 
     const float max = partial[slice].max;
     double mass = 0.0;
     if (max >= lowest) {
-      mass = total(begin, end, lowest,
-                   [&](float z) { return lane.exp2((z - max) * static_cast<float>(scale)); });
+      mass = total(begin, end, lowest, [&](float z) { return lane.exp2((z - max) * narrow); });
     }
     if (lane.thread() == 0) workspace.tempered[cell * slices + slice] = mass;
   }

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kCellThreads)
 }  // namespace
 
 void token_confidence(const TokenConfidenceParams& params) {
-  launch_pass(params, confidence_kernel);
+  launch_pass(params, false, confidence_kernel);
 }
 
 }  // namespace r2dllm::cuda

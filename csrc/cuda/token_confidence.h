@@ -15,7 +15,7 @@ struct Flagged {
   R2D_DEVICE bool operator()(int64_t cell) const { return flags == nullptr || flags[cell]; }
 };
 
-// f(cell, what the slices say about it) by one lane per cell; nothing for cells that are none.
+// f(cell, is it a candidate, what the slices say about it) by a warp per cell.
 template <class Lane, class F>
 R2D_DEVICE void for_each_row(Lane& lane, const LogitsView& logits, const Flagged& is_candidate,
                              const VocabWorkspace& workspace, F f) {
@@ -27,7 +27,7 @@ R2D_DEVICE void for_each_row(Lane& lane, const LogitsView& logits, const Flagged
   if (candidate) {
     row = merge_slices(lane, workspace.partial + cell * workspace.slices, workspace.slices);
   }
-  if (place_in_warp(lane) == 0) f(cell, candidate, row);
+  f(cell, candidate, row);
 }
 
 template <class Lane>
@@ -35,6 +35,7 @@ R2D_DEVICE void confidence_body(Lane& lane, const TokenConfidenceParams& params,
                                 const Flagged& is_candidate, const VocabWorkspace& workspace) {
   for_each_row(lane, params.logits, is_candidate, workspace,
                [&](int64_t cell, bool candidate, const SlicePartial& row) {
+                 if (place_in_warp(lane) != 0) return;
                  const Top top = candidate ? top_of(row.mass, row.argmax) : Top{-1, 0.0f};
                  params.prediction[cell] = top.id;
                  params.confidence[cell] = top.confidence;
@@ -45,9 +46,14 @@ template <class Lane>
 R2D_DEVICE void statistics_body(Lane& lane, const VocabStatisticsParams& params,
                                 const Flagged& is_candidate, const VocabWorkspace& workspace) {
   for_each_row(lane, params.logits, is_candidate, workspace,
-               [&](int64_t cell, bool, const SlicePartial& row) {
+               [&](int64_t cell, bool candidate, const SlicePartial& row) {
+                 double moment = params.with_entropy ? 0.0 : NAN;
+                 if (params.with_entropy && candidate) {
+                   moment = merge_moment(lane, workspace, cell, row);
+                 }
+                 if (place_in_warp(lane) != 0) return;
                  store_statistics(params.statistics + cell * kStatistics, row.max, row.mass,
-                                  params.first_id + row.argmax);
+                                  params.first_id + row.argmax, moment);
                });
 }
 

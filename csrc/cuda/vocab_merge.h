@@ -3,6 +3,7 @@
 // launch.
 #pragma once
 
+#include "../rules/row_stats.h"
 #include "../rules/vocab_statistics.h"
 #include "vocab_row.h"
 
@@ -32,6 +33,22 @@ R2D_DEVICE SlicePartial merge_slices(Lane& lane, const SlicePartial* partial, in
     mass += partial[i].mass * (max > -INFINITY ? weight(partial[i].max, max, kLog2eWide) : 1.0);
   }
   return {warp_sum(lane, mass), max, argmax};
+}
+
+// The Statistic kMoment of a cell, in nats, for every lane; `merged`: of merge_slices. Without a
+// prediction it is 0 or NaN, as the mass.
+template <class Lane>
+R2D_DEVICE double merge_moment(Lane& lane, const VocabWorkspace& workspace, int64_t cell,
+                               const SlicePartial& merged) {
+  const SlicePartial* partial = workspace.partial + cell * workspace.slices;
+  const double* moment = workspace.moment + cell * workspace.slices;
+  double sum = 0.0;
+  for (int64_t i = place_in_warp(lane); i < workspace.slices; i += kWarp) {
+    const double below = static_cast<double>(partial[i].max) - static_cast<double>(merged.max);
+    sum += rebased({partial[i].mass, moment[i]}, below * kLog2eWide).moment;
+  }
+  sum = warp_sum(lane, sum);
+  return merged.mass > 0.0 ? kLn2 * sum : merged.mass;
 }
 
 }  // namespace r2dllm::cuda

@@ -13,9 +13,8 @@ int64_t slices_of(const LogitsView& logits) {
   return slices;
 }
 
-int64_t vocab_pass_bytes(const LogitsView& logits) {
-  return logits.batch * logits.length * slices_of(logits) *
-         static_cast<int64_t>(sizeof(SlicePartial));
+int64_t vocab_pass_bytes(const LogitsView& logits, bool with_entropy) {
+  return PassWorkspace(logits, with_entropy, nullptr).bytes;
 }
 
 }  // namespace r2dllm::cuda

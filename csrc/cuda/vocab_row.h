@@ -21,15 +21,15 @@ struct alignas(16) SlicePartial {
   int32_t argmax;  // lowest column of the maximum
 };
 
-// Memory of one step between its launches; row by row, slice by slice.
+// Memory of one step between its launches; cell by cell, slice by slice.
 struct VocabWorkspace {
-  int64_t slices;         // of a row
-  SlicePartial* partial;  // [rows, slices]
+  int64_t slices;         // of a cell
+  SlicePartial* partial;  // [cells, slices]
   // At temperature > 0:
-  double* tempered = nullptr;  // [rows, slices], sum of exp((z - slice's max) / temperature)
-  float* cutoff = nullptr;     // [rows], least logit that top-k and top-p keep; null: all are kept
-  // For an entropy, beside `tempered`: the other of a slice's TemperedSums.
-  double* moment = nullptr;  // [rows, slices]
+  double* tempered = nullptr;  // [cells, slices], sum of exp((z - slice's max) / temperature)
+  float* cutoff = nullptr;     // [cells], least logit that is kept; null: all are
+  // For an entropy: sum of u * 2^u, u = (z - slice's max) * log2(e), of the loss u / temperature.
+  double* moment = nullptr;  // [cells, slices]
 };
 
 template <class Format>
@@ -38,6 +38,11 @@ struct VocabRow {
   int64_t vocab;
   int64_t excluded;  // this column counts as -inf; -1: none
 };
+
+// The sequence of the batch that a cell belongs to.
+R2D_DEVICE int64_t row_number(const LogitsView& logits, int64_t cell) {
+  return static_cast<uint32_t>(cell) / static_cast<uint32_t>(logits.length);
+}
 
 template <class Format>
 R2D_DEVICE VocabRow<Format> row_of(const LogitsView& logits, int64_t cell) {

@@ -15,10 +15,10 @@ struct SliceShared {
   float max[kSliceThreads / kWarp];
   int32_t first[kSliceThreads / kWarp];
   double mass[kSliceThreads / kWarp];
-  TemperedSums tempered[kSliceThreads / kWarp];
+  TemperedSums other[kSliceThreads / kWarp];
 };
 
-// Which of a slice's TemperedSums are wanted; the moment comes with the mass.
+// Which of a slice's sums at the temperature are wanted; the moment comes with the mass.
 enum class Tempered { kNone, kMass, kMoment };
 
 template <class Format, class Lane>
@@ -67,14 +67,16 @@ struct FloatSums {
 // 2^x is 0 in float32 from here on down, and x * 2^x no NaN.
 constexpr float kLeastExponent = -200.0f;
 
-// Thread 0 gets the partial, and of `tempered` what kTempered says. `scale` = log2(e) /
-// temperature.
-template <class Format, Tempered kTempered, class Lane>
+// Thread 0 gets the partial, and of `other` what kTempered says; with kEntropy its moment is that
+// at temperature 1. `scale` = log2(e) / temperature.
+template <class Format, Tempered kTempered, bool kEntropy, class Lane>
 R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const VocabRow<Format>& row,
-                                      int64_t begin, float scale, TemperedSums* tempered) {
+                                      int64_t begin, float scale, TemperedSums* other) {
+  static_assert(!kEntropy || kTempered != Tempered::kMoment, "there is room for one moment");
   constexpr int kWarps = kSliceThreads / kWarp;
   constexpr bool kIsTempered = kTempered != Tempered::kNone;
   constexpr bool kMoment = kTempered == Tempered::kMoment;
+  constexpr bool kIsMoment = kMoment || kEntropy;
   Words vectors[kLoads];
   load_slice(lane, row, begin, vectors);
   lane.release_next();
@@ -108,7 +110,18 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
   TemperedSums sums{0.0, 0.0};
   R2D_UNROLL
   for (int g = 0; g < kLoads; ++g) {
-    mass += static_cast<double>(sum_of_terms<Format>(vectors[g], term));
+    if constexpr (kEntropy) {
+      // The moment as a chain: a tree takes more registers than there are.
+      float moment = 0.0f;
+      mass += static_cast<double>(sum_of_terms<Format>(vectors[g], [&](float z) {
+        const float u = (z - zero) * kLog2eFloat, power = lane.exp2(u);
+        moment += power * fmaxf(u, kLeastExponent);
+        return power;
+      }));
+      sums.moment += static_cast<double>(moment);
+    } else {
+      mass += static_cast<double>(sum_of_terms<Format>(vectors[g], term));
+    }
     if constexpr (kIsTempered) {
       const FloatSums of_vector = sum_of_terms<Format>(vectors[g], tempered_term);
       sums.mass += static_cast<double>(of_vector.mass);
@@ -149,11 +162,11 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
   mass = warp_sum(lane, mass);
   first = -lane.max(-first);
   if constexpr (kIsTempered) sums.mass = warp_sum(lane, sums.mass);
-  if constexpr (kMoment) sums.moment = warp_sum(lane, sums.moment);
+  if constexpr (kIsMoment) sums.moment = warp_sum(lane, sums.moment);
   if (place_in_warp(lane) == 0) {
     shared.mass[warp_of(lane)] = mass;
     shared.first[warp_of(lane)] = first;
-    if constexpr (kIsTempered) shared.tempered[warp_of(lane)] = sums;
+    if constexpr (kIsTempered || kIsMoment) shared.other[warp_of(lane)] = sums;
   }
   lane.sync(kSliceThreads);
   if (lane.thread() != 0) return {};
@@ -161,29 +174,47 @@ R2D_DEVICE SlicePartial slice_partial(Lane& lane, SliceShared& shared, const Voc
   for (int w = 1; w < kWarps; ++w) {
     mass += shared.mass[w];
     first = shared.first[w] < first ? shared.first[w] : first;
-    if constexpr (kIsTempered) sums.mass += shared.tempered[w].mass;
-    if constexpr (kMoment) sums.moment += shared.tempered[w].moment;
+    if constexpr (kIsTempered) sums.mass += shared.other[w].mass;
+    if constexpr (kIsMoment) sums.moment += shared.other[w].moment;
   }
-  if constexpr (kIsTempered) *tempered = sums;
+  if constexpr (kIsTempered || kIsMoment) *other = sums;
   return {mass, max, static_cast<int32_t>(begin) + first};
 }
 
-// Block `cell * slices + slice`. `is_candidate(cell)`: rows that are none are not read.
-template <class Format, Tempered kTempered, class Lane, class IsCandidate>
+// In float32, and no less than its least normal number: -inf times 0 would be no weight but NaN.
+R2D_HOST_DEVICE float narrow_scale(double scale) {
+  const auto narrow = static_cast<float>(scale);
+  return narrow > FLT_MIN ? narrow : FLT_MIN;
+}
+
+// One scale for all rows.
+struct SameScale {
+  float scale;
+  R2D_DEVICE float operator()(int64_t) const { return scale; }
+};
+
+// Block `cell * slices + slice`. `is_candidate(cell)`: the logits of cells that are none are not
+// read. `scale_of(row)`: log2(e) / temperature, asked if anything is tempered.
+template <class Format, Tempered kTempered, bool kEntropy, class Lane, class IsCandidate,
+          class ScaleOf>
 R2D_DEVICE void slice_body(Lane& lane, SliceShared& shared, const LogitsView& logits,
                            const IsCandidate& is_candidate, const VocabWorkspace& workspace,
-                           float scale) {
+                           const ScaleOf& scale_of) {
   const auto block = static_cast<uint32_t>(lane.block()),
              slices = static_cast<uint32_t>(workspace.slices);
   const int64_t cell = block / slices, slice = block % slices;
   if (!is_candidate(cell)) return;
-  TemperedSums tempered;
-  const SlicePartial partial = slice_partial<Format, kTempered>(
-      lane, shared, row_of<Format>(logits, cell), slice * kSliceColumns<Format>, scale, &tempered);
+  float scale = 0.0f;
+  if constexpr (kTempered != Tempered::kNone) scale = scale_of(row_number(logits, cell));
+  TemperedSums other;
+  const SlicePartial partial = slice_partial<Format, kTempered, kEntropy>(
+      lane, shared, row_of<Format>(logits, cell), slice * kSliceColumns<Format>, scale, &other);
   if (lane.thread() != 0) return;
   workspace.partial[lane.block()] = partial;
-  if constexpr (kTempered != Tempered::kNone) workspace.tempered[lane.block()] = tempered.mass;
-  if constexpr (kTempered == Tempered::kMoment) workspace.moment[lane.block()] = tempered.moment;
+  if constexpr (kTempered != Tempered::kNone) workspace.tempered[lane.block()] = other.mass;
+  if constexpr (kTempered == Tempered::kMoment || kEntropy) {
+    workspace.moment[lane.block()] = other.moment;
+  }
 }
 
 }  // namespace r2dllm::cuda

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kCellThreads) merge_kernel(MergeStatisticsPara
 }  // namespace
 
 void vocab_statistics(const VocabStatisticsParams& params) {
-  launch_pass(params, statistics_kernel);
+  launch_pass(params, params.with_entropy, statistics_kernel);
 }
 
 void merge_statistics(const MergeStatisticsParams& params) {

@@ -40,12 +40,12 @@ R2D_HOST_DEVICE double log2e_factor(double x) {
 // any sum, and it keeps -inf and the exponent arithmetic out of trouble.
 constexpr float kTermFloor = 80.0f;  // in nats
 
-struct VocabStats {
+struct OnlineSoftmax {
   double max;       // greatest logit; -inf if there is none, NaN if the slice holds only NaN
   double exponent;  // integer; 0 if max is not finite
   double sum;       // NaN if any logit is NaN
 
-  static R2D_HOST_DEVICE VocabStats empty() { return {-INFINITY, 0.0, 0.0}; }
+  static R2D_HOST_DEVICE OnlineSoftmax empty() { return {-INFINITY, 0.0, 0.0}; }
 };
 
 // The product is rounded on its own (no fma): then a logit beyond 2^53 minus its own exponent is 0.
@@ -54,9 +54,9 @@ R2D_HOST_DEVICE double wide_term(double logit, double exponent) {
   return exp2(product - exponent);
 }
 
-// `term` * log2(term), where that is not 0.
-R2D_HOST_DEVICE double wide_moment(double logit, double exponent, double term) {
-  return term > 0.0 ? term * (logit * kLog2eWide - exponent) : 0.0;
+// term * (logit - max): -inf has a term of 0, and so a product of 0.
+R2D_HOST_DEVICE double wide_product(double term, double logit, double max) {
+  return term > 0.0 ? term * (logit - max) : 0.0;
 }
 
 R2D_HOST_DEVICE double scale_by_exponent(double sum, double exponent_difference) {
@@ -64,7 +64,7 @@ R2D_HOST_DEVICE double scale_by_exponent(double sum, double exponent_difference)
 }
 
 // Not commutative in the last bit of `sum`: always merge in slice order.
-R2D_HOST_DEVICE VocabStats merge(const VocabStats& a, const VocabStats& b) {
+R2D_HOST_DEVICE OnlineSoftmax merge(const OnlineSoftmax& a, const OnlineSoftmax& b) {
   if (a.sum != a.sum || b.sum != b.sum) return {a.max, 0.0, NAN};
   if (!(b.max > -INFINITY)) return a;
   if (!(a.max > -INFINITY)) return b;
@@ -75,21 +75,14 @@ R2D_HOST_DEVICE VocabStats merge(const VocabStats& a, const VocabStats& b) {
 }
 
 // A row has a prediction unless its maximum is NaN or +inf or all of it is -inf.
-R2D_HOST_DEVICE bool is_valid(const VocabStats& row) {
+R2D_HOST_DEVICE bool is_valid(const OnlineSoftmax& row) {
   return row.sum == row.sum && row.max > -INFINITY && row.max < INFINITY;
 }
 
 // Probability of a token: `token` are the statistics of its logit alone, by the same arithmetic,
 // so that n tied tokens have probability 1 / n exactly.
-R2D_HOST_DEVICE float probability(const VocabStats& token, const VocabStats& row) {
+R2D_HOST_DEVICE float probability(const OnlineSoftmax& token, const OnlineSoftmax& row) {
   return static_cast<float>(scale_by_exponent(token.sum, token.exponent - row.exponent) / row.sum);
-}
-
-// Entropy in nats of weights w of this sum and moment (sum of w * log2(w)), whatever their scale
-// is.
-R2D_HOST_DEVICE double entropy_of(double sum, double moment) {
-  const double entropy = 0.69314718055994531 * (log2(sum) - moment / sum);
-  return entropy < 0.0 ? 0.0 : entropy;  // a rounding below
 }
 
 enum class Rounding : int32_t { kNone, kBFloat16, kHalf };

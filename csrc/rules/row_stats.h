@@ -18,6 +18,17 @@ struct TemperedSums {
 
 R2D_HOST_DEVICE double tempered_scale(double temperature) { return kLog2eWide / temperature; }
 
+// Beyond these, scale * float32 leaves float32 arithmetic: 2^-115 would lie past -FLT_MAX below the
+// maximum, or a difference of normal logits be infinite.
+R2D_HOST_DEVICE bool is_narrow_scale(double scale) { return scale >= 1e-36 && scale <= 1e30; }
+
+// One more term of 2^u; -inf adds nothing.
+R2D_HOST_DEVICE void add_tempered(TemperedSums& sums, double u) {
+  if (!(u > -2000.0)) return;
+  sums.mass += exp2(u);
+  sums.moment += u * exp2(u);
+}
+
 // The sums of a slice seen from the maximum of its row; `shift` = their difference * scale, <= 0.
 // Add up what comes out in slice order.
 R2D_HOST_DEVICE TemperedSums rebased(const TemperedSums& slice, double shift) {
@@ -28,7 +39,7 @@ R2D_HOST_DEVICE TemperedSums rebased(const TemperedSums& slice, double shift) {
 
 // `mass` = sum of exp(z - max). The exponent is that of the maximum itself, no integer near it: for
 // what follows that is all the same.
-R2D_HOST_DEVICE VocabStats stats_of(double max, double mass) {
+R2D_HOST_DEVICE OnlineSoftmax stats_of(double max, double mass) {
   return {max, max * kLog2eWide, mass};
 }
 
@@ -38,7 +49,8 @@ R2D_HOST_DEVICE double entropy(const TemperedSums& row) {
 
 // -log p(target). `target` are the statistics of its logit alone, by the arithmetic of the row: a
 // target with all the probability has a loss of exactly 0.
-R2D_HOST_DEVICE double negative_log_likelihood(const VocabStats& target, const VocabStats& row) {
+R2D_HOST_DEVICE double negative_log_likelihood(const OnlineSoftmax& target,
+                                               const OnlineSoftmax& row) {
   if (!is_valid(row)) return NAN;
   if (!(target.max > -INFINITY)) return INFINITY;
   return log(row.sum / target.sum) + (row.exponent - target.exponent) * kLn2;
@@ -46,7 +58,7 @@ R2D_HOST_DEVICE double negative_log_likelihood(const VocabStats& target, const V
 
 // What a row keeps for its gradient.
 struct RowState {
-  double max, exponent, sum;  // VocabStats; a sum of NaN makes the whole gradient NaN
+  double max, exponent, sum;  // OnlineSoftmax; a sum of NaN makes the whole gradient NaN
   double nll;
   double mass, moment;  // TemperedSums; unused where no entropy is asked for
 };
@@ -92,5 +104,29 @@ R2D_HOST_DEVICE double target_gradient(const RowGradient& row, double logit, dou
                                        double nll) {
   return d_nll * expm1(-nll) + entropy_gradient(row, logit);
 }
+
+// One number per row: float64 for float64 logits, else float32.
+struct RowValues {
+  const void* data;
+  bool is_double;
+
+  R2D_HOST_DEVICE double get(int64_t i) const {
+    return is_double ? static_cast<const double*>(data)[i]
+                     : static_cast<double>(static_cast<const float*>(data)[i]);
+  }
+};
+
+struct WritableRowValues {
+  void* data;
+  bool is_double;
+
+  R2D_HOST_DEVICE void set(int64_t i, double value) const {
+    if (is_double) {
+      static_cast<double*>(data)[i] = value;
+    } else {
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+    }
+  }
+};
 
 }  // namespace r2dllm

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 
-#include "confidence.h"
+#include "host_device.h"
 
 namespace r2dllm {
 
@@ -12,20 +14,24 @@ struct SamplingOptions {
   int64_t top_k;       // 0: all
   double top_p;        // 1: all
   double min_p;        // 0: all
-
-  R2D_HOST_DEVICE bool draws() const { return temperature > 0.0; }
-  R2D_HOST_DEVICE bool restricts() const { return top_k > 0 || top_p < 1.0 || min_p > 0.0; }
 };
 
-// log2(e) / temperature; a temperature near 0 is the argmax, and the scale stays within float32.
-R2D_HOST_DEVICE double drawing_scale(double temperature) {
-  const double scale = kLog2eWide / temperature;
-  return scale < 1e30 ? scale : 1e30;
+// Is any logit left out of the draw?
+R2D_HOST_DEVICE bool restricts(const SamplingOptions& options) {
+  return options.top_k > 0 || options.top_p < 1.0 || options.min_p > 0.0;
 }
 
-// The least logit that min-p keeps.
+// The least logit whose tempered probability is min_p of the greatest one's; min_p > 0.
 R2D_HOST_DEVICE double min_p_cutoff(double max, const SamplingOptions& options) {
-  return options.min_p > 0.0 ? max + log(options.min_p) * options.temperature : -INFINITY;
+  return max + log(options.min_p) * options.temperature;
+}
+
+// The least float32 that is not below x, and no infinity below x: z >= x and z >= least_float(x)
+// are the same for every finite float32 z.
+R2D_HOST_DEVICE float least_float(double x) {
+  if (!(x > -static_cast<double>(FLT_MAX))) return -FLT_MAX;
+  const auto nearest = static_cast<float>(x);
+  return static_cast<double>(nearest) < x ? nextafterf(nearest, INFINITY) : nearest;
 }
 
 // Bits that order like the logit: a larger logit has a larger key. -0 and +0 share one.

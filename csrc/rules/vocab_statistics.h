@@ -7,20 +7,20 @@
 
 namespace r2dllm {
 
-// Columns of the statistics: greatest logit, -inf if there is none; sum of w = exp(z - max), NaN if
-// a logit is NaN or +inf; lowest id of the greatest logit, -1 if there is none; sum of w * log(w)
-// in nats, NaN if nobody asked for the entropy.
+// Columns of the statistics: greatest logit, -inf if there is none; sum of exp(z - max), NaN if a
+// logit is NaN or +inf; lowest id of the greatest logit, -1 if there is none; sum of u * exp(u)
+// with u = z - max, in nats, NaN where no entropy is asked for.
 enum Statistic : int { kMaximum, kMass, kTokenId, kMoment, kStatistics };
 
 R2D_HOST_DEVICE void store_statistics(double* statistics, double max, double mass, int64_t id,
-                                      double moment) {
+                                      double moment = NAN) {
   statistics[kMaximum] = max;
   statistics[kMass] = mass;
   statistics[kTokenId] = max > -INFINITY ? static_cast<double>(id) : -1.0;
   statistics[kMoment] = moment;
 }
 
-// `part(i)`: statistics of part i. The sums are taken in the order of the parts; ties go to the
+// `part(i)`: statistics of part i. The sum is taken in the order of the parts; ties go to the
 // lowest id in any order.
 template <class Part>
 R2D_HOST_DEVICE void merge_statistics(int64_t parts, Part part, double* merged) {
@@ -34,22 +34,28 @@ R2D_HOST_DEVICE void merge_statistics(int64_t parts, Part part, double* merged) 
   }
   for (int64_t i = 0; i < parts; ++i) {
     const double* one = part(i);
-    if (!(one[kMaximum] > -INFINITY)) {  // a mass of 0 or NaN
-      mass += one[kMass];
-      moment += one[kMoment];
-      continue;
-    }
-    // Beside the greatest logit of all, the logarithm of each weight is `below` less.
-    const double below = one[kMaximum] - max, factor = exp2(below * kLog2eWide);
+    // Without a finite maximum the sums are 0 or NaN.
+    const double below = one[kMaximum] > -INFINITY ? one[kMaximum] - max : 0.0;
+    const double factor = exp2(below * kLog2eWide);
     mass += one[kMass] * factor;
-    moment += factor > 0.0 ? (one[kMoment] + below * one[kMass]) * factor : 0.0 * one[kMoment];
+    moment += (one[kMoment] + below * one[kMass]) * factor;
   }
   store_statistics(merged, max, mass, static_cast<int64_t>(id), moment);
 }
 
-// In nats.
+// In nats, of a row's mass = sum of exp(u) and moment = sum of u * exp(u), u = z - max; NaN without
+// a prediction. Neither summand is negative: nothing cancels, so that a small entropy is as exact
+// as a large one. Less than kLeastEntropy is what the log of a double and kTermFloor leave.
+constexpr double kLeastEntropy = 1e-15;
+
+R2D_HOST_DEVICE double entropy_of(double mass, double moment) {
+  if (!(mass > 0.0)) return NAN;
+  const double entropy = log(mass) - moment / mass;
+  return entropy < kLeastEntropy ? 0.0 : entropy;
+}
+
 R2D_HOST_DEVICE double entropy_of(const double* statistics) {
-  return entropy_of(statistics[kMass], statistics[kMoment] * kLog2eWide);
+  return entropy_of(statistics[kMass], statistics[kMoment]);
 }
 
 struct Top {

@@ -60,35 +60,39 @@ bool close(float got, long double want) {
 
 // ---- launches ------------------------------------------------------------------------------
 
+constexpr SamplingOptions kGreedy{0.0, 0, 1.0, 0.0};
+
 struct Workspace {
   std::unique_ptr<SlicePartial[]> partial;
-  std::unique_ptr<double[]> tempered;
+  std::unique_ptr<double[]> tempered, moment;
   std::unique_ptr<float[]> cutoff;
   std::unique_ptr<Drawn[]> drawn;
   VocabWorkspace view;
 
-  Workspace(int64_t rows, int64_t slices, const SamplingOptions& sampling = {0.0, 0, 1.0})
+  Workspace(int64_t rows, int64_t slices, const SamplingOptions& sampling = kGreedy)
       : partial(new SlicePartial[static_cast<size_t>(rows * slices)]),
         view{slices, partial.get(), nullptr, nullptr} {
+    moment.reset(new double[static_cast<size_t>(rows * slices)]);
+    view.moment = moment.get();
     if (sampling.temperature == 0.0) return;
     tempered.reset(new double[static_cast<size_t>(rows * slices)]);
     drawn.reset(new Drawn[static_cast<size_t>(rows)]);
     view.tempered = tempered.get();
-    if (sampling.top_k > 0 || sampling.top_p < 1.0) {
+    if (restricts(sampling)) {
       cutoff.reset(new float[static_cast<size_t>(rows)]);
       view.cutoff = cutoff.get();
     }
   }
 };
 
-template <class Format, Tempered kTempered = Tempered::kNone, class IsCandidate>
+template <class Format, Tempered kTempered = Tempered::kNone, bool kEntropy = false,
+          class IsCandidate, class ScaleOf = SameScale>
 void run_slices(const Logits<Format>& logits, const IsCandidate& is_candidate,
-                const VocabWorkspace& workspace, unsigned seed, double scale = 0.0) {
+                const VocabWorkspace& workspace, unsigned seed, const ScaleOf& scale_of = {}) {
   test::launch<SliceShared>(logits.batch * logits.length * workspace.slices, kSliceThreads, seed,
                             sizeof(SliceShared), [&](FibreLane& lane, SliceShared* shared) {
-                              slice_body<Format, kTempered>(lane, *shared, logits.view(),
-                                                            is_candidate, workspace,
-                                                            static_cast<float>(scale));
+                              slice_body<Format, kTempered, kEntropy>(
+                                  lane, *shared, logits.view(), is_candidate, workspace, scale_of);
                             });
 }
 
@@ -250,6 +254,148 @@ TEST(rows_that_are_no_candidates_are_not_read) {
   CHECK(got.prediction[3] == exact(logits, 3).id);
 }
 
+// ---- entropy -------------------------------------------------------------------------------
+
+// The launches of vocab_statistics.
+template <class Format>
+std::vector<double> run_statistics(const Logits<Format>& logits, bool with_entropy,
+                                   int64_t first_id = 0, const bool* candidates = nullptr) {
+  const int64_t cells = logits.batch * logits.length;
+  const Workspace workspace(cells, logits.slices());
+  if (with_entropy) {
+    run_slices<Format, Tempered::kNone, true>(logits, Flagged{candidates}, workspace.view, 2);
+  } else {
+    run_slices(logits, Flagged{candidates}, workspace.view, 2);
+  }
+  std::vector<double> statistics(static_cast<size_t>(cells * kStatistics), 77.0);
+  const VocabStatisticsParams params{.logits = logits.view(),
+                                     .candidates = candidates,
+                                     .first_id = first_id,
+                                     .with_entropy = with_entropy,
+                                     .statistics = statistics.data(),
+                                     .workspace = nullptr};
+  test::launch<char>((cells + kCellsPerBlock - 1) / kCellsPerBlock, kCellThreads, 2, 1,
+                     [&](FibreLane& lane, char*) {
+                       statistics_body(lane, params, Flagged{candidates}, workspace.view);
+                     });
+  return statistics;
+}
+
+// A term d nats below the maximum is off by the rounding of d * log2(e) and by kLog2eFloat, 1.25 d
+// places, and by 2 of exp2; a product and the sums of 8 add 10 more.
+template <class Format>
+void check_entropy(const Logits<Format>& logits, int64_t cell, double entropy) {
+  const double max = exact(logits, cell).max;
+  long double mass = 0, first = 0, second = 0;
+  for (int64_t i = 0; i < logits.vocab; ++i) {
+    const long double d = static_cast<long double>(max) - logits.get(cell, i);
+    if (!(d < INFINITY)) continue;
+    mass += std::exp(-d);
+    first += d * std::exp(-d);
+    second += d * d * std::exp(-d);
+  }
+  const long double want = std::log(mass) + first / mass;
+  const long double mean = first > 0 ? second / first : 0;
+  CHECK(std::abs(entropy - want) <= want * (1.25L * mean + 12) * 0x1p-24L + 1e-12L);
+}
+
+TEST(entropies_match_long_double_and_leave_the_rest_as_it_is) {
+  std::mt19937 random(14);
+  for_each_format([&](auto format) {
+    using Format = decltype(format);
+    for (int64_t vocab : {int64_t{1}, int64_t{9}, int64_t{8191}, 3 * kSliceColumns<Format> + 5}) {
+      Logits<Format> logits(1, 4, vocab, vocab % 2, 3);
+      logits.fill(random, 3.0f);
+      for (int64_t i = 0; i < vocab; i += 2) logits.set(1, i, -INFINITY);
+      logits.set(1, vocab / 2, 0.0f);
+      logits.set(2, vocab / 2, 24.0f);
+      if (vocab > 9) logits.excluded = 11;
+      const std::vector<double> got = run_statistics(logits, true),
+                                without = run_statistics(logits, false);
+      for (int64_t cell = 0; cell < 4; ++cell) {
+        const double* one = got.data() + cell * kStatistics;
+        const double* other = without.data() + cell * kStatistics;
+        check_entropy(logits, cell, entropy_of(one));
+        CHECK(one[kMaximum] == other[kMaximum] && one[kTokenId] == other[kTokenId]);
+        CHECK(one[kMass] == other[kMass] && std::isnan(other[kMoment]));
+      }
+    }
+  });
+}
+
+TEST(the_entropy_of_one_token_is_0_and_an_invalid_row_has_none) {
+  for_each_format([&](auto format) {
+    using Format = decltype(format);
+    constexpr int64_t vocab = 2 * kSliceColumns<Format>;
+    Logits<Format> logits(1, 6, vocab);
+    for (int64_t cell = 0; cell < 6; ++cell) {
+      for (int64_t i = 0; i < vocab; ++i) logits.set(cell, i, cell < 3 ? -INFINITY : 1.0f);
+    }
+    logits.set(0, vocab - 1, -2.0f);
+    logits.set(2, 5, NAN);
+    logits.set(3, 5, NAN);
+    logits.set(4, 5, INFINITY);
+    const bool candidates[] = {true, true, true, true, true, false};
+    const std::vector<double> got = run_statistics(logits, true, 0, candidates);
+    CHECK(entropy_of(got.data()) == 0.0);
+    for (int64_t cell = 1; cell < 6; ++cell) {
+      CHECK(std::isnan(entropy_of(got.data() + cell * kStatistics)));
+    }
+    CHECK(got[kStatistics + kMoment] == 0.0 && got[5 * kStatistics + kMoment] == 0.0);
+    for (int64_t cell : {2, 3, 4}) CHECK(std::isnan(got[cell * kStatistics + kMoment]));
+  });
+}
+
+TEST(the_entropy_comes_with_a_tempered_mass_too) {
+  std::mt19937 random(15);
+  Logits<BFloat16> logits(2, 2, 9001);
+  logits.fill(random);
+  const SamplingOptions sampling{0.7, 0, 1.0, 0.0};
+  const SameScale scale{narrow_scale(tempering(sampling))};
+  const Workspace both(4, logits.slices(), sampling), mass(4, logits.slices(), sampling),
+      moment(4, logits.slices());
+  run_slices<BFloat16, Tempered::kMass, true>(logits, Flagged{nullptr}, both.view, 3, scale);
+  run_slices<BFloat16, Tempered::kMass>(logits, Flagged{nullptr}, mass.view, 3, scale);
+  run_slices<BFloat16, Tempered::kNone, true>(logits, Flagged{nullptr}, moment.view, 3);
+  for (int64_t i = 0; i < 4 * logits.slices(); ++i) {
+    const auto at = static_cast<size_t>(i);
+    CHECK(both.tempered[at] == mass.tempered[at] && both.moment[at] == moment.moment[at]);
+    CHECK(both.partial[at].mass == mass.partial[at].mass);
+  }
+}
+
+TEST(entropies_of_shards_merge) {
+  std::mt19937 random(16);
+  constexpr int64_t cells = 4, vocab = 900;
+  Logits<Float32> logits(1, cells, vocab);
+  logits.fill(random);
+  for (int64_t i = 0; i < 300; ++i) logits.set(1, i, -INFINITY);  // a part without a maximum
+  for (int64_t i = 0; i < vocab; ++i) logits.set(2, i, -INFINITY);
+  logits.set(3, 400, NAN);
+  const std::vector<double> want = run_statistics(logits, true);
+  std::vector<double> parts, merged(cells * kStatistics);
+  for (int64_t part = 0; part < 3; ++part) {
+    Logits<Float32> shard(1, cells, 300);
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      for (int64_t i = 0; i < 300; ++i) {
+        shard.set(cell, i, static_cast<float>(logits.get(cell, 300 * part + i)));
+      }
+    }
+    const std::vector<double> of_shard = run_statistics(shard, true, 300 * part);
+    parts.insert(parts.end(), of_shard.begin(), of_shard.end());
+  }
+  const MergeStatisticsParams merge{3, cells, parts.data(), merged.data()};
+  test::launch<char>(1, kCellThreads, 2, 1,
+                     [&](FibreLane& lane, char*) { merge_statistics_body(lane, merge); });
+  for (int64_t cell : {0, 1}) {
+    const double* one = merged.data() + cell * kStatistics;
+    check_entropy(logits, cell, entropy_of(one));
+    CHECK(one[kTokenId] == want[static_cast<size_t>(cell * kStatistics + kTokenId)]);
+  }
+  CHECK(merged[2 * kStatistics + kMoment] == 0.0 && merged[2 * kStatistics + kTokenId] == -1.0);
+  for (int64_t cell : {2, 3}) CHECK(std::isnan(entropy_of(merged.data() + cell * kStatistics)));
+}
+
 // ---- a whole step ---------------------------------------------------------------------------
 
 constexpr int64_t kMask = 3;
@@ -356,9 +502,10 @@ void run_step(const Logits<Format>& logits, StepMemory& memory, const StepOption
   const DecodeStepParams params = memory.params(logits.view(), options, sampling);
   const Candidates is_candidate = candidates_of(params);
   const bool draws = sampling.temperature > 0.0;
-  const double scale = draws ? tempering(sampling) : 0.0;
+  const SameOptions row_options{sampling, options.seed, params.counters};
   if (draws && workspace.view.cutoff == nullptr) {
-    run_slices<Format, Tempered::kMass>(logits, is_candidate, workspace.view, seed, scale);
+    run_slices<Format, Tempered::kMass>(logits, is_candidate, workspace.view, seed,
+                                        SameScale{narrow_scale(tempering(sampling))});
   } else {
     run_slices(logits, is_candidate, workspace.view, seed);
   }
@@ -366,16 +513,15 @@ void run_step(const Logits<Format>& logits, StepMemory& memory, const StepOption
     test::launch<CutoffShared>(logits.batch * logits.length, kCutoffThreads, seed,
                                sizeof(CutoffShared), [&](FibreLane& lane, CutoffShared* shared) {
                                  cutoff_body<Format>(lane, *shared, logits.view(), is_candidate,
-                                                     workspace.view, scale, sampling.top_k,
-                                                     sampling.top_p);
+                                                     workspace.view, row_options);
                                });
   }
   if (draws) {
     test::launch<DrawShared>(logits.batch * logits.length, kSliceThreads, seed, sizeof(DrawShared),
                              [&](FibreLane& lane, DrawShared* shared) {
                                draw_body<Format>(lane, *shared, logits.view(), is_candidate,
-                                                 workspace.view, scale, options.seed,
-                                                 params.counters, workspace.drawn.get());
+                                                 workspace.view, row_options,
+                                                 workspace.drawn.get());
                              });
   }
   run_rows(params, workspace.view, workspace.drawn.get(), seed);
@@ -436,8 +582,6 @@ void fill_block(Logits<Format>& logits, std::mt19937& random) {
   }
 }
 
-constexpr SamplingOptions kGreedy{0.0, 0, 1.0};
-
 // From logits: all launches of a step.
 template <class Format>
 void check_steps(int64_t batch, int64_t length, const SamplingOptions& sampling, unsigned seed) {
@@ -464,7 +608,7 @@ void check_steps(int64_t batch, int64_t length, const SamplingOptions& sampling,
 TEST(a_step_is_bit_equal_to_the_cpu_after_the_pass) {
   for (int64_t length : {1, 2, 33}) {
     check_steps<BFloat16>(2, length, kGreedy, static_cast<unsigned>(length));
-    check_steps<Float32>(1, length, {1.0, 0, 1.0}, static_cast<unsigned>(length));
+    check_steps<Float32>(1, length, {1.0, 0, 1.0, 0.0}, static_cast<unsigned>(length));
   }
 }
 
@@ -552,8 +696,9 @@ TEST(a_step_from_statistics_of_shards) {
     }
     const Workspace workspace(cells, shard.slices());
     run_slices(shard, Flagged{nullptr}, workspace.view, 2);
-    const VocabStatisticsParams params{shard.view(), nullptr, bounds[part],
-                                       statistics.data() + part * cells * kStatistics, nullptr};
+    const VocabStatisticsParams params{
+        shard.view(), nullptr, bounds[part], false, statistics.data() + part * cells * kStatistics,
+        nullptr};
     test::launch<char>((cells + kCellsPerBlock - 1) / kCellsPerBlock, kCellThreads, 2, 1,
                        [&](FibreLane& lane, char*) {
                          statistics_body(lane, params, Flagged{nullptr}, workspace.view);
@@ -572,10 +717,16 @@ TEST(a_step_from_statistics_of_shards) {
 
 // ---- drawing -------------------------------------------------------------------------------
 
-// The cumulative distribution in long double: where `u` falls, and how near to a border.
+// The distribution in long double.
+struct ExactDraw {
+  int64_t id = -1;                    // where `u` falls
+  long double margin = 1.0;           // from the nearest border
+  std::vector<long double> tempered;  // of every column
+};
+
 template <class Format>
-std::pair<int64_t, long double> exact_draw(const Logits<Format>& logits, int64_t cell,
-                                           const SamplingOptions& sampling, double u) {
+ExactDraw exact_draw(const Logits<Format>& logits, int64_t cell, const SamplingOptions& sampling,
+                     double u) {
   const double max = exact(logits, cell).max;
   std::vector<double> sorted;
   for (int64_t i = 0; i < logits.vocab; ++i) sorted.push_back(logits.get(cell, i));
@@ -598,19 +749,26 @@ std::pair<int64_t, long double> exact_draw(const Logits<Format>& logits, int64_t
       }
     }
   }
+  if (sampling.min_p > 0.0) {
+    lowest = std::max(lowest, max + std::log(sampling.min_p) * sampling.temperature);
+  }
   total = 0.0;
   for (double z : sorted) total += z >= lowest ? mass(z) : 0.0L;
-  long double before = 0.0, margin = 1.0;
-  int64_t id = -1;
+  ExactDraw draw;
+  long double before = 0.0;
   for (int64_t i = 0; i < logits.vocab; ++i) {
     const double z = logits.get(cell, i);
+    draw.tempered.push_back(z >= lowest ? mass(z) / total : 0.0L);
     if (!(z >= lowest)) continue;
     before += mass(z);
-    margin = std::min(margin, std::abs(before / total - u));
-    if (id < 0 && before > u * total) id = i;
+    draw.margin = std::min(draw.margin, std::abs(before / total - u));
+    if (draw.id < 0 && before > u * total) draw.id = i;
   }
-  return {id, margin};
+  return draw;
 }
+
+// What float32 terms and sums of them may be off by, absolute for a border, relative for a mass.
+constexpr double kDrawError = 2e-6;
 
 template <class Format>
 void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, unsigned seed,
@@ -631,9 +789,13 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
   for (int64_t cell = 0; cell < batch * length; ++cell) {
     const double u =
         uniform(seed + 3 * (cell / length), cell / length, 9, cell % length, Draw::kToken);
-    const auto [id, margin] = exact_draw(logits, cell, sampling, u);
+    const ExactDraw want = exact_draw(logits, cell, sampling, u);
     const int64_t got = memory.tokens[static_cast<size_t>(cell)];
-    CHECK(got == id || margin < 1e-6L);
+    CHECK(got == want.id || want.margin < kDrawError);
+    const long double tempered = want.tempered[static_cast<size_t>(got)];
+    CHECK(tempered > 0);
+    CHECK(std::abs(workspace.drawn[static_cast<size_t>(cell)].tempered - tempered) <=
+          kDrawError * tempered);
     const Exact top = exact(logits, cell);
     CHECK(close(memory.confidence[static_cast<size_t>(cell)],
                 top.confidence * std::exp(static_cast<long double>(logits.get(cell, got)) -
@@ -645,14 +807,14 @@ TEST(a_token_is_drawn_by_the_inverse_of_the_distribution) {
   unsigned seed = 20;
   for (double temperature : {0.3, 1.0, 2.5, 1e-9}) {
     for (int64_t vocab : {5, 300, 9001, 30000}) {
-      check_draws<BFloat16>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
-      if (vocab < 9001) check_draws<Float32>({temperature, 0, 1.0}, vocab, 2.0f, ++seed);
+      check_draws<BFloat16>({temperature, 0, 1.0, 0.0}, vocab, 2.0f, ++seed);
+      if (vocab < 9001) check_draws<Float32>({temperature, 0, 1.0, 0.0}, vocab, 2.0f, ++seed);
     }
   }
 }
 
 TEST(more_slices_than_a_warp_has_lanes) {
-  check_draws<Float32>({1.0, 0, 1.0}, 40 * kSliceColumns<Float32> + 17, 0.5f, 3);
+  check_draws<Float32>({1.0, 0, 1.0, 0.0}, 40 * kSliceColumns<Float32> + 17, 0.5f, 3);
 }
 
 TEST(top_k_and_top_p_keep_what_sorting_keeps) {
@@ -660,11 +822,96 @@ TEST(top_k_and_top_p_keep_what_sorting_keeps) {
   for (int64_t top_k : {0, 1, 5, 5000}) {
     for (double top_p : {0.05, 0.9, 1.0}) {
       if (top_k == 0 && top_p == 1.0) continue;
-      check_draws<BFloat16>({0.8, top_k, top_p}, 500, 2.0f, ++seed, 1, 1);
+      check_draws<BFloat16>({0.8, top_k, top_p, 0.0}, 500, 2.0f, ++seed, 1, 1);
     }
   }
-  check_draws<cuda::Half>({0.8, 20, 0.9}, 9000, 2.0f, ++seed, 1, 2);
-  check_draws<Float32>({1.5, 3, 0.7}, 5000, 2.0f, ++seed, 2, 1);
+  check_draws<cuda::Half>({0.8, 20, 0.9, 0.0}, 9000, 2.0f, ++seed, 1, 2);
+  check_draws<Float32>({1.5, 3, 0.7, 0.0}, 5000, 2.0f, ++seed, 2, 1);
+}
+
+TEST(min_p_keeps_what_the_argmax_does_not_dwarf) {
+  unsigned seed = 80;
+  for (double min_p : {1e-3, 0.2, 1.0}) {
+    check_draws<BFloat16>({0.8, 0, 1.0, min_p}, 500, 2.0f, ++seed, 1, 1);
+    check_draws<Float32>({2.5, 40, 0.9, min_p}, 500, 2.0f, ++seed, 1, 1);
+  }
+}
+
+// Fault 11: a scale narrowed to a subnormal float32, or to 0, makes NaN of -inf.
+TEST(every_finite_temperature_draws_from_that_temperature) {
+  unsigned seed = 90;
+  for (double temperature : {5e-324, 1e-300, 1e-20, 1e20, 4e36, 5e36, 1e38, 1e39, 1e60, 1e300}) {
+    check_draws<BFloat16>({temperature, 0, 1.0, 0.0}, 300, 3.0f, ++seed);
+    check_draws<Float32>({temperature, 0, 1.0, 0.0}, 300, 3.0f, ++seed);
+    if (temperature > 1.0)
+      check_draws<Float32>({temperature, 30, 0.51, 0.0}, 300, 3.0f, ++seed, 1, 1);
+  }
+}
+
+// Row by row: what a RowOptions says of row b.
+struct OptionsOfRows {
+  const SamplingOptions* options;
+  const uint64_t* seeds;
+
+  SamplingOptions operator()(int64_t row) const { return options[row]; }
+  double uniform(int64_t row, int64_t position) const {
+    return r2dllm::uniform(seeds[row], row, 9, position, Draw::kToken);
+  }
+};
+
+TEST(rows_with_options_of_their_own_draw_as_if_alone) {
+  std::mt19937 random(31);
+  constexpr int64_t batch = 5, length = 2;
+  Logits<Float32> logits(batch, length, 700, 1, 2);
+  logits.fill(random, 2.0f);
+  logits.excluded = kMask;
+  const SamplingOptions options[batch] = {{0.25, 0, 1.0, 0.0},
+                                          {0.0, 0, 1.0, 0.0},
+                                          {2.0, 7, 0.8, 0.0},
+                                          {0.5, 0, 1.0, 0.05},
+                                          {1e39, 0, 1.0, 0.0}};
+  const uint64_t seeds[batch] = {4, 5, 6, 7, 8};
+  const auto draw = [&](const VocabWorkspace& view, const auto& scale_of, const auto& row_options,
+                        Drawn* drawn) {
+    run_slices<Float32, Tempered::kMass>(logits, Flagged{nullptr}, view, 1, scale_of);
+    if (view.cutoff != nullptr) {
+      test::launch<CutoffShared>(batch * length, kCutoffThreads, 1, sizeof(CutoffShared),
+                                 [&](FibreLane& lane, CutoffShared* shared) {
+                                   cutoff_body<Float32>(lane, *shared, logits.view(),
+                                                        Flagged{nullptr}, view, row_options);
+                                 });
+    }
+    test::launch<DrawShared>(batch * length, kSliceThreads, 1, sizeof(DrawShared),
+                             [&](FibreLane& lane, DrawShared* shared) {
+                               draw_body<Float32>(lane, *shared, logits.view(), Flagged{nullptr},
+                                                  view, row_options, drawn);
+                             });
+  };
+  const Workspace all(batch * length, logits.slices(), options[2]);  // which restricts
+  const OptionsOfRows of_rows{options, seeds};
+  draw(all.view, RowScale<OptionsOfRows>{of_rows}, of_rows, all.drawn.get());
+  for (int64_t b = 0; b < batch; ++b) {
+    const Drawn* got = all.drawn.get() + b * length;
+    if (options[b].temperature == 0.0) {
+      CHECK(got[0].id == -1 && got[1].id == -1);
+      continue;
+    }
+    std::vector<int64_t> counters;
+    for (int64_t i = 0; i < batch; ++i) counters.insert(counters.end(), {i, 9, 0, -1, 0});
+    const int64_t* counter = counters.data();
+    const SameOptions same{options[b], seeds[b], counter};
+    CHECK(same.uniform(b, 1) == of_rows.uniform(b, 1));
+    const Workspace alone(batch * length, logits.slices(), options[b]);
+    draw(alone.view, SameScale{narrow_scale(tempering(options[b]))}, same, alone.drawn.get());
+    for (int64_t l = 0; l < length; ++l) {
+      const Drawn& want = alone.drawn[static_cast<size_t>(b * length + l)];
+      CHECK(got[l].id == want.id && want.id >= 0);
+      CHECK(got[l].confidence == want.confidence && got[l].tempered == want.tempered);
+      // One slice: what it weighs is what the draw's borders hang on.
+      const auto cell = static_cast<size_t>(b * length + l);
+      CHECK(all.tempered[cell] == alone.tempered[cell]);
+    }
+  }
 }
 
 // ---- the rules alone -----------------------------------------------------------------------

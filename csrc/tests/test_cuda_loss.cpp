@@ -59,16 +59,17 @@ Rows run_forward(const LogitsView& logits, const std::vector<int64_t>& targets, 
                               .state = rows.state.data(),
                               .workspace = nullptr};
   const HasTarget has_target{targets.data(), kIgnore};
-  test::launch<SliceShared>(
-      cells * slices, kSliceThreads, seed, sizeof(SliceShared),
-      [&](FibreLane& lane, SliceShared* shared) {
-        if (with_entropy) {
-          slice_body<Format, Tempered::kMoment>(lane, *shared, logits, has_target, workspace,
-                                                static_cast<float>(scale));
-        } else {
-          slice_body<Format, Tempered::kNone>(lane, *shared, logits, has_target, workspace, 0.0f);
-        }
-      });
+  test::launch<SliceShared>(cells * slices, kSliceThreads, seed, sizeof(SliceShared),
+                            [&](FibreLane& lane, SliceShared* shared) {
+                              if (with_entropy) {
+                                slice_body<Format, Tempered::kMoment, false>(
+                                    lane, *shared, logits, has_target, workspace,
+                                    SameScale{narrow_scale(scale)});
+                              } else {
+                                slice_body<Format, Tempered::kNone, false>(
+                                    lane, *shared, logits, has_target, workspace, SameScale{});
+                              }
+                            });
   constexpr int64_t kRows = 2;  // of a block
   test::launch<char>(
       (cells + kRows - 1) / kRows, kRows * kWarp, seed, 1,

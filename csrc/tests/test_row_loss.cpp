@@ -58,7 +58,7 @@ RowState state_of(const std::vector<double>& z, int64_t target, double temperatu
   const VocabKernels& kernels = vocab_kernels(LogitType::kDouble);
   const int64_t n = static_cast<int64_t>(z.size());
   const double scale = tempered_scale(temperature);
-  VocabStats row = VocabStats::empty();
+  OnlineSoftmax row = OnlineSoftmax::empty();
   for (int64_t i = 0; i < n; i += slice_width) {
     row = merge(row, kernels.stats(&z[static_cast<size_t>(i)], std::min(slice_width, n - i)));
   }
@@ -73,7 +73,7 @@ RowState state_of(const std::vector<double>& z, int64_t target, double temperatu
     tempered.mass += part.mass;
     tempered.moment += part.moment;
   }
-  const VocabStats token = kernels.stats(&z[static_cast<size_t>(target)], 1);
+  const OnlineSoftmax token = kernels.stats(&z[static_cast<size_t>(target)], 1);
   return {row.max,       row.exponent,   row.sum, negative_log_likelihood(token, row),
           tempered.mass, tempered.moment};
 }
@@ -121,7 +121,7 @@ TEST(gradient_is_the_derivative) {
 }
 
 TEST(rows_without_a_loss) {
-  const VocabStats fine{1.0, 1.0, 1.5}, none = VocabStats::empty(), nan{1.0, 0.0, NAN};
+  const OnlineSoftmax fine{1.0, 1.0, 1.5}, none = OnlineSoftmax::empty(), nan{1.0, 0.0, NAN};
   CHECK(negative_log_likelihood(fine, none) != negative_log_likelihood(fine, none));
   CHECK(negative_log_likelihood(fine, nan) != negative_log_likelihood(fine, nan));
   CHECK(negative_log_likelihood(none, fine) == INFINITY);
@@ -206,7 +206,7 @@ TEST(gradients_match_the_rules_and_may_overwrite_the_logits) {
       if (n > 2) values[2] = -INFINITY;
       for_each_data(values, [&](const Data& data) {
         if (data.type == LogitType::kHalf && std::abs(offset) > 6e4) return;
-        const VocabStats stats = data.kernels.stats(data.bytes.get(), n);
+        const OnlineSoftmax stats = data.kernels.stats(data.bytes.get(), n);
         const double scale = tempered_scale(0.5);
         const TemperedSums sums = data.kernels.tempered_sums(data.bytes.get(), n, stats.max, scale);
         const RowState state{stats.max, stats.exponent, stats.sum, 0.0, sums.mass, sums.moment};

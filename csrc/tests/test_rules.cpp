@@ -435,7 +435,7 @@ TEST(no_rule_depends_on_the_order_of_its_cells) {
 }
 
 TEST(merging_slices_is_exact_in_the_scale) {
-  const VocabStats a{1.0, 1.0, 1.5}, b{-100.0, -144.0, 1.0}, none = VocabStats::empty();
+  const OnlineSoftmax a{1.0, 1.0, 1.5}, b{-100.0, -144.0, 1.0}, none = OnlineSoftmax::empty();
   CHECK(merge(a, none).sum == 1.5 && merge(none, a).sum == 1.5);
   CHECK(merge(a, b).sum == 1.5 + std::ldexp(1.0, -145));
   CHECK(merge(b, a).max == 1.0);

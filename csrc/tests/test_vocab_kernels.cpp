@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pass over a slice, on every instruction set that this machine runs, against long double.
 #include <algorithm>
+#include <cfloat>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -10,7 +11,9 @@
 #include <vector>
 
 #include "../cpu/vocab_kernels.h"
+#include "../rules/vocab_statistics.h"
 #include "check.h"
+#include "entropy_bound.h"
 
 using namespace r2dllm;
 using namespace r2dllm::cpu;
@@ -61,7 +64,7 @@ struct Row {
     }
   }
 
-  VocabStats stats() const { return kernels->stats(data.get(), size()); }
+  OnlineSoftmax stats() const { return kernels->stats(data.get(), size()); }
   int64_t size() const { return static_cast<int64_t>(exact.size()); }
 };
 
@@ -98,7 +101,7 @@ TEST(a_term_is_as_exact_as_documented) {
     double worst = 0;
     for (int trial = 0; trial < 400000; ++trial) {
       const float z = uniform(random);
-      const VocabStats term = set.kernels->stats(&z, 1);
+      const OnlineSoftmax term = set.kernels->stats(&z, 1);
       const long double exact = exp2l(static_cast<long double>(z) * 1.4426950408889634074L -
                                       static_cast<long double>(term.exponent));
       worst = std::max(worst, std::abs(static_cast<double>(term.sum / exact - 1)));
@@ -116,10 +119,10 @@ TEST(a_sum_is_as_exact_as_documented) {
     std::vector<float> values;
     for (int64_t i = 0; i < n; ++i) values.push_back(uniform(random));
     for (const InstructionSet& set : sets()) {
-      const VocabStats stats = set.kernels->stats(values.data(), n);
+      const OnlineSoftmax stats = set.kernels->stats(values.data(), n);
       long double sum = 0;
       for (const float& z : values) {
-        const VocabStats term = set.kernels->stats(&z, 1);
+        const OnlineSoftmax term = set.kernels->stats(&z, 1);
         sum += std::ldexp(static_cast<long double>(term.sum),
                           static_cast<int>(term.exponent - stats.exponent));
       }
@@ -143,7 +146,7 @@ TEST(statistics_match_long_double) {
           if (!(std::abs(x) < 1e4)) return;
         }
       }
-      const VocabStats stats = row.stats();
+      const OnlineSoftmax stats = row.stats();
       const double max = *std::max_element(row.exact.begin(), row.exact.end());
       long double sum = 0;
       for (double x : row.exact) {
@@ -152,7 +155,7 @@ TEST(statistics_match_long_double) {
       CHECK(stats.max == max);
       const double below = std::log(static_cast<double>(n));
       CHECK(std::abs(stats.sum / sum - 1) < (kTermError + kSumError + kLog2eError * below) * kU);
-      const VocabStats token =
+      const OnlineSoftmax token =
           row.kernels->stats(row.data.get() + row.kernels->find(row.data.get(), row.size(), max) *
                                                   kLogitBytes[static_cast<int>(row.type)],
                              1);
@@ -176,7 +179,7 @@ TEST(a_term_that_is_most_of_the_row_costs_one_rounding) {
       for (LogitType type : {LogitType::kFloat, LogitType::kBFloat16}) {
         const Row row(type, values, set.kernels);
         const char* token = row.data.get() + top * kLogitBytes[static_cast<int>(type)];
-        VocabStats stats = row.stats();
+        OnlineSoftmax stats = row.stats();
         stats.sum += row.kernels->correction(row.data.get(), row.size(), top, stats);
         long double sum = 0;
         for (double x : row.exact) sum += std::exp(static_cast<long double>(x) - stats.max);
@@ -195,7 +198,7 @@ TEST(ties_in_one_lane_are_exact) {
       for (int64_t i = 0; i < n; ++i) values[static_cast<size_t>(64 * i)] = top;
       for (const InstructionSet& set : sets()) {
         const Row row(LogitType::kFloat, values, set.kernels);
-        const VocabStats token = row.kernels->stats(row.data.get(), 1);
+        const OnlineSoftmax token = row.kernels->stats(row.data.get(), 1);
         CHECK(probability(token, row.stats()) == 1.0f / static_cast<float>(n));
       }
     }
@@ -208,7 +211,7 @@ TEST(ties_are_exact_and_the_lowest_index_is_found) {
     for (size_t i : {70, 71, 200, 299}) values[i] = top;
     for (const InstructionSet& set : sets()) {
       const Row row(LogitType::kFloat, values, set.kernels);
-      const VocabStats stats = row.stats();
+      const OnlineSoftmax stats = row.stats();
       CHECK(row.kernels->find(row.data.get(), 300, stats.max) == 70);
       CHECK(probability(row.kernels->stats(row.data.get() + 70 * 4, 1), stats) == 0.25f);
     }
@@ -253,7 +256,7 @@ TEST(minus_infinity_counts_as_nothing) {
   values[130] = -5.0f;
   for (const InstructionSet& set : sets()) {
     const Row row(LogitType::kFloat, values, set.kernels);
-    const VocabStats stats = row.stats();
+    const OnlineSoftmax stats = row.stats();
     CHECK(is_valid(stats));
     CHECK(probability(row.kernels->stats(row.data.get() + 130 * 4, 1), stats) == 1.0f);
   }
@@ -267,7 +270,7 @@ TEST(differences_of_large_logits_are_kept_on_both_sides_of_the_narrow_limit) {
       const Row row(LogitType::kFloat, values, set.kernels);
       long double shifted = 0;
       for (double x : row.exact) shifted += std::exp(static_cast<long double>(x) - top);
-      const VocabStats token = row.kernels->stats(row.data.get(), 1);
+      const OnlineSoftmax token = row.kernels->stats(row.data.get(), 1);
       const double p = static_cast<double>(1 / shifted);
       CHECK(std::abs(probability(token, row.stats()) * shifted - 1) < probability_error(1, p, 700));
     }
@@ -301,6 +304,108 @@ TEST(tempered_mass_keeps_what_reaches_the_cutoff) {
     const Row row(LogitType::kFloat, values, set.kernels);
     const double mass = row.kernels->tempered_mass(row.data.get(), 5, 0.0, 2 * kLog2eWide, -2.0);
     CHECK(std::abs(mass - (1 + std::exp(-2.0) + std::exp(-4.0))) < 1e-6);
+  }
+}
+
+TEST(the_moment_comes_with_the_same_statistics) {
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal(0.0f, 3.0f);
+  for (int64_t n : {1, 5, 64, 511, 513, 4096}) {
+    for (float offset : {0.0f, 300.0f, -1e5f}) {
+      std::vector<float> values;
+      for (int64_t i = 0; i < n; ++i) values.push_back(offset + normal(random));
+      if (n > 5) values[3] = -INFINITY;
+      for (const InstructionSet& set : sets()) {
+        for (LogitType type : {LogitType::kFloat, LogitType::kBFloat16}) {
+          const Row row(type, values, set.kernels);
+          double moment = NAN;
+          const OnlineSoftmax got = row.kernels->stats_and_moment(row.data.get(), n, &moment),
+                              want = row.stats();
+          CHECK(got.max == want.max && got.exponent == want.exponent && got.sum == want.sum);
+          long double exact = 0;
+          for (double z : row.exact) {
+            if (z == -INFINITY) continue;
+            const long double term =
+                exp2l(static_cast<long double>(z) * 1.4426950408889634074L - got.exponent);
+            exact += term * (static_cast<long double>(z) - got.max);
+          }
+          const test::ExactEntropy bound(row.exact);
+          CHECK(std::abs(moment - exact) <=
+                std::abs(exact) *
+                        (kTermError + kSumError + 2 + kLog2eError * bound.mean_of_products) * kU +
+                    1e-27);  // what is below the floor
+        }
+      }
+    }
+  }
+}
+
+TEST(an_entropy_is_as_exact_as_documented) {
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal(0.0f, 1.0f);
+  double worst = 0;
+  for (int trial = 0; trial < 60; ++trial) {
+    std::vector<float> values;
+    for (int i = 0; i < 4000; ++i) values.push_back(normal(random) * (trial % 3 ? 1.0f : 6.0f));
+    const int64_t top = 61 * trial;
+    values[static_cast<size_t>(top)] = 0.5f * static_cast<float>(trial);
+    for (const InstructionSet& set : sets()) {
+      for (LogitType type : {LogitType::kFloat, LogitType::kBFloat16}) {
+        const Row row(type, values, set.kernels);
+        double moment = NAN;
+        OnlineSoftmax stats = row.kernels->stats_and_moment(row.data.get(), 4000, &moment);
+        const int64_t column = row.kernels->find(row.data.get(), 4000, stats.max);
+        stats.sum += row.kernels->correction(row.data.get(), 4000, column, stats);
+        const OnlineSoftmax token =
+            row.kernels->stats(row.data.get() + column * kLogitBytes[static_cast<int>(type)], 1);
+        const double term =
+            std::ldexp(token.sum, static_cast<int>(token.exponent - stats.exponent));
+        const test::ExactEntropy want(row.exact);
+        const double error =
+            std::abs(entropy_of(stats.sum / term, moment / term) - want.nats) / want.bound();
+        CHECK(error <= 1);
+        worst = std::max(worst, error);
+      }
+    }
+  }
+  CHECK(worst > 0.02);  // a bound that is out of reach would hold nothing
+}
+
+TEST(rows_without_a_prediction_have_no_moment) {
+  for (const InstructionSet& set : sets()) {
+    for (LogitType type : {LogitType::kFloat, LogitType::kBFloat16}) {
+      double moment = 1;
+      const Row nothing(type, std::vector<float>(70, -INFINITY), set.kernels);
+      nothing.kernels->stats_and_moment(nothing.data.get(), 70, &moment);
+      CHECK(moment == 0.0);
+      for (float bad : {NAN, INFINITY}) {
+        std::vector<float> values(70, 1.0f);
+        values[69] = bad;
+        const Row row(type, values, set.kernels);
+        row.kernels->stats_and_moment(row.data.get(), 70, &moment);
+        CHECK(std::isnan(moment));
+      }
+    }
+  }
+}
+
+TEST(a_scale_that_leaves_float32_is_kept_in_double) {
+  const std::vector<float> values{0.0f, -1.0f, -FLT_MAX, -INFINITY};
+  for (double scale : {1e-300, 3e-38, 3.3e-37, 0.9e-36, 1.1e-36, 1e-30, 2e30, 1e300}) {
+    for (const InstructionSet& set : sets()) {
+      const Row row(LogitType::kFloat, values, set.kernels);
+      double mass = 0, moment = 0;
+      for (size_t i = 0; i < 3; ++i) {
+        const double u = row.exact[i] * scale;
+        mass += std::exp2(u);
+        moment += u > -2000 ? u * std::exp2(u) : 0.0;
+      }
+      const double got = row.kernels->tempered_mass(row.data.get(), 4, 0.0, scale, -FLT_MAX);
+      CHECK(std::abs(got / mass - 1) < 8 * kU);
+      const TemperedSums sums = row.kernels->tempered_sums(row.data.get(), 4, 0.0, scale);
+      CHECK(std::abs(sums.mass / mass - 1) < 8 * kU);
+      CHECK(std::abs(sums.moment - moment) <= 8 * kU * std::abs(moment) + 64 * 115 * 0x1p-115);
+    }
   }
 }
 
