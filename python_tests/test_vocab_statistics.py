@@ -77,8 +77,9 @@ def test_one_shard_is_token_confidence(r2, device):
     part = r2.vocab_statistics(logits, candidates=candidates, exclude_id=MASK)
     prediction, confidence = r2.token_confidence(logits, candidates=candidates, exclude_id=MASK)
     state = DecodeState(*SHAPE[:2], device=device)
-    step = r2.select(part, torch.full(SHAPE[:2], MASK, device=device), state, config,
-                     candidates=candidates)  # fmt: skip
+    step = r2.select(
+        part, torch.full(SHAPE[:2], MASK, device=device), state, config, candidates=candidates
+    )
     assert same_bits(step.prediction, prediction)
     # The probability is rounded once more on the way: 1 / (sum / term) in double.
     finite = confidence.isfinite().cpu()
@@ -169,8 +170,14 @@ def test_opcheck(r2, device):
     parts = torch.rand(2, 2, 3, 3, dtype=torch.float64, device=device)
     torch.library.opcheck(ops.merge_statistics.default, (parts,), test_utils=tests)
     state = DecodeState(2, 3, device=device)
-    args = (parts[0], torch.full((2, 3), 4, device=device), *state_tensors(state), None,
-            torch.float32, *DecodeConfig(4)._op_args)  # fmt: skip
+    args = (
+        parts[0],
+        torch.full((2, 3), 4, device=device),
+        *state_tensors(state),
+        None,
+        torch.float32,
+        *DecodeConfig(4)._op_args,
+    )
     for op in (ops.decode_step.statistics, ops.select.statistics):
         torch.library.opcheck(op, args, test_utils=tests)
 

@@ -31,14 +31,24 @@ def refuse(error: type[Exception], where: str, name: str, takes: str, got: objec
 
 @overload
 def integer(
-    where: str, name: str, value: Any, low: int | None = ..., high: int | None = ...,
-    *, optional: Literal[False] = ...,
-) -> int: ...  # fmt: skip
+    where: str,
+    name: str,
+    value: Any,
+    low: int | None = ...,
+    high: int | None = ...,
+    *,
+    optional: Literal[False] = ...,
+) -> int: ...
 @overload
 def integer(
-    where: str, name: str, value: Any, low: int | None = ..., high: int | None = ...,
-    *, optional: bool,
-) -> int | None: ...  # fmt: skip
+    where: str,
+    name: str,
+    value: Any,
+    low: int | None = ...,
+    high: int | None = ...,
+    *,
+    optional: bool,
+) -> int | None: ...
 def integer(where, name, value, low=None, high=None, *, optional=False):
     """An integer in [low, high], of 64 bits in any case.
 
@@ -81,14 +91,26 @@ def _integers(low: int | None, high: int | None, optional: bool, bits: str = "")
 
 @overload
 def number(
-    where: str, name: str, value: Any, low: float | None = ..., high: float = ...,
-    *, open_low: bool = ..., optional: Literal[False] = ...,
-) -> float: ...  # fmt: skip
+    where: str,
+    name: str,
+    value: Any,
+    low: float | None = ...,
+    high: float = ...,
+    *,
+    open_low: bool = ...,
+    optional: Literal[False] = ...,
+) -> float: ...
 @overload
 def number(
-    where: str, name: str, value: Any, low: float | None = ..., high: float = ...,
-    *, open_low: bool = ..., optional: bool,
-) -> float | None: ...  # fmt: skip
+    where: str,
+    name: str,
+    value: Any,
+    low: float | None = ...,
+    high: float = ...,
+    *,
+    open_low: bool = ...,
+    optional: bool,
+) -> float | None: ...
 def number(where, name, value, low=None, high=math.inf, *, open_low=False, optional=False):
     """A finite number in [low, high], or (low, high]; without `low` any number, NaN included."""
     if value is None and optional:

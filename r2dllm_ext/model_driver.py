@@ -123,10 +123,9 @@ class ModelDriver:
     ) -> tuple[torch.Tensor, Any]:
         """Rows [begin, end), or those listed, of the logits, and the model's output."""
         batch, length = inputs.shape
-        listed = isinstance(rows, torch.Tensor)
         if self._block_logits_only:
             output = self._model(inputs, logits_positions=rows, **options)
-            expected = (batch, len(rows) if listed else rows[1] - rows[0])
+            expected = (batch, len(rows) if isinstance(rows, torch.Tensor) else rows[1] - rows[0])
         else:
             output = self._model(inputs, **options)
             expected = (batch, length)
@@ -142,7 +141,10 @@ class ModelDriver:
                 f"[{expected[0]}, {expected[1]}, V], got {list(logits.shape)}"
             )
         if not self._block_logits_only:
-            logits = logits.index_select(1, rows) if listed else logits[:, slice(*rows)]
+            if isinstance(rows, torch.Tensor):
+                logits = logits.index_select(1, rows)
+            else:
+                logits = logits[:, slice(*rows)]
         return logits, output
 
 

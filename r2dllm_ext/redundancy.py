@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ._checks import instance, integer
 from .config import DecodeConfig, Rule
-from .ops import positional_ambiguity, window_pool
+from .ops.positional_ambiguity import positional_ambiguity
+from .ops.window_pool import window_pool
 from .stop_ids import StopId, is_stop, stop_ids
 from .trace import Trace
 

@@ -238,6 +238,13 @@ class Trainer:
         self.step += 1
         return float(loss.detach()), lr
 
+    @property
+    def averaged_model(self) -> Transformer:
+        """The one that is evaluated and exported."""
+        model = self.average.module
+        assert isinstance(model, Transformer)  # torch types it as any module
+        return model
+
     def save(self, path: Path) -> None:
         """Writes the whole state, or nothing: a crash leaves the old checkpoint in place."""
         state = {
@@ -321,7 +328,7 @@ def run(
                 if trainer.step % eval_every == 0 or trainer.step == stop:
                     with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
                         accuracy, _ = evaluate(
-                            trainer.average.module, held_out, answer_length=config.answer_length
+                            trainer.averaged_model, held_out, answer_length=config.answer_length
                         )
                     record["accuracy"] = accuracy
                 record["seconds"] = round(time.perf_counter() - began, 1)
@@ -335,7 +342,7 @@ def run(
 
 def export(trainer: Trainer, folder: Path) -> None:
     """Writes the model as a LLaDA checkpoint, with its vocabulary and how it was trained."""
-    save_model(trainer.average.module, folder)
+    save_model(trainer.averaged_model, folder)
     tokenizer = trainer.tokenizer
     description = {
         "type": "one id a word, words parted by white space, numbers digit by digit",
