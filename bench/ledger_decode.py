@@ -23,8 +23,8 @@ from torch import Tensor
 
 from r2dllm_ext import generate, load_model
 from r2dllm_ext.config import DecodeConfig, Rule
-from r2dllm_ext.ledger import ANSWER_LENGTH, Sample, Tokenizer, make_sample, verify
 from r2dllm_ext.models import Transformer
+from r2dllm_ext.tasks.ledger import ANSWER_LENGTH, Sample, Tokenizer, make_sample, verify
 
 BLOCK_LENGTH = 32
 
@@ -230,23 +230,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 # ---- command line ----------------------------------------------------------------------------
 
 
-def open_model(path: str | None) -> Transformer:
-    """The bundled model, a checkpoint folder, or a folder in which training is going on."""
-    state_file = Path(path or "") / "checkpoint.pt"
-    if path is None or not state_file.is_file():
-        return load_model(path or "ledger")
-    from r2dllm_ext.ledger.train import TrainConfig, model_config
-
-    state = torch.load(state_file, map_location="cpu", weights_only=True)
-    model = Transformer(model_config(TrainConfig(**state["config"]), Tokenizer())).eval()
-    averaged = {k[len("module.") :]: v for k, v in state["average"].items() if "." in k}
-    model.load_state_dict(averaged)
-    return model
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="ledger_decode.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", metavar="DIR", help="checkpoint; default: the bundled model")
+    parser.add_argument("--model", metavar="DIR", default="ledger",
+                        help="checkpoint or bundled model; default: ledger")  # fmt: skip
     parser.add_argument("--prompts", type=int, help="for the presets; default 512, quick 16")
     parser.add_argument(
         "--curve-prompts", type=int, help="for other settings; 0 = no curve; default 128, quick 8"
@@ -283,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         if importlib.util.find_spec(package) is None:
             fail(f"needs {package}: pip install {package}")
     try:
-        model = open_model(args.model)
+        model = load_model(args.model)
     except (FileNotFoundError, ImportError, ValueError) as error:
         fail(str(error))
     began = time.perf_counter()

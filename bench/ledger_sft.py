@@ -43,14 +43,15 @@ from ledger_decode import BLOCK_LENGTH, METHODS
 from report import Z95, Parser, environment, fail, table, wilson, write_json
 from torch import Tensor
 
-from r2dllm_ext import corrupt, ledger, load_model, sft, token_confidence
+from r2dllm_ext import corrupt, load_model, sft, token_confidence
 from r2dllm_ext.config import DecodeConfig, Rule
-from r2dllm_ext.ledger import ANSWER_LENGTH, Tokenizer, encode_sample, make_sample
 from r2dllm_ext.models import Transformer
 from r2dllm_ext.sft.artefacts import settle
 from r2dllm_ext.sft.prompts import left_padded
+from r2dllm_ext.tasks.ledger import ANSWER_LENGTH, Ledger, make_sample, verify_record
 
-WORDS = Tokenizer()
+LEDGER = Ledger()
+WORDS = LEDGER.tokenizer
 ARMS = ("base", "real", "random", "lean", "certain")
 DECODERS: dict[str, Callable[..., DecodeConfig]] = {
     **{name: method.preset for name, method in METHODS.items()},
@@ -72,7 +73,7 @@ def prompts_of(seed: int, numbers: range | list[int], split: str) -> list[sft.Pr
 
 def real_examples(seed: int, n: int) -> list[sft.Example]:
     samples = [make_sample(_SEED_OF_REAL + seed, i) for i in range(n)]
-    return [sft.Example(*encode_sample(sample, WORDS)) for sample in samples]
+    return [sft.Example(*LEDGER.encode(sample)) for sample in samples]
 
 
 def share(prompts: int, seed: int, seeds: int) -> list[int]:
@@ -106,7 +107,7 @@ def decode(
         folder,
         decode=WORDS.decode,
         pad_id=WORDS.pad_id,
-        verifier=ledger.verify_record,
+        verifier=verify_record,
         progress=True,
         name=name,
     )
@@ -176,7 +177,7 @@ def calibration(model: Transformer, samples: int) -> tuple[Tensor, Tensor]:
 
     Teacher forced, with half-masked blocks: the states of decoding, on text that is not its own.
     """
-    encoded = [encode_sample(make_sample(3, i, split="test"), WORDS) for i in range(samples)]
+    encoded = [LEDGER.encode(make_sample(3, i, split="test")) for i in range(samples)]
     ids, real = left_padded([prompt + answer for prompt, answer in encoded], WORDS.pad_id)
     answers = torch.zeros_like(real)
     answers[:, -ANSWER_LENGTH:] = True

@@ -502,11 +502,11 @@ def test_nfe_of_a_prompt_does_not_depend_on_its_batch(r2, tiny_model, preset, ca
 def test_verdict_of_right_and_wrong_answers(r2):
     from ledger_decode import Answers, judge
 
-    from r2dllm_ext.ledger import Tokenizer, encode_sample, make_sample
+    from r2dllm_ext.tasks.ledger import Ledger, make_sample
 
-    tokenizer = Tokenizer()
+    tokenizer = Ledger().tokenizer
     samples = [make_sample(5, i, split="test") for i in range(4)]
-    tokens = torch.tensor([encode_sample(s, tokenizer)[1] for s in samples])
+    tokens = torch.tensor([Ledger().encode(s)[1] for s in samples])
     tokens[0, 3] = tokenizer.pad_id
     rule = torch.full(tokens.shape, int(Rule.THRESHOLD), dtype=torch.uint8)
     rule[:, 0] = Rule.WINDOW
@@ -595,7 +595,7 @@ def test_success_is_what_was_stated(lean_nfe, lean_right, random_nfe, failed):
 def test_calibration_reads_the_cells_that_are_masked(r2):
     from ledger_sft import calibration
 
-    from r2dllm_ext.ledger import ANSWER_LENGTH, load
+    from r2dllm_ext.tasks.ledger import ANSWER_LENGTH, load
 
     confidence, right = calibration(load(), 2)
     assert len(confidence) == len(right) == 2 * 32 and ANSWER_LENGTH == 96

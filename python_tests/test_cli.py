@@ -20,8 +20,8 @@ from r2dllm_ext import DecodeConfig, Rule, generate, load_model
 from r2dllm_ext.cli import main, options
 from r2dllm_ext.cli.display import Display, marked_lines
 from r2dllm_ext.cli.text import pieces
-from r2dllm_ext.ledger import MODEL_PATH, Tokenizer, make_sample
 from r2dllm_ext.models import ModelConfig, Transformer, save_model
+from r2dllm_ext.tasks.ledger import Tokenizer, make_sample
 from r2dllm_ext.trace_plot import RULE_COLORS, plot_trace
 
 PROMPT = "start with 4 . first add 3 . second take 5 . answer :"
@@ -391,7 +391,6 @@ def test_demo_shows_other_prompts_for_another_seed(run, ledger):
     assert f"> {make_sample(1, 0, split='test').prompt}\n" in result.out
 
 
-@pytest.mark.skipif(not (MODEL_PATH / "model.safetensors").exists(), reason="no bundled weights")
 def test_bundled_model_answers(run):
     result = run("demo", "--decoders", "fast_dllm")
     assert result.status == 0 and ", correct\n" in result.out
@@ -525,7 +524,7 @@ def test_errors_of_a_loaded_model(run, ledger, arguments, words):
 
 
 def test_demo_and_trace_want_a_ledger_model(run, foreign):
-    fails(run("demo", "--model", foreign), "demo takes a model of the ledger task")
+    fails(run("demo", "--model", foreign), "demo takes a model of a bundled task")
     fails(run("trace", "--model", foreign, "--ids"), "trace needs a PROMPT")
 
 
@@ -607,3 +606,22 @@ def test_as_a_module_whose_reader_leaves(ledger):
     )
     assert (result.returncode, result.stderr) == (141, "")
     assert json.loads(result.stdout)["prompt"] == "5"
+
+
+def test_a_pronounce_model_reads_words(run, tmp_path):
+    """Any model with a task's vocabulary speaks it: prompt, length of the answer and verdict."""
+    from r2dllm_ext.tasks.pronounce import Tokenizer as Phonemes
+
+    words = Phonemes()
+    shape = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16}
+    ids = {"mask_id": words.mask_id, "eos_id": words.end_id, "pad_id": words.pad_id}
+    config = ModelConfig("llada", len(words), **shape, **ids)
+    save_model(Transformer(config).init_weights(0), tmp_path)
+    (answer,) = json_lines(run("generate", "Cat dog", "--model", tmp_path, "--json"))
+    assert words.decode(answer["prompt_ids"]) == "1 c a t 2 d o g"
+    assert len(answer["token_ids"]) == 64 and answer["correct"] is False
+    result = run("generate", "cat dog", "--model", tmp_path)
+    assert "wrong in word 1: " in result.out
+    fails(run("generate", "don't", "--model", tmp_path), "takes letters a to z alone")
+    unknown = json_lines(run("generate", "xqzzt", "--model", tmp_path, "--json"))
+    assert unknown[0]["correct"] is None

@@ -1,32 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger task and its model: generator, split, verifier, tokenizer, training, accuracy."""
-
-import builtins
-import dataclasses
-import json
+"""The ledger task and its model: generator, split, verifier, tokenizer, weights, accuracy."""
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from r2dllm_ext import DecodeConfig, generate, ledger
-from r2dllm_ext.ledger import Problem, Tokenizer, encode_sample, make_sample, parse_prompt, verify
-from r2dllm_ext.ledger.task import HIGHEST_OPERAND, HIGHEST_VALUE
-from r2dllm_ext.ledger.train import (
-    TrainConfig,
-    Trainer,
-    collate,
-    export,
-    learning_rate,
-    main,
-    mask_answers,
-    run,
+from r2dllm_ext import DecodeConfig, generate
+from r2dllm_ext.tasks import get_task, ledger
+from r2dllm_ext.tasks.ledger import (
+    HIGHEST_OPERAND,
+    HIGHEST_VALUE,
+    Problem,
+    Tokenizer,
+    make_sample,
+    parse_prompt,
+    verify,
 )
-from r2dllm_ext.models import load_model
 
-TINY = TrainConfig(
-    steps=6, batch_size=4, width=16, layers=1, heads=2, mlp_width=16, warmup=2, compile=False
-)
 RIGHT = (
     "first 4 plus 3 makes 7 . second okay take 5 from 7 , which thus gives 2 . "
     "third then well we have 2 and add 9 , so now it is 1 1 . so we end at 1 1 ."
@@ -148,7 +138,7 @@ def test_tokenizer_round_trip_and_errors():
     for sample in samples(50):
         for text in (sample.prompt, sample.answer):
             assert tokenizer.decode(tokenizer.encode(text)) == text
-    prompt, answer = encode_sample(samples(1)[0], tokenizer)
+    prompt, answer = get_task("ledger").encode(samples(1)[0])
     assert len(answer) == 96 and answer[-1] == tokenizer.end_id
     assert tokenizer.decode(torch.tensor(answer), skip_special=True) == samples(1)[0].answer
     with pytest.raises(ValueError, match="unknown word 'banana' at word 1"):
@@ -157,141 +147,19 @@ def test_tokenizer_round_trip_and_errors():
         tokenizer.encode("17")
     with pytest.raises(ValueError, match=f"id {len(tokenizer)} at place 0"):
         tokenizer.decode([len(tokenizer)])
-    with pytest.raises(ValueError, match="in 8 slots"):
-        encode_sample(samples(1)[0], tokenizer, 8)
+    long = make_sample(0, 1, operations=8, answer_length=160)
+    assert len(long.answer.split()) > 96
+    with pytest.raises(ValueError, match="in 96 slots"):
+        get_task("ledger").encode(long)
 
 
-def test_masks_follow_their_modes():
-    tokenizer, generator = Tokenizer(), torch.Generator().manual_seed(0)
-    ids, P = collate(samples(200), tokenizer, 96)
-    answers = ids[:, P:]
-    assert P % 32 == 0 and ids.shape[1] == P + 96
-    blocks = torch.arange(96) // 32
-
-    iid = dataclasses.replace(TINY, iid_share=1.0, frontier_share=0.0)
-    hidden, learned = mask_answers(answers, tokenizer.digit_ids, iid, generator)
-    assert torch.equal(hidden, learned)
-    assert hidden.float().mean().item() == pytest.approx(0.5, abs=0.06)
-
-    for share in (0.0, 1.0):
-        block = dataclasses.replace(TINY, iid_share=0.0, frontier_share=share)
-        hidden, learned = mask_answers(answers, tokenizer.digit_ids, block, generator)
-        active = (hidden & ~learned).any(1)
-        for row in range(200):
-            touched = blocks[learned[row]].unique()
-            assert len(touched) <= 1, "one active block"
-            if len(touched):
-                assert hidden[row, blocks > touched[0]].all()
-                assert not hidden[row, blocks < touched[0]].any()
-        assert active.any()
-
-
-def test_digits_far_behind_the_front_are_hidden_but_not_learned():
-    tokenizer = Tokenizer()
-    ids, P = collate(samples(100), tokenizer, 96)
-    every = dataclasses.replace(TINY, iid_share=0.0, frontier_share=1.0)
-    few = dataclasses.replace(every, frontier_digits=2)
-    (hidden, learned), (same, fewer) = (
-        mask_answers(ids[:, P:], tokenizer.digit_ids, c, torch.Generator().manual_seed(0))
-        for c in (every, few)
-    )
-    assert torch.equal(hidden, same), "a visible digit further on would give the value away"
-    digit = torch.isin(ids[:, P:], torch.tensor(tokenizer.digit_ids))
-    assert torch.equal(fewer & ~digit, learned & ~digit)
-    wanted = learned & digit & ((learned & digit).cumsum(1) <= 2)
-    assert torch.equal(fewer & digit, wanted)
-
-
-def test_a_run_may_begin_with_the_weights_of_another(tmp_path):
-    first = Trainer(TINY)
-    run(first, tmp_path, stop=3, eval_samples=2, progress=False)
-    config = dataclasses.replace(TINY, seed=1, frontier_digits=3)
-    second = Trainer.begin_from(tmp_path / "checkpoint.pt", config)
-    assert torch.equal(weights_of(first), weights_of(second)) and second.step == 0
-    second.train_step()
-    second.save(tmp_path / "checkpoint.pt")
-    assert Trainer.resume(tmp_path / "checkpoint.pt").config == second.config
-    export(second, tmp_path / "model")
-    told = json.loads((tmp_path / "model" / "train_config.json").read_text())
-    assert told["init"]["seed"] == 0 and told["init"]["step"] == 3 and told["step"] == 1
-
-
-def test_schedule_warms_up_and_ends_at_zero():
-    rates = [learning_rate(TINY, step) for step in range(TINY.steps + 1)]
-    assert rates[0] == TINY.learning_rate / 2 and max(rates) == TINY.learning_rate
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
-
-
-def weights_of(trainer):
-    return flat(trainer.model)
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def test_what_is_exported_is_the_average_of_the_weights(tmp_path):
-    trainer = Trainer(dataclasses.replace(TINY, ema_decay=0.75))
-    seen = []
-    for _ in range(3):
-        trainer.train_step()
-        seen.append(weights_of(trainer).clone())
-    export(trainer, tmp_path)
-    average = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
-    assert torch.allclose(flat(load_model(tmp_path)), average, atol=1e-7)
-    assert not torch.allclose(average, seen[2], atol=1e-4)
-
-
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    options = {"eval_every": 3, "eval_samples": 2, "log_every": 1, "progress": False}
-    whole = Trainer(TINY)
-    start = weights_of(whole).clone()
-    run(whole, tmp_path / "whole", **options)
-    run(Trainer(TINY), tmp_path / "parts", stop=3, **options)
-    log = tmp_path / "parts" / "train_log.jsonl"
-    # As if it had died between a log line and the next checkpoint.
-    log.write_text(log.read_text() + '{"step": 4, "loss": 9, "lr": 0, "seconds": 9}\n')
-    torch.manual_seed(123)
-    resumed = Trainer.resume(tmp_path / "parts" / "checkpoint.pt")
-    run(resumed, tmp_path / "parts", **options)
-    assert torch.equal(weights_of(resumed), weights_of(whole))
-    assert torch.equal(flat(resumed.average), flat(whole.average))
-    assert not torch.equal(weights_of(whole), start)
-    logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k != "seconds"}
-            for line in (tmp_path / name / "train_log.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "parts")
-    ]
-    assert logs[0] == logs[1]
-    assert [line["step"] for line in logs[0]] == list(range(1, 7))
-    assert [line["step"] for line in logs[0] if "accuracy" in line][-1] == 6
-
-
-def test_exported_folder_loads_like_any_checkpoint(tmp_path):
-    trainer = Trainer(TINY)
-    export(trainer, tmp_path)
-    model = load_model(tmp_path)
-    assert model.config == trainer.model.config
-    assert (model.mask_id, model.eos_id) == (trainer.tokenizer.mask_id, trainer.tokenizer.end_id)
-    assert all(map(torch.equal, model.parameters(), trainer.model.parameters()))
-    vocabulary = json.loads((tmp_path / "vocabulary.json").read_text())["vocabulary"]
-    assert vocabulary == list(trainer.tokenizer.vocabulary)
-
-
-def test_missing_tqdm_is_explained(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_tqdm(name, *args, **kwargs):
-        if name == "tqdm":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_tqdm)
-    with pytest.raises(ImportError, match=r"pip install .r2dllm_ext\[cli\]"):
-        threads = str(torch.get_num_threads())
-        main(["--out", str(tmp_path), "--no-compile", "--stop", "0", "--threads", threads])
+def test_digits_weigh_more_and_come_in_order():
+    task, ids = get_task("ledger"), torch.tensor([Tokenizer().encode("add 3 to 1 4 .")])
+    assert task.weights(ids).tolist() == [[1.0, 4.0, 1.0, 4.0, 4.0, 1.0]]
+    assert task.serial(ids).tolist() == [[False, True, False, True, True, False]]
+    sample = task.sample(0, 3, split="test")
+    assert sample == make_sample(0, 3, split="test")
+    assert task.verify(sample.prompt, sample.answer).right == 1
 
 
 def test_bundled_model_answers_unseen_prompts():

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 
 from r2dllm_ext import DecodeConfig, generate, load_model, sft
 from r2dllm_ext.cli import main
-from r2dllm_ext.ledger import Tokenizer
 from r2dllm_ext.models import ModelConfig, Transformer, save_model
 from r2dllm_ext.sft.artefacts import read_lines
 from r2dllm_ext.sft.selection import spearman
 from r2dllm_ext.sft.training import example_order, last_step
+from r2dllm_ext.tasks.ledger import Tokenizer
 
 WORDS = Tokenizer()
 MASK, END, VOCAB, L = WORDS.mask_id, WORDS.end_id, len(WORDS), 8
@@ -685,7 +685,7 @@ def test_ledger_needs_no_prompts(tmp_path, capsys):
     assert main(command) == 2  # a random model is never right
     assert "nothing to train on: of 2 answers" in capsys.readouterr().err
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
-    assert recipe["verifier"] == "r2dllm_ext.ledger:verify_record"
+    assert recipe["verifier"] == "r2dllm_ext.tasks.ledger:verify_record"
     assert recipe["selection"]["filter"] == "correct"
     record = json.loads((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()[0])
     assert WORDS.encode(record["prompt"]) == record["prompt_ids"]

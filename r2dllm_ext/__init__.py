@@ -9,12 +9,13 @@ model with it; `load_model` loads LLaDA and Dream checkpoints, or the bundled le
 from importlib.util import find_spec
 
 from . import _command as _command  # before anything that takes time
-from . import ledger, models, reference
+from . import models, reference, tasks
 from ._version import __version__
 from .config import DecodeConfig, Rule
 from .corruption import Corruption, corrupt
 from .models import load_model
 from .state import DecodeState
+from .tasks import ledger
 
 __all__ = [
     "Corruption",
@@ -46,6 +47,7 @@ __all__ = [
     "row_stats",
     "select",
     "sft_loss",
+    "tasks",
     "token_confidence",
     "update_stability_",
     "vocab_statistics",

@@ -144,7 +144,7 @@ class ModelDriver:
             if isinstance(rows, torch.Tensor):
                 logits = logits.index_select(1, rows)
             else:
-                logits = logits[:, slice(*rows)]
+                logits = logits[:, rows[0] : rows[1]]
         return logits, output
 
 

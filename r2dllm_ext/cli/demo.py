@@ -7,7 +7,6 @@ import argparse
 import time
 
 from ..config import DecodeConfig
-from ..ledger import make_sample
 from . import options
 from .session import Answer, Prompt, Session
 
@@ -16,8 +15,8 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="decode a few unseen prompts with the bundled model",
-        description="Decode a few ledger prompts that the model has not seen; show the answers, "
-        "coloured by the rule that committed each token, and compare the decoders.",
+        description="Decode a few prompts of its task that the model has not seen; show the "
+        "answers, coloured by the rule that committed each token, and compare the decoders.",
     )
     parser.add_argument(
         "--prompts", type=options.count, default=4, metavar="N", help="(default: %(default)s)"
@@ -56,9 +55,10 @@ def run(args: argparse.Namespace) -> None:
 
     display = Display()
     session = Session(args)
-    if not session.is_ledger:
-        raise ValueError(f"demo takes a model of the ledger task, {args.model!r} is none")
-    samples = [make_sample(args.sample_seed, i, split="test") for i in range(args.prompts)]
+    task = session.task
+    if task is None:
+        raise ValueError(f"demo takes a model of a bundled task, {args.model!r} is none")
+    samples = [task.sample(args.sample_seed, i, split="test") for i in range(args.prompts)]
     prompts = session.read([sample.prompt for sample in samples])
     decoders = list(dict.fromkeys(args.decoders))
     shown = "r2" if "r2" in decoders else decoders[-1]

@@ -74,8 +74,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, text: bool = True) -> 
         "--model",
         default="ledger",
         metavar="DIR|HUB_ID",
-        help="folder or hub id of a LLaDA or Dream checkpoint, or 'ledger', the small model in "
-        "this package (default: %(default)s)",
+        help="folder or hub id of a LLaDA or Dream checkpoint, or the name of a "
+        "small model in this package (default: %(default)s)",
     )
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     group.add_argument(

@@ -13,9 +13,9 @@ import torch
 
 from ..config import DecodeConfig, Rule
 from ..generation import NoProgressError, generate
-from ..ledger import ANSWER_LENGTH, Tokenizer, Verdict, verify
 from ..models import load_model
 from ..stop_ids import StopId, answer_length, stop_ids
+from ..tasks import Verdict, task_of
 from ..trace import Trace
 from . import options, text
 
@@ -46,7 +46,8 @@ class Answer:
     text: str  # up to the stop token
     pieces: list[str]  # the same, token by token
     nfe: int  # forwards in which the row had something to decide
-    verdict: Verdict | None  # None: not a ledger prompt
+    verdict: Verdict | None  # None: no prompt of the model's task
+    part: str = ""  # what the verdict numbers
 
     @property
     def tokens_per_forward(self) -> float:
@@ -61,10 +62,9 @@ def describe(answer: Answer) -> str:
     verdict = answer.verdict
     if verdict is None:
         return ""
-    if verdict.correct:
+    if verdict.wrong_step is None:
         return "correct"
-    assert verdict.wrong_step is not None  # as it is wrong
-    return f"wrong in sentence {verdict.wrong_step + 1}: {verdict.reason}"
+    return f"wrong in {answer.part} {verdict.wrong_step + 1}: {verdict.reason}"
 
 
 class Session:
@@ -80,9 +80,10 @@ class Session:
         self._args = args
         dtype = args.dtype and getattr(torch, args.dtype)
         self.model = load_model(args.model, device=options.device(args.device), dtype=dtype)
-        self.is_ledger = text.speaks_ledger(self.model)
+        self.task = task_of(self.model.config)  # None: its prompts are text of any kind
         self.config = config.replace(mask_id=self._mask_id())
-        self.gen_length = args.gen_length or (ANSWER_LENGTH if self.is_ledger else _GEN_LENGTH)
+        own_length = _GEN_LENGTH if self.task is None else self.task.answer_length
+        self.gen_length = args.gen_length or own_length
         self.block_length, self.cache = args.block_length, args.cache
         is_dream = self.model.config.family == "dream"
         self.logits_shift = int(is_dream) if args.logits_shift is None else args.logits_shift
@@ -93,8 +94,8 @@ class Session:
         args = self._args
         if getattr(args, "ids", False):
             return text.PlainIds()
-        if self.is_ledger:
-            return Tokenizer()
+        if self.task is not None:
+            return self.task.tokenizer
         return text.Pretrained(args.model, chat=args.chat, trust_remote_code=args.trust_remote_code)
 
     def read(self, texts: list[str]) -> list[Prompt]:
@@ -151,14 +152,15 @@ class Session:
             pieces=text.pieces(self.codec, ids[:words]),
             nfe=int(trace.masked[:, row].any(-1).sum()),
             verdict=self._verdict(prompt.text, answer),
+            part="" if self.task is None else self.task.part,
         )
 
     def _verdict(self, prompt: str, answer: str) -> Verdict | None:
-        if not isinstance(self.codec, Tokenizer):
+        if self.task is None or self.codec is not self.task.tokenizer:
             return None
         try:
-            return verify(prompt, answer)
-        except ValueError:  # words of the ledger, but not a problem
+            return self.task.verify(prompt, answer)
+        except (ImportError, ValueError):  # no data to judge by; its words, but not a prompt
             return None
 
     def _left_padded(self, encoded: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

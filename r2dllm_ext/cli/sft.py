@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DecodeConfig
-from ..ledger import make_sample
 from . import options
 from .session import Session
 
@@ -22,7 +21,6 @@ OUT holds recipe.json, prompts.jsonl, rollouts/, selected.jsonl, selection.json,
 evaluation/ and evaluation.json. Killed, the same command goes on. On several processes:
   torchrun --nproc-per-node 2 -m r2dllm_ext sft --out OUT ...
 """
-_LEDGER_VERIFIER = "r2dllm_ext.ledger:verify_record"
 
 
 def add_parser(commands) -> None:
@@ -48,19 +46,19 @@ def _add_data_options(group) -> None:
 
     add(
         "--prompts",
-        "JSON lines (default: prompts of the ledger task, if it is the model's)",
+        "JSON lines (default: prompts of the model's own task)",
         type=Path,
         metavar="FILE",
     )
     add(
         "--eval-prompts",
-        "JSON lines for the comparison (default: unseen ledger prompts, or none)",
+        "JSON lines for the comparison (default: unseen prompts of that task, or none)",
         type=Path,
         metavar="FILE",
     )
     add(
         "--draw",
-        "ledger prompts to draw (default: %(default)s)",
+        "prompts of the task to draw (default: %(default)s)",
         type=options.count,
         default=1024,
         metavar="N",
@@ -74,7 +72,7 @@ def _add_data_options(group) -> None:
     )
     add(
         "--verifier",
-        "module:function, or none (default: the ledger's with its vocabulary)",
+        "module:function, or none (default: that of the model's task)",
         metavar="NAME",
     )
     add(
@@ -213,14 +211,14 @@ def run(args: argparse.Namespace) -> None:
 def _prompts(args: argparse.Namespace, session: Session) -> tuple[list[Prompt], list[Prompt]]:
     from ..sft import Prompt, read_prompts
 
-    def drawn(split: str, n: int) -> list[Prompt]:
-        texts = [make_sample(session.config.seed, i, split=split).prompt for i in range(n)]
-        return [Prompt({"prompt": text}, session.codec.encode(text)) for text in texts]
-
-    draws = session.is_ledger and not args.ids
-    if args.prompts is None and not draws:
-        raise ValueError("sft needs --prompts FILE: only ledger models have prompts of their own")
     encode = session.codec.encode
+
+    def drawn(split: str, n: int) -> list[Prompt]:
+        if session.task is None or args.ids:
+            raise ValueError("sft needs --prompts FILE: only models of a task have their own")
+        samples = [session.task.sample(session.config.seed, i, split=split) for i in range(n)]
+        return [Prompt({"prompt": one.prompt}, encode(one.prompt)) for one in samples]
+
     if args.prompts is not None:
         prompts = read_prompts(args.prompts, encode)
     else:
@@ -234,8 +232,8 @@ def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
     from ..sft import Recipe, Rollout, Selection, Training
 
     verifier = args.verifier
-    if verifier is None and session.is_ledger and not args.ids:
-        verifier = _LEDGER_VERIFIER
+    if verifier is None and session.task is not None and not args.ids:
+        verifier = f"r2dllm_ext.tasks.{session.task.name}:verify_record"
     if verifier is not None and verifier.lower() == "none":
         verifier = None
     names = (

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between text and token ids: the ledger's words, a checkpoint's tokenizer, or plain ids."""
+"""Between text and token ids: a task's words, a checkpoint's tokenizer, or plain ids."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..ledger import Tokenizer
 from ..text_input import read_text, split_lines
 
 
@@ -62,13 +61,6 @@ class Pretrained:
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
-
-
-def speaks_ledger(model: Any) -> bool:
-    """Whether a model has the vocabulary of the ledger task, as the bundled one has."""
-    words, config = Tokenizer(), model.config
-    ids = (config.mask_id, config.eos_id, config.pad_id)
-    return config.vocab_size == len(words) and ids == (words.mask_id, words.end_id, words.pad_id)
 
 
 def pieces(codec: Codec, ids: list[int]) -> list[str]:

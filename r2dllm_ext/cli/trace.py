@@ -8,7 +8,6 @@ import textwrap
 import warnings
 from pathlib import Path
 
-from ..ledger import make_sample
 from . import options
 from .session import Answer, Session, describe
 
@@ -29,7 +28,7 @@ def add_parser(commands) -> None:
         type=options.reader(int),
         default=0,
         metavar="N",
-        help="without PROMPT: number of an unseen ledger prompt (default: %(default)s)",
+        help="without PROMPT: number of an unseen prompt of its task (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -55,9 +54,11 @@ def run(args: argparse.Namespace) -> None:
 
     require_matplotlib()
     session = Session(args)
-    if args.prompt is None and not (session.is_ledger and not args.ids):
-        raise ValueError("trace needs a PROMPT: only ledger models have prompts of their own")
-    prompt = args.prompt or make_sample(0, args.sample, split="test").prompt
+    prompt = args.prompt
+    if prompt is None:
+        if session.task is None or args.ids:
+            raise ValueError("trace needs a PROMPT: only models of a task have their own")
+        prompt = session.task.sample(0, args.sample, split="test").prompt
     (answer,), trace = session.decode(session.read([prompt]))
     facts = _facts(answer, args.preset)
     labels = [session.codec.decode([i]) for i in answer.token_ids]

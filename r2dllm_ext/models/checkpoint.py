@@ -19,7 +19,9 @@ from .transformer import Transformer
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _DTYPES = ("F64", "F32", "BF16", "F16")  # storage an unquantised checkpoint may use
-_ALIASES = {"ledger": Path(__file__).parent.parent / "ledger" / "model"}
+_BUNDLED = Path(__file__).parent.parent / "tasks" / "models"
+# No tuned ledger model is better than its base yet, so both names mean the base.
+_ALIASES = {"ledger": _BUNDLED / "ledger-base", "ledger-base": _BUNDLED / "ledger-base"}
 
 
 @torch.inference_mode(False)  # or weights loaded under it could never be trained
@@ -34,10 +36,12 @@ def load_model(
     Args:
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (or shards and their
             `model.safetensors.index.json`), a hub id such as "GSAI-ML/LLaDA-8B-Instruct" (needs
-            `huggingface_hub`), or "ledger" for the small model inside this package. A local
-            folder wins over a hub id of the same name, the alias over both.
+            `huggingface_hub`), or the name of a small model inside this package: "ledger",
+            "ledger-base". A local folder wins over a hub id of the same name, the models of the
+            package over both.
         device: where the weights go, default "cpu".
-        dtype: any floating dtype; None keeps the one the checkpoint's embedding is stored in.
+        dtype: any floating dtype; None keeps the one the checkpoint's embedding is stored in, and
+            is float32 for the models of the package, which are stored in 16 bits.
 
     The ids of the mask, of the end (a tuple where the checkpoint names several) and of padding are
     those of `config.json` and, where it has none, of `generation_config.json`. A stored head is
@@ -56,6 +60,8 @@ def load_model(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"load_model: dtype takes a floating torch.dtype or None, got {dtype!r}")
     folder = _locate(path_or_hub_id)
+    if dtype is None and os.fspath(path_or_hub_id) in _ALIASES:
+        dtype = torch.float32
     config = _read_config(folder)
     with torch.device("meta"):
         model = Transformer(config).eval()

@@ -293,14 +293,11 @@ class _Gradients:
 
     def _head_by_columns(self, hidden, head, bias, index, memory) -> None:
         """All rows at once, as many columns as the memory holds."""
-        chunks = self._rows
-        rows = _Rows(
-            torch.cat([chunk.targets for chunk in chunks]),
-            torch.cat([chunk.state for chunk in chunks]),
-            torch.cat([chunk.d_nll for chunk in chunks]),
-            torch.cat([chunk.d_entropy for chunk in chunks]),
-            chunks[0].temperature,
-            chunks[0].ignore_index,
+        rows = self._rows[0]._replace(
+            targets=torch.cat([chunk.targets for chunk in self._rows]),
+            state=torch.cat([chunk.state for chunk in self._rows]),
+            d_nll=torch.cat([chunk.d_nll for chunk in self._rows]),
+            d_entropy=torch.cat([chunk.d_entropy for chunk in self._rows]),
         )
         states = hidden.index_select(0, index).to(head.dtype)
         vocab, n = len(head), len(index)

@@ -13,16 +13,30 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .tokenizer import END, ORDINALS, Tokenizer
+import torch
+from torch import Tensor
+
+from .task import Task, Verdict
+from .words import END, WordTokenizer
+
+if TYPE_CHECKING:
+    from ..models import Transformer
 
 T = TypeVar("T")
 OPERATIONS = 5
 ANSWER_LENGTH = 96
 HIGHEST_VALUE = 19
 HIGHEST_OPERAND = 5
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+DIGITS = tuple("0123456789")
+DIGIT_WEIGHT = 4.0  # a wrong digit is what most wrong answers have, and few cells are digits
 
+_WORDS = (
+    "add take plus minus to from with at start begin we have and so now it is which gives makes "
+    "becomes the final value end answer well then okay clearly indeed thus"
+)
 _VERBS, _SIGNS, _PREPOSITIONS = ("add", "take"), ("plus", "minus"), ("to", "from")
 _INTROS = ("start with", "begin at", "we have")
 _OPENERS = ("well", "then", "okay", "now")
@@ -71,13 +85,20 @@ class Sample:
     answer: str
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """`wrong_step`: the first wrong sentence from 0, `len(operands)` being the final one."""
+class Tokenizer(WordTokenizer):
+    """One id a word, one id a digit.
 
-    correct: bool
-    wrong_step: int | None = None
-    reason: str = ""
+    Attributes:
+        digit_ids: ids of "0" to "9".
+
+    >>> tokenizer = Tokenizer()
+    >>> tokenizer.decode(tokenizer.encode("first add 3 to 1 4 ."))
+    'first add 3 to 1 4 .'
+    """
+
+    def __init__(self) -> None:
+        super().__init__((".", ",", ":", *DIGITS, *ORDINALS, *_WORDS.split()))
+        self.digit_ids = tuple(self.id_of(digit, 0) for digit in DIGITS)
 
 
 def make_sample(
@@ -123,17 +144,6 @@ def make_sample(
     return Sample(problem, prompt, answer)
 
 
-def encode_sample(
-    sample: Sample, tokenizer: Tokenizer, answer_length: int = ANSWER_LENGTH
-) -> tuple[list[int], list[int]]:
-    """Prompt ids, and answer ids filled up to `answer_length` with the end token."""
-    answer = tokenizer.encode(sample.answer)
-    if len(answer) > answer_length:
-        raise ValueError(f"encode_sample: answer of {len(answer)} tokens in {answer_length} slots")
-    fill = [tokenizer.end_id] * (answer_length - len(answer))
-    return tokenizer.encode(sample.prompt), answer + fill
-
-
 def parse_prompt(prompt: str) -> Problem:
     """The problem a prompt text states; `ValueError` if it is not a ledger prompt."""
     match = _PROMPT_PATTERN.fullmatch(" ".join(prompt.split()))
@@ -151,7 +161,7 @@ def verify(problem: Problem | str, answer: str) -> Verdict:
     End tokens may follow the answer, nothing else. The first thing that is wrong is reported.
 
     >>> verify("start with 4 . first add 3 . answer :", "first 4 plus 3 makes 8 . answer : 7 .")
-    Verdict(correct=False, wrong_step=0, reason='new value is 8, expected 7')
+    Verdict(correct=False, wrong_step=0, reason='new value is 8, expected 7', right=0, parts=1)
     """
     if isinstance(problem, str):
         problem = parse_prompt(problem)
@@ -174,12 +184,47 @@ def verify(problem: Problem | str, answer: str) -> Verdict:
     final = _number(next(group for group in match.groups() if group is not None))
     if final != values[-1]:
         return Verdict(False, steps, f"final value is {final}, expected {values[-1]}")
-    return Verdict(True)
+    return Verdict(True, right=1)
 
 
 def verify_record(record: dict[str, Any], answer: str) -> bool:
     """`verify` as a verifier of `r2dllm sft`: `record["prompt"]` is the text of a prompt."""
     return verify(record["prompt"], answer).correct
+
+
+class Ledger(Task):
+    """The task as the trainers and commands see it."""
+
+    name, part = "ledger", "sentence"
+    answer_length, prompt_length = ANSWER_LENGTH, 32
+    tokenizer: Tokenizer
+
+    def __init__(self) -> None:
+        self.tokenizer = Tokenizer()
+
+    def sample(self, seed: int, index: int, *, split: str = "train") -> Sample:
+        return make_sample(seed, index, split=split)
+
+    def verify(self, prompt: str, answer: str) -> Verdict:
+        return verify(prompt, answer)
+
+    def weights(self, answers: Tensor) -> Tensor:
+        return 1 + (DIGIT_WEIGHT - 1) * self.serial(answers).float()
+
+    def serial(self, answers: Tensor) -> Tensor:
+        return torch.isin(answers, torch.tensor(self.tokenizer.digit_ids, device=answers.device))
+
+
+def load(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """The bundled ledger model; `dtype=None` keeps the one it is stored in.
+
+    >>> model, tokenizer = load(), Tokenizer()
+    >>> model.vocab_size == len(tokenizer)
+    True
+    """
+    from ..models import load_model
+
+    return load_model("ledger", device=device, dtype=dtype)
 
 
 def _pick(rng: Random, options: Sequence[T]) -> T:

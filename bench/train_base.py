@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Train the base model of a task on the CPU: `python bench/train_base.py --task T --out DIR`.
+
+A run goes through the stages of its task, each in a folder of its own, and ends with `DIR/model`,
+a checkpoint as it ships. Called again it goes on from where it was: from the last checkpoint of
+the first stage that is not done. Initial weights, samples and masks are functions of (seed, step)
+alone. What is evaluated and exported is an exponential average of the weights: at a learning rate
+worth having, the weights of a single step answer far worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from muon import Muon
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from r2dllm_ext.models import ModelConfig, Transformer, load_model, save_model
+from r2dllm_ext.sft.training import learning_rate
+from r2dllm_ext.tasks import TASKS, Task, get_task
+
+BLOCK_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything that the weights depend on, beside the shape and the stage before.
+
+    iid_share: rows masked over the whole answer. The others have an active block, see `mask`.
+    frontier_share: rows masked like a half-decoded block whose serial cells (the ledger's digits)
+        come last and in order; of them `frontier_digits` are learned, 0 = all.
+    own_share: rows masked like the model's own half-decoded block: of the cells that are hidden
+        first, those that the model is surest of are shown.
+    ended_share: rows kept whose active block lies behind the end of the answer; all such blocks
+        look alike. Refused rows are drawn anew, text and block, so that which rows are refused
+        depends on nothing that the model is not shown.
+    """
+
+    name: str
+    seed: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 200
+    horizon: int | None = None  # the step at which the rate would be zero; None = steps
+    weight_decay: float = 0.05
+    ema_decay: float = 0.998
+    iid_share: float = 0.15
+    frontier_share: float = 0.0
+    frontier_digits: int = 0
+    own_share: float = 0.0
+    ended_share: float = 1.0
+
+
+class Schedule(NamedTuple):
+    """What `learning_rate` reads."""
+
+    learning_rate: float
+    warmup: int
+    steps: int
+
+
+class Plan(NamedTuple):
+    shape: Shape
+    stages: tuple[Stage, ...]
+
+
+_FRONTIER = {"iid_share": 0.15, "frontier_share": 0.6, "frontier_digits": 3}
+_OWN = {"iid_share": 0.2, "frontier_share": 0.15, "own_share": 0.5, "ended_share": 0.05}
+PLANS = {
+    # Stages 1 to 4 were trained, with these settings, by the trainer that this one came from.
+    "ledger": Plan(
+        Shape(width=160, layers=4, heads=5, mlp_width=448),
+        (
+            Stage("1", 0, 4200, 48, 2e-3, iid_share=0.25, frontier_share=0.4),
+            Stage("2", 1, 2200, 48, 8e-4, **_FRONTIER),
+            Stage("3", 2, 1200, 48, 4e-4, **_FRONTIER),
+            Stage("4", 3, 6000, 64, 1e-3, iid_share=0.15, frontier_share=0.5),
+            Stage("5", 4, 275, 32, 5e-4, warmup=50, horizon=1000, ema_decay=0.995, **_OWN),
+            Stage("6", 5, 420, 32, 3.5e-4, warmup=10, ema_decay=0.99, **_OWN),
+        ),
+    ),
+    "pronounce": Plan(
+        Shape(width=160, layers=5, heads=5, mlp_width=448),
+        (
+            Stage("1", 0, 1200, 32, 2e-3, warmup=100, iid_share=0.7, ended_share=0.05),
+        ),
+    ),
+}  # fmt: skip
+
+
+def model_config(shape: Shape, task: Task) -> ModelConfig:
+    """A small LLaDA."""
+    tokenizer = task.tokenizer
+    return ModelConfig(
+        family="llada",
+        vocab_size=len(tokenizer),
+        **asdict(shape),
+        rope_theta=10000.0,
+        max_length=512,
+        mask_id=tokenizer.mask_id,
+        eos_id=tokenizer.end_id,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+# ---- batches ---------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """ids [B, P + A] with the answers whole; what is hidden and learned, where; its kind of row."""
+
+    ids: Tensor
+    hidden: Tensor  # [B, A] bool
+    learned: Tensor  # [B, A] bool
+    own: Tensor  # [B] bool: rows in which the model itself chooses what is shown
+
+
+def collate(encoded: list[tuple[list[int], list[int]]], task: Task) -> Tensor:
+    """Ids [B, prompt_length + answer_length], prompts padded on the left."""
+    P, pad = task.prompt_length, task.tokenizer.pad_id
+    long = max(len(prompt) for prompt, _ in encoded)
+    if long > P:
+        raise ValueError(f"{task.name}: a prompt of {long} tokens in {P} slots")
+    return torch.tensor([[pad] * (P - len(p)) + p + a for p, a in encoded], dtype=torch.int64)
+
+
+def draw(task: Task, stage: Stage, step: int) -> Batch:
+    """The batch of a step: texts, active blocks and masks."""
+    A, blocks = task.answer_length, task.answer_length // BLOCK_LENGTH
+    generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
+    encoded, active = [], []
+    index = step * stage.batch_size * 8  # up to 8 texts a row are drawn
+    while len(encoded) < stage.batch_size:
+        row = task.encode(task.sample(stage.seed, index))
+        index += 1
+        block, keep = torch.rand(2, generator=generator).tolist()
+        block = int(block * blocks)
+        first = block * BLOCK_LENGTH
+        # The cell before the block tells whether the answer has ended there.
+        ended = first > 0 and row[1][first - 1] == task.tokenizer.end_id
+        if not ended or keep < stage.ended_share:
+            encoded.append(row)
+            active.append(first)
+    ids = collate(encoded, task)
+    return mask(ids, torch.tensor(active)[:, None], ids[:, -A:], task, stage, generator)
+
+
+def mask(ids: Tensor, start: Tensor, answers: Tensor, task: Task, stage: Stage, generator) -> Batch:
+    """Hides cells of `answers` [B, A] whose active blocks begin at `start` [B, 1].
+
+    iid rows hide each cell with one ratio t ~ U(0, 1). In the others, what lies before the active
+    block is clean, what lies behind it is hidden and not learned, and inside it
+
+    - by default each cell is hidden with ratio t;
+    - frontier rows show most words and hide the serial cells from some point on;
+    - own rows hide it all in half of the cases, else with ratio t, and then `reveal` shows some.
+    """
+    B, A = answers.shape
+    uniform = torch.rand(B, 4, generator=generator)
+    noise = torch.rand(B, A, generator=generator)
+    ratio, mode = uniform[:, :1], uniform[:, 1:2]
+    iid = mode < stage.iid_share
+    frontier = mode > 1 - stage.frontier_share
+    own = ~iid & ~frontier & (mode < stage.iid_share + stage.own_share)
+    ratio = torch.where(own & (uniform[:, 2:3] < 0.5), 1.0, ratio)
+    cell = torch.arange(A)
+    active = (cell >= start) & (cell < start + BLOCK_LENGTH)
+    serial = task.serial(answers)
+    behind_front = serial & (cell >= start + uniform[:, 3:4] * BLOCK_LENGTH)
+    hidden = torch.where(frontier, behind_front | (~serial & (noise < ratio**2)), noise < ratio)
+    learned = hidden & (iid | active)
+    hidden = learned | (~iid & (cell >= start + BLOCK_LENGTH))
+    if stage.frontier_digits:
+        # What follows hangs on digits that are hidden as well: mostly noise, so not learned.
+        too_far = behind_front & (behind_front.cumsum(1) > stage.frontier_digits)
+        learned = learned & ~(frontier & too_far)
+    return Batch(ids, hidden, learned, own[:, 0])
+
+
+@torch.no_grad()
+def reveal(model: Transformer, batch: Batch, task: Task, generator: torch.Generator) -> Batch:
+    """Shows, in the own rows, the cells that `model` is surest of: none to all but one.
+
+    What is shown is the text, not the prediction; which cells are shown depends on what is visible
+    alone, so that the text's distribution given what is shown stays the task's.
+    """
+    rows = batch.own.nonzero()[:, 0]
+    if not len(rows):
+        return batch
+    ids, hidden, learned = (t[rows] for t in (batch.ids, batch.hidden, batch.learned))
+    confidence = confidences(model, hide(ids, hidden, task), task).masked_fill(~learned, -1.0)
+    place = confidence.argsort(dim=1, descending=True).argsort(dim=1)  # 0: the surest
+    share = torch.rand(len(rows), 1, generator=generator)
+    shown = learned & (place < (share * learned.sum(1, keepdim=True)).long())
+    hidden, learned = batch.hidden.clone(), batch.learned.clone()
+    hidden[rows] &= ~shown
+    learned[rows] &= ~shown
+    return batch._replace(hidden=hidden, learned=learned)
+
+
+def confidences(model: Transformer, ids: Tensor, task: Task) -> Tensor:
+    """Largest probability [B, A] of each answer cell, the mask token's left out."""
+    return _answer_logits(model, ids, task).softmax(-1).amax(-1)
+
+
+def hide(ids: Tensor, hidden: Tensor, task: Task) -> Tensor:
+    ids = ids.clone()
+    A = task.answer_length
+    ids[:, -A:] = ids[:, -A:].masked_fill(hidden, task.tokenizer.mask_id)
+    return ids
+
+
+def _answer_logits(model: Transformer, ids: Tensor, task: Task) -> Tensor:
+    T, A = ids.shape[1], task.answer_length
+    keys = ids != task.tokenizer.pad_id
+    logits = model(ids, attention_mask=keys, logits_positions=(T - A, T)).logits
+    logits[..., task.tokenizer.mask_id] = -torch.inf
+    return logits
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decode(model: Transformer, ids: Tensor, task: Task) -> Tensor:
+    """Fills the masks of `ids` [B, T] one token a step: the surest cell of the first open block.
+
+    A self-contained oracle for training; `r2dllm_ext.generate` is the real thing.
+    """
+    ids, mask_id = ids.clone(), task.tokenizer.mask_id
+    keys = ids != task.tokenizer.pad_id
+    rows = torch.arange(len(ids))
+    for start in range(task.prompt_length, ids.shape[1], BLOCK_LENGTH):
+        end = start + BLOCK_LENGTH
+        block = ids[:, start:end]
+        for _ in range(BLOCK_LENGTH):
+            logits = model(ids, attention_mask=keys, logits_positions=(start, end)).logits.float()
+            logits[..., mask_id] = -torch.inf
+            confidence, prediction = logits.softmax(-1).max(-1)
+            best = confidence.masked_fill(block != mask_id, -1).argmax(-1)
+            block[rows, best] = prediction[rows, best]
+    return ids
+
+
+def evaluate(model: Transformer, task: Task, samples: list, batch: int = 64) -> float:
+    """Share of the parts (answers, words) of `samples` decoded right, one token a step."""
+    right = parts = 0
+    for i in range(0, len(samples), batch):
+        some = samples[i : i + batch]
+        ids = collate([task.encode(sample) for sample in some], task)
+        ids[:, -task.answer_length :] = task.tokenizer.mask_id
+        rows = decode(model, ids, task)[:, -task.answer_length :].tolist()
+        for sample, row in zip(some, rows, strict=True):
+            verdict = task.verify(sample.prompt, task.tokenizer.decode(row))
+            right, parts = right + verdict.right, parts + verdict.parts
+    return right / max(1, parts)
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Model, optimizers and step counter of a stage; `run` goes on from any checkpoint."""
+
+    def __init__(self, task: Task, shape: Shape, stage: Stage, *, compiled: bool) -> None:
+        self.task, self.shape, self.stage, self.step = task, shape, stage, 0
+        self.model = Transformer(model_config(shape, task)).init_weights(stage.seed)
+        average = get_ema_multi_avg_fn(stage.ema_decay)
+        self.average = AveragedModel(self.model, multi_avg_fn=average)
+        hidden = [p for p in self.model.blocks.parameters() if p.dim() == 2]
+        others = [p for p in self.model.parameters() if all(p is not h for h in hidden)]
+        lr = stage.learning_rate
+        self.optimizers = (
+            Muon(hidden, lr, stage.weight_decay),
+            torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        self._loss = torch.compile(self._loss_of, dynamic=False) if compiled else self._loss_of
+
+    def begin_from(self, model: Transformer) -> None:
+        """Takes over the weights, and nothing else, of a model."""
+        state = model.float().state_dict()
+        self.model.load_state_dict(state)
+        self.average.module.load_state_dict(state)
+
+    def _loss_of(self, ids: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        logits = _answer_logits(self.model, ids, self.task)
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return (nll * weight.flatten()).sum() / weight.sum()
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [B, T], targets [B, A] and loss weights [B, A] of a step."""
+        task, batch = self.task, draw(self.task, self.stage, step)
+        generator = torch.Generator().manual_seed(self.stage.seed * 1_000_003 + step + 500_000)
+        batch = reveal(self.model, batch, task, generator)
+        targets = batch.ids[:, -task.answer_length :]
+        weight = batch.learned * task.weights(targets)
+        return hide(batch.ids, batch.hidden, task), targets, weight
+
+    def train_step(self) -> tuple[float, float]:
+        """One update; returns its loss and learning rate."""
+        stage = self.stage
+        schedule = Schedule(stage.learning_rate, stage.warmup, stage.horizon or stage.steps)
+        lr = learning_rate(schedule, self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        loss = self._loss(*self.batch(self.step))
+        self.model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        return float(loss.detach()), lr
+
+    def save(self, path: Path) -> None:
+        """Writes the whole state, or nothing: a crash leaves the old checkpoint in place."""
+        state = {
+            "stage": asdict(self.stage),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def load(self, path: Path) -> None:
+        """Goes on from what `save` wrote; ValueError if that belongs to other settings."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["stage"] != asdict(self.stage):
+            raise ValueError(f"{path} was trained as {state['stage']}, not as {self.stage}")
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+
+
+def run(trainer: Trainer, out: Path, args: argparse.Namespace) -> None:
+    """Trains to the end of the stage, logging to `out/log.jsonl`."""
+    task, stage = trainer.task, trainer.stage
+    out.mkdir(parents=True, exist_ok=True)
+    held_out = [task.sample(stage.seed, i, split="test") for i in range(args.eval_samples)]
+    log_path, losses = out / "log.jsonl", []
+    # A killed run may have logged steps beyond its last checkpoint; they are about to come again.
+    kept = log_path.read_text().splitlines() if log_path.exists() else []
+    kept = [line for line in kept if trainer.step and json.loads(line)["step"] <= trainer.step]
+    log_path.write_text("".join(line + "\n" for line in kept))
+    began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0)
+    with open(log_path, "a") as log:
+        while trainer.step < stage.steps:
+            loss, lr = trainer.train_step()
+            losses.append(loss)
+            last = trainer.step == stage.steps
+            if trainer.step % args.log_every == 0 or last:
+                record = {"step": trainer.step, "loss": round(sum(losses) / len(losses), 5)}
+                losses.clear()
+                if trainer.step % args.eval_every == 0 or last:
+                    record["right"] = round(evaluate(trainer.average.module, task, held_out), 4)
+                record |= {"lr": float(f"{lr:.4g}")}
+                record |= {"seconds": round(time.perf_counter() - began, 1)}
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                print(f"{task.name} {stage.name}", json.dumps(record), flush=True)
+            if trainer.step % args.save_every == 0 or last:
+                trainer.save(out / "checkpoint.pt")
+
+
+def export(trainer: Trainer, folder: Path, history: list[dict]) -> None:
+    """Writes the model in 16 bits as a LLaDA checkpoint, its vocabulary, and how it was trained."""
+    model = Transformer(trainer.model.config)
+    model.load_state_dict(trainer.average.module.state_dict())
+    save_model(model.half(), folder)
+    tokenizer = trainer.task.tokenizer
+    described = {
+        "pad_id": tokenizer.pad_id,
+        "end_id": tokenizer.end_id,
+        "mask_id": tokenizer.mask_id,
+        "vocabulary": tokenizer.vocabulary,
+    }
+    (folder / "vocabulary.json").write_text(json.dumps(described, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(history, indent=1) + "\n")
+
+
+def unfinished(plan: Plan, out: Path) -> Iterator[tuple[int, Stage, Path]]:
+    for number, stage in enumerate(plan.stages):
+        folder = out / f"stage-{stage.name}"
+        if not (folder / "done").exists():
+            yield number, stage, folder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for all that is written")
+    parser.add_argument("--from-stage", metavar="NAME", help="begin with this stage")
+    parser.add_argument(
+        "--init", metavar="MODEL", help="weights that --from-stage begins with: those of the stages"
+        " before, a checkpoint folder or the name of a bundled model"
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--eval-samples", type=int, default=64)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--log-every", type=int, default=25)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args(arguments)
+    if (args.from_stage is None) != (args.init is None):
+        parser.error("--from-stage and --init go together")
+    torch.set_num_threads(args.threads)
+    task, plan = get_task(args.task), PLANS[args.task]
+    names = [stage.name for stage in plan.stages]
+    if args.from_stage is not None and args.from_stage not in names:
+        parser.error(f"--from-stage takes one of {', '.join(names)}, got {args.from_stage!r}")
+    first = names.index(args.from_stage) if args.from_stage else 0
+    for number, stage, folder in unfinished(plan, args.out):
+        if number < first:
+            continue
+        trainer = Trainer(task, plan.shape, stage, compiled=not args.no_compile)
+        if (folder / "checkpoint.pt").is_file():
+            trainer.load(folder / "checkpoint.pt")
+        elif number == first and args.init:
+            trainer.begin_from(load_model(args.init))
+        elif number:
+            trainer.begin_from(load_model(args.out / f"stage-{names[number - 1]}" / "model"))
+        run(trainer, folder, args)
+        history = [asdict(plan.shape), *map(asdict, plan.stages[: number + 1])]
+        export(trainer, folder / "model", history)
+        (folder / "done").touch()
+
+
+if __name__ == "__main__":
+    main()
