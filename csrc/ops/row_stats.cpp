@@ -156,7 +156,7 @@ void row_stats_backward_(const Tensor& logits, const Tensor& targets, const Tens
   backward("row_stats_backward_", logits, targets, state, d_nll, d_entropy, temperature,
            ignore_index, first_id, logits);
   // What else was saved for a backward and shares this memory is stale: autograd then says so.
-  if (!logits.is_inference()) logits.unsafeGetTensorImpl()->bump_version();
+  bump(logits);
 }
 
 TORCH_LIBRARY_FRAGMENT(r2dllm, m) {
