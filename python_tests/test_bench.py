@@ -269,8 +269,11 @@ def test_a_call_may_cost_six_small_operations():
     from shapes import TINY
 
     columns = {"ours": {"median_us": 23.9}, "torch_add": {"median_us": 4.0}}
+    columns |= {"release": {"median_us": 26.2}, "dream": {"median_us": 26.4}}
     assert verdicts(cpu_bars([record("overhead", TINY, "fp32", columns=columns)], "avx2")) == {
-        "overhead of a call, us": True
+        "overhead of a call, us": True,
+        "overhead of a call with the release's options, of the default's": True,
+        "overhead of a call with Dream's options, of the default's": False,
     }
 
 
