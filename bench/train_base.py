@@ -137,7 +137,7 @@ class Batch(NamedTuple):
     hidden: Tensor  # [B, A] bool
     learned: Tensor  # [B, A] bool
     own: Tensor  # [B] bool: rows in which the model itself chooses what is shown
-    prompts: list[str]
+    prompts: tuple[str, ...] = ()
 
 
 def collate(encoded: list[tuple[list[int], list[int]]], task: Task) -> Tensor:
@@ -170,7 +170,7 @@ def draw(task: Task, stage: Stage, step: int) -> Batch:
             active.append(first)
     ids = collate(encoded, task)
     start = torch.tensor(active)[:, None]
-    return Batch(ids, *mask(ids[:, -A:], start, task, stage, generator), prompts)
+    return Batch(ids, *mask(ids[:, -A:], start, task, stage, generator), tuple(prompts))
 
 
 def mask(
@@ -330,7 +330,7 @@ class Trainer:
         targets = batch.ids[:, -task.answer_length :]
         weight = batch.learned * task.weights(targets)
         if self.stage.exact:
-            exact = task.posterior(batch.prompts, targets, batch.hidden)
+            exact = task.posterior(list(batch.prompts), targets, batch.hidden)
             if exact is None:
                 raise ValueError(f"stage {self.stage.name}: {task.name} has no exact distribution")
             behind = (batch.hidden & ~batch.learned) * self.stage.behind_weight

@@ -204,9 +204,8 @@ def _emitted(automaton: Automaton, problem: ledger.Problem, words: ledger.Tokeni
         table["sign", k], table["prep", k] = ledger._SIGNS[less], ledger._PREPOSITIONS[less]
     ids = []
     for emission in automaton.emissions:
-        if isinstance(emission, int):
-            ids.append(emission)
+        if isinstance(emission, _Role):
+            ids.append(words.id_of(table[emission.what, emission.k], 0))
         else:
-            word = table[tuple(emission)] if isinstance(emission, _Role) else emission
-            ids.append(words.id_of(word, 0))
+            ids.append(words.id_of(emission, 0) if isinstance(emission, str) else emission)
     return ids
