@@ -85,3 +85,5 @@ def test_what_belongs_to_no_answer_is_refused():
     hidden = torch.arange(96)[None] > 0
     with pytest.raises(ValueError, match="belongs to no answer"):
         posterior([sample.problem], answers, hidden, WORDS)
+    loose = posterior([sample.problem], answers, hidden, WORDS, strict=False)
+    assert loose.isnan().all()

@@ -145,11 +145,17 @@ def _weights(table: _Table, two_digits: Tensor) -> Tensor:
 
 
 def posterior(
-    problems: list[ledger.Problem], answers: Tensor, hidden: Tensor, words: ledger.Tokenizer
+    problems: list[ledger.Problem],
+    answers: Tensor,
+    hidden: Tensor,
+    words: ledger.Tokenizer,
+    *,
+    strict: bool = True,
 ) -> Tensor:
     """Distribution [B, A, V] of every cell of `answers` [B, A] given those that are not `hidden`.
 
-    The problems have equally many steps. `ValueError` if what is visible belongs to no answer.
+    The problems have equally many steps. `ValueError` if what is visible belongs to no answer; if
+    not `strict`, the row is NaN.
     """
     (operations,) = {len(problem.operands) for problem in problems}
     automaton, into, out_of = _compiled(operations)
@@ -187,7 +193,7 @@ def posterior(
         both.append(forward[i - 1] * state)
     joint = torch.stack(both[::-1], dim=1)
     total = joint.sum(-1, keepdim=True)
-    if not bool((total > 0).all()):
+    if strict and not bool((total > 0).all()):
         raise ValueError("posterior: what is visible belongs to no answer of the problem")
     return joint / total @ emits
 
