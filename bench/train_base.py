@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2dllm_ext.models import ModelConfig, Transformer, load_model, save_model
 from r2dllm_ext.sft.training import learning_rate
-from r2dllm_ext.tasks import TASKS, Task, get_task
+from r2dllm_ext.tasks import TASKS, Pronounce, Task, get_task
 
 BLOCK_LENGTH = 32
 
@@ -52,9 +52,10 @@ class Stage:
     ended_share: rows kept whose active block lies behind the end of the answer; all such blocks
         look alike. Refused rows are drawn anew, text and block, so that which rows are refused
         depends on nothing that the model is not shown.
-    exact: learn the task's exact distribution of the hidden cells, not the sampled answer; then
-        the cells behind the active block are learned too, by `behind_weight`. The loss is the
-        divergence, which is 0 for a model that knows all there is to know.
+    behind_weight: of the cells behind the active block, which are hidden too.
+    exact: learn the task's exact distribution of the hidden cells, not the sampled answer. The loss
+        is the divergence, which is 0 for a model that knows all there is to know.
+    short: prompts and answers of half the length, where a task has such (pronounce).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Stage:
     ended_share: float = 1.0
     exact: bool = False
     behind_weight: float = 0.0
+    short: bool = False
 
 
 class Schedule(NamedTuple):
@@ -106,7 +108,8 @@ PLANS = {
     "pronounce": Plan(
         Shape(width=160, layers=5, heads=5, mlp_width=448),
         (
-            Stage("1", 0, 1200, 32, 2e-3, warmup=100, iid_share=0.7, ended_share=0.05),
+            Stage("1", 0, 3000, 64, 2e-3, warmup=100, ema_decay=0.995, iid_share=0.6,
+                  behind_weight=0.3, short=True),
         ),
     ),
 }  # fmt: skip
@@ -328,12 +331,12 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.stage.seed * 1_000_003 + step + 500_000)
         batch = reveal(self.model, batch, task, generator)
         targets = batch.ids[:, -task.answer_length :]
-        weight = batch.learned * task.weights(targets)
+        behind = (batch.hidden & ~batch.learned) * self.stage.behind_weight
+        weight = (batch.learned + behind) * task.weights(targets)
         if self.stage.exact:
             exact = task.posterior(list(batch.prompts), targets, batch.hidden)
             if exact is None:
                 raise ValueError(f"stage {self.stage.name}: {task.name} has no exact distribution")
-            behind = (batch.hidden & ~batch.learned) * self.stage.behind_weight
             # By what a cell may be, not by what it happens to be in this text.
             every = task.weights(torch.arange(len(task.tokenizer))[None])[0]
             targets, weight = exact, (batch.learned + behind) * (exact @ every)
@@ -454,7 +457,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (args.from_stage is None) != (args.init is None):
         parser.error("--from-stage and --init go together")
     torch.set_num_threads(args.threads)
-    task, plan = get_task(args.task), PLANS[args.task]
+    plan = PLANS[args.task]
     names = [stage.name for stage in plan.stages]
     if args.from_stage is not None and args.from_stage not in names:
         parser.error(f"--from-stage takes one of {', '.join(names)}, got {args.from_stage!r}")
@@ -462,6 +465,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number, stage, folder in unfinished(plan, args.out):
         if number < first:
             continue
+        task = Pronounce(short=True) if stage.short else get_task(args.task)
         trainer = Trainer(task, plan.shape, stage, compiled=not args.no_compile)
         if (folder / "checkpoint.pt").is_file():
             trainer.load(folder / "checkpoint.pt")
