@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from cases import STREAKS
 
-from r2dllm_ext import DecodeState
+from r2dllm_ext import DecodeConfig, DecodeState
 
 STALE = "modified by an inplace operation"
 
@@ -79,3 +79,28 @@ def test_inference_tensors_have_no_count(r2, device):
         state = DecodeState(1, 1, device=device)
     stability(r2, state)
     assert state.streak_count.tolist() == [[1]] and state.streak_count.is_inference()
+
+
+def step(r2, op, tokens, state):
+    logits = torch.zeros(1, 2, 9, device=tokens.device)
+    return getattr(r2, op)(logits, tokens, state, DecodeConfig(8))
+
+
+def test_tokens_that_an_embedding_looked_up_are_stale(r2, device):
+    """The model's own lookup, of a view: without the count, gradients go to rows of other tokens."""
+    sequence = torch.full((1, 4), 8, device=device)
+    table = torch.ones(9, 2, device=device, requires_grad=True)
+    rows = F.embedding(sequence, table)
+    step(r2, "decode_step", sequence[:, 2:], DecodeState(1, 2, device=device))
+    with pytest.raises(RuntimeError, match=STALE):
+        rows.sum().backward()
+
+
+@pytest.mark.parametrize("op, writes", [("decode_step", True), ("select", False)])
+def test_a_step_counts_as_one_write_of_what_it_writes(r2, device, op, writes):
+    tokens, state = torch.full((1, 2), 8, device=device), DecodeState(1, 2, device=device)
+    written = [getattr(state, name) for name in (*STREAKS, "counters")]
+    before = [tokens._version, *(tensor._version for tensor in written)]
+    step(r2, op, tokens, state)
+    after = [tokens._version, *(tensor._version for tensor in written)]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [writes, 1, 1, 1, 1, 1]

@@ -212,6 +212,11 @@ Results step(const char* op, const Evidence& evidence, const Tensor& tokens, boo
       .remaining = remaining.mutable_data_ptr<int32_t>(),
       .workspace = bytes_of(workspace)};
   R2D_CALL_BACKEND(values, decode_step, params);
+  if (writes) bump(tokens);
+  for (const Tensor* written : {&state.streak_count, &state.streak_id, &state.streak_sum,
+                                &state.streak_max, &state.counters}) {
+    bump(*written);
+  }
   return {prediction, confidence, rule, remaining};
 }
 
