@@ -87,7 +87,7 @@ def step(r2, op, tokens, state):
 
 
 def test_tokens_that_an_embedding_looked_up_are_stale(r2, device):
-    """The model's own lookup, of a view: without the count, gradients go to rows of other tokens."""
+    """A lookup through a view: without the count, gradients go to the rows of other tokens."""
     sequence = torch.full((1, 4), 8, device=device)
     table = torch.ones(9, 2, device=device, requires_grad=True)
     rows = F.embedding(sequence, table)
