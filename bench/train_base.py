@@ -91,10 +91,11 @@ class Plan(NamedTuple):
 
 
 _FRONTIER = {"iid_share": 0.15, "frontier_share": 0.6, "frontier_digits": 3}
-_EXACT = {"iid_share": 0.25, "own_share": 0.5, "ended_share": 0.1, "exact": True,
-          "behind_weight": 0.2}  # fmt: skip
 PLANS = {
-    # Stages 1 to 4 were trained, with these settings, by the trainer that this one came from.
+    # The bundled model: trained, with these settings, by the trainer that this one came from. Tried
+    # on top and left out: 620 steps of 24 rows, exact, iid 0.25, own 0.5. The divergence over own
+    # states fell from 0.12 to 0.05, but of 256 unseen prompts 64 % came out right instead of 90.6:
+    # what decoding meets, few cells decided far from each other, is in no mask of `mask`.
     "ledger": Plan(
         Shape(width=160, layers=4, heads=5, mlp_width=448),
         (
@@ -102,7 +103,6 @@ PLANS = {
             Stage("2", 1, 2200, 48, 8e-4, **_FRONTIER),
             Stage("3", 2, 1200, 48, 4e-4, **_FRONTIER),
             Stage("4", 3, 6000, 64, 1e-3, iid_share=0.15, frontier_share=0.5),
-            Stage("5", 4, 620, 24, 8e-4, warmup=20, ema_decay=0.99, **_EXACT),
         ),
     ),
     "pronounce": Plan(
