@@ -547,8 +547,8 @@ def test_neighbours_come_after_windows_and_before_runs(implementation):
 
 
 def test_edits(implementation):
-    """Cell by cell: sure of another token; sure of its own; unsure; not editable; a candidate, which
-    is none of them; bad logits."""
+    """Cell by cell: sure of another token; sure of its own; unsure; not editable; a candidate,
+    which is none of them; bad logits."""
     ops, device = implementation
     config = DecodeConfig(MASK, edit_threshold=0.5, **OFF)
     cells = [(1, 0.5), (2, 1), (3, 0.25), (4, 1), (5, 0.25), (6, 1)]

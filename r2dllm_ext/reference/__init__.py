@@ -21,6 +21,7 @@ from .neighbour import neighbours
 from .positional_ambiguity import positional_ambiguity
 from .random import philox4x32, uniform
 from .row_stats import row_stats
+from .rows import each_row
 from .sampling import draw_token, draw_tokens, token_weights
 from .sft_loss import linear_sft_loss, sft_loss
 from .stability import update_stability_
@@ -39,6 +40,7 @@ __all__ = [
     "decode_step",
     "draw_token",
     "draw_tokens",
+    "each_row",
     "edits",
     "linear_sft_loss",
     "merge_statistics",

@@ -167,7 +167,8 @@ def decide(
             steps.append(
                 decide_row(seen_here, candidates[row], own, alone, logits_dtype, tokens[row], cells)
             )
-    return DecodeStep(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*steps)))
+    fields = zip(*steps, strict=True)
+    return DecodeStep(*(None if parts[0] is None else torch.cat(parts) for parts in fields))
 
 
 def decide_row(
