@@ -104,9 +104,9 @@ def observe(
 ) -> Observation:
     """Candidates and editable cells: argmax, judged token, probabilities, entropy, in float32."""
     read = candidates if editable is None else candidates | editable
-    which = {"candidates": read, "exclude_id": banned_id(config)}
-    top, p = token_confidence(logits, **which)
-    entropy = token_entropy(logits, **which)
+    banned = banned_id(config)
+    top, p = token_confidence(logits, candidates=read, exclude_id=banned)
+    entropy = token_entropy(logits, candidates=read, exclude_id=banned)
     token, q = top.clone(), p.clone()
     for b, (own, alone) in enumerate(each_row(len(logits), state, config, rows, slots)):
         if alone is None:
@@ -114,8 +114,7 @@ def observe(
         row = slice(b, b + 1)
         if proposed is not None:
             cells = candidates[row]
-            which = {"candidates": cells, "exclude_id": banned_id(config)}
-            given = probability_of(logits[row], proposed[row], **which)
+            given = probability_of(logits[row], proposed[row], candidates=cells, exclude_id=banned)
         elif alone.temperature > 0:
             cells = candidates[row] & (top[row] >= 0)
             identity = [Counter.ROW_ID, Counter.STEP, Counter.ROW_SEED]
@@ -167,8 +166,14 @@ def decide(
             steps.append(
                 decide_row(seen_here, candidates[row], own, alone, logits_dtype, tokens[row], cells)
             )
-    fields = zip(*steps, strict=True)
-    return DecodeStep(*(None if parts[0] is None else torch.cat(parts) for parts in fields))
+    prediction, confidence, rule, remaining, entropy = zip(*steps, strict=True)
+    return DecodeStep(
+        torch.cat(prediction),
+        torch.cat(confidence),
+        torch.cat(rule),
+        torch.cat(remaining),
+        torch.cat(entropy) if reports_entropy(config) else None,
+    )
 
 
 def decide_row(

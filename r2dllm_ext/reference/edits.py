@@ -12,7 +12,7 @@ def edits(
     tokens: Tensor,
     is_editable: Tensor,
     *,
-    threshold: float,
+    threshold: float | None,
     compare: str,
     mask_id: int | None,
 ) -> Tensor:
@@ -22,7 +22,7 @@ def edits(
         top, tokens: [B, L] integers, argmax (-1 = none) and the token that stands there.
         confidence: [B, L] float32, probability of the argmax.
         is_editable: [B, L] bool.
-        threshold, compare: what the confidence has to pass.
+        threshold, compare: what the confidence has to pass; None = no edit.
 
     Returns:
         [B, L] bool, a subset of `is_editable`.
