@@ -242,10 +242,7 @@ def observe(r2, logits, tokens, state, config: DecodeConfig, call: Call, device:
     judged = call.replace(candidates=cells, editable=None)
     if "edit_threshold" in given(judged.rows):  # which needs the rule
         judged = judged.without("rows.edit_threshold")
-    twin = clone(state)
-    if twin is None and needs_state(config.replace(**bare), judged):
-        raise AssertionError("a step that draws has a state")
-    own = r2.select(logits, tokens, twin, config.replace(**bare), **judged.on(device))
+    own = r2.select(logits, tokens, clone(state), config.replace(**bare), **judged.on(device))
     token = torch.where(cells, own.prediction.cpu(), top)
     q = torch.where(cells, own.confidence.cpu(), p)
     return reference.Observation(top, p, token, q, entropy)

@@ -278,6 +278,48 @@ def test_entropy(r2, device):
     check()
 
 
+def test_statistics_of_shards(r2, device):
+    """Merged, they are the float64 numbers of the whole; where there is no maximum, no more than
+    that is promised."""
+
+    @settings(max_examples=60)
+    @given(
+        seed=seeds,
+        length=st.integers(1, 9),
+        vocab=st.sampled_from((2, 31, 257, 4099)),
+        dtype=st.sampled_from(DTYPES[device]),
+        parts=st.integers(1, 4),
+        pick=st.booleans(),
+    )
+    def check(seed, length, vocab, dtype, parts, pick):
+        logits = random_steps(seed, (2, length, vocab), 1, 1)[0].to(dtype)
+        cells = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 0.7
+        cells = cells if pick else None
+        borders = sorted({0, vocab, *(seed * n % vocab for n in range(1, parts))})
+        shards = [
+            r2.vocab_statistics(
+                logits[..., a:b].to(device), first_id=a, exclude_id=seed % vocab,
+                candidates=None if cells is None else cells.to(device), with_entropy=True,
+            )
+            for a, b in zip(borders[:-1], borders[1:], strict=True)
+        ]  # fmt: skip
+        stacked = torch.stack([shard.values for shard in shards])
+        got = r2.merge_statistics(shards[0]._replace(values=stacked)).values.cpu()
+        of_shards = reference.merge_statistics(stacked.cpu())
+        want = reference.vocab_statistics(logits, candidates=cells, exclude_id=seed % vocab,
+                                          with_entropy=True)  # fmt: skip
+        top = want[..., 0]
+        assert torch.equal(got[..., 0].isnan() | (got[..., 0] == torch.inf), ~(top < torch.inf))
+        read = top.isfinite()
+        assert torch.equal(got[read][:, [0, 2]], want[read][:, [0, 2]])
+        # Of the moment, every term has one sign: its relative error is that of its terms.
+        for merged in (got, of_shards):
+            error = (merged[read] - want[read]).abs()
+            assert (error <= ROW_ERROR[torch.float32] * want[read].abs()).all()
+
+    check()
+
+
 def test_confidence_of_proposals(r2, device):
     @settings(max_examples=80)
     @given(

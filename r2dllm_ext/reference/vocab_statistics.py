@@ -25,8 +25,9 @@ def vocab_statistics(
         candidates: [B, L] bool, the cells to look at; None = all.
         exclude_id: the logit of this token counts as -inf, if it is here.
     """
-    here = exclude_id is not None and 0 <= exclude_id - first_id < logits.shape[-1]
-    z = without_column(logits, exclude_id - first_id if here else None)
+    column = None if exclude_id is None else exclude_id - first_id
+    is_here = column is not None and 0 <= column < logits.shape[-1]
+    z = without_column(logits, column if is_here else None)
     if candidates is not None:
         z[~candidates] = -torch.inf
     top = z.amax(-1)
