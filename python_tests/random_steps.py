@@ -99,6 +99,13 @@ def moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+ALL_OPTIONS = (
+    {f.name for f in dataclasses.fields(DecodeConfig)} - {"mask_id"}
+    | {f.name for f in dataclasses.fields(Call)} - {"rows"}
+    | {f"rows.{f.name}" for f in dataclasses.fields(RowParams)}
+)
+
+
 # ---- random arguments --------------------------------------------------------------------------
 
 # Field of RowParams -> values that its tensor is made of; about one in thirty is out of range.
@@ -261,16 +268,10 @@ class Seen:
     changed: Counter = dataclasses.field(default_factory=Counter)  # ... with another result
     left_alone: int = 0  # rows that were out of range
 
-    def add(self, other: Seen) -> None:
-        self.steps += other.steps
-        self.left_alone += other.left_alone
-        for name in ("rules", "tried", "changed"):
-            getattr(self, name).update(getattr(other, name))
 
-
-def check_block(r2, seed: int, device: str = "cpu") -> Seen:
+def check_block(r2, seed: int, seen: Seen, device: str = "cpu") -> None:
     """A few steps of a random block: AssertionError where extension and oracle differ."""
-    block, seen = Block(seed, device), Seen()
+    block, writing = Block(seed, device), Random(seed)
     config = block.config
     rows, length, _ = block.shape
     tokens = block.tokens
@@ -298,7 +299,7 @@ def check_block(r2, seed: int, device: str = "cpu") -> Seen:
         )  # fmt: skip
         tokens = torch.where(want.rule != Rule.NONE, want.prediction.to(tokens.dtype), tokens)
         before = clone(state), there.clone()
-        writes = block.random.random() < 0.8
+        writes = writing.random() < 0.8
         step = r2.decode_step if writes else r2.select
         got = step(z, there, state, config, **call.on(device))
         assert_same(got, want, where)
@@ -315,13 +316,14 @@ def check_block(r2, seed: int, device: str = "cpu") -> Seen:
         seen.left_alone += sum(own is None for _, own in alone)
         for _ in range(VARIATIONS):
             vary(r2, block, z, *before, call, got, seen)
-    return seen
 
 
 def vary(r2, block: Block, logits, state, tokens, call: Call, got: DecodeStep, seen: Seen) -> None:
-    """Whether one of the options of a step makes a difference: take it back (slots: swap them) and
-    compare."""
-    config, random = block.config, block.random
+    """Whether an option of a step makes a difference: take it back (slots: swap them) and compare.
+
+    The one that has been seen to the least so far; what a block decides does not depend on it.
+    """
+    config = block.config
     options = {
         field.name: field.default
         for field in dataclasses.fields(config)
@@ -332,7 +334,11 @@ def vary(r2, block: Block, logits, state, tokens, call: Call, got: DecodeStep, s
     arguments = call.names()
     if config.mask_id is None:
         arguments.remove("candidates")
-    name = random.choice([*options, *arguments])
+    used = [*options, *arguments]
+    if not used:
+        return
+    name = min(used, key=lambda used: (20 * seen.changed[used] + seen.tried[used], used))
+    seen.tried[name] += 1
     if name == "slots":
         call = call.replace(slots=call.slots.flip(0))
     elif name in options:
@@ -344,7 +350,6 @@ def vary(r2, block: Block, logits, state, tokens, call: Call, got: DecodeStep, s
     if state is None and needs_state(config, call):
         return
     other = r2.select(logits, tokens, clone(state), config, **call.on(block.device))
-    seen.tried[name] += 1
     seen.changed[name] += not all(map(same_bits, other, got))
 
 
@@ -377,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     seen, seed, begun = Seen(), options.seed, time.monotonic()
     while seen.steps < options.steps:
         try:
-            seen.add(check_block(r2dllm_ext, seed, options.device))
+            check_block(r2dllm_ext, seed, seen, options.device)
         except Exception:
             print(report(seen))
             print(f"\nblock {seed} disagrees; alone: --seed {seed} --steps 1", file=sys.stderr)
@@ -385,9 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
         seed += 1
     print(report(seen))
     print(f"\nseeds {options.seed} .. {seed - 1}, {time.monotonic() - begun:.0f} s: all equal")
-    idle = sorted(name for name in seen.tried if not seen.changed[name])
-    if idle:
-        print(f"never changed a result: {', '.join(idle)}")
+    if idle := sorted(ALL_OPTIONS - set(+seen.changed)):
+        print(f"never seen to change a result: {', '.join(idle)}")
     return 0
 
 

@@ -27,7 +27,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_steps import Seen, check_block, report
+from random_steps import ALL_OPTIONS, Seen, check_block, report
 
 from r2dllm_ext import reference
 from r2dllm_ext.config import BASE_RULES, DecodeConfig, Rule
@@ -214,7 +214,7 @@ def test_decode_step(r2, device):
     """Random blocks under any options: decisions, tokens and state, bit for bit."""
     seen = Seen()
     for seed in range(BLOCKS):
-        seen.add(check_block(r2, seed, device))
+        check_block(r2, seed, seen, device)
     said = report(seen)
     codes = Counter()
     for (_, code), count in seen.rules.items():
@@ -225,6 +225,7 @@ def test_decode_step(r2, device):
     may_fall_short = set(BASE_RULES) - {"first"}
     assert all(seen.rules[base, Rule.FORCED] > 10 for base in may_fall_short), said
     assert seen.left_alone > 20, said
+    assert not ALL_OPTIONS - set(+seen.changed), said
 
 
 # ---- what the rules are told -----------------------------------------------------------------
