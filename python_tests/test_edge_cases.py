@@ -22,6 +22,7 @@ from cases import (
     sure_logits,
     ulps,
 )
+from random_steps import Call, observe
 from torch.utils._pytree import tree_leaves
 
 from r2dllm_ext import reference
@@ -357,14 +358,14 @@ def test_long_block(r2, device):
     """A decision is the oracle's on as many cells as CUDA takes, and on the CPU on more."""
     length = 1024 if runs_cuda(device) else 1500
     config = DecodeConfig(0, confidence_cluster_size=700, spatial_threshold=0.2)
-    for base in ("threshold", "factor", "schedule", "budget"):
+    config = config.replace(quota=40, neighbour_radius=300, report_entropy=True)
+    for base in BASE_RULES:
         config = config.replace(base=base, confidence_cluster_unmasked=600, steps_per_block=2)
         z = random_steps(11, (1, length, 23), 1, 0)[0]
         tokens, state = block(config, (1, length), device)
-        p = r2.token_confidence(z.to(device), exclude_id=0)
-        seen = reference.Observation(*(t.cpu() for t in (*p, *p)))
-        twin = DecodeState(1, length)
-        want = reference.decide(seen, tokens.cpu() == 0, twin, config, z.dtype)
+        seen = observe(r2, z.to(device), tokens, state, config, Call(), device)
+        before, twin = tokens.cpu(), DecodeState(1, length)
+        want = reference.decide(seen, before == 0, twin, config, z.dtype, tokens=before)
         got = r2.decode_step(z.to(device), tokens, state, config)
         assert_same(got, want, base)
         assert_same(state_tensors(state), state_tensors(twin), base)
