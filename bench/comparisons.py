@@ -202,7 +202,7 @@ def overhead_case(block: Block) -> Case:
     """A call on a block too small to compute anything, with the options that users set, beside one
     small torch op."""
     config, one = block.config(), torch.ones(4, device=block.logits.device)
-    release = config.replace(allow_mask_id=True)
+    release = config.replace(mask_prediction="allow")
     configs = {
         "ours": config,
         "release": release,

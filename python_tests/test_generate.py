@@ -268,7 +268,7 @@ def test_what_is_no_stop_id_is_refused_by_name(stop_id, error):
 
 def test_a_model_that_only_predicts_the_mask_ends_in_an_error():
     model = Scripted([[MASK] * 4], 1)
-    config = r2.DecodeConfig(MASK, allow_mask_id=True)
+    config = r2.DecodeConfig(MASK, mask_prediction="allow")
     with pytest.raises(r2.NoProgressError, match="nothing was committed"):
         run(model, torch.tensor([[0]]), gen_length=4, config=config)
 
@@ -505,7 +505,7 @@ def test_a_graph_finishes_the_rows_that_it_can(graphs_on_cpu, kind):
 
 
 def test_a_row_that_is_stuck_for_a_while_does_not_end_a_loop_on_the_device(graphs_on_cpu):
-    options = {"config": r2.DecodeConfig(MASK, allow_mask_id=True)}
+    options = {"config": r2.DecodeConfig(MASK, mask_prediction="allow")}
     prompt, answers = torch.tensor([[0]]), [[1, 2, 3, 4, 5, 6, 7, 1]]
     plain = run(Capturable(answers, late=3), prompt, **options)
     loop = run(Capturable(answers, late=4), prompt, cuda_graph="loop", **options)

@@ -86,7 +86,7 @@ def test_defaults_of_the_schema_are_those_of_the_config(r2, op, overload):
     assert config._all_op_args()[1:] == tuple(option.default_value for option in options[1:])
     last = config.replace(seed=1)
     assert last._op_args == last._all_op_args() and len(last._op_args) == len(options)
-    release = config.replace(allow_mask_id=True, confidence_dtype="logits", temperature=0.5)
+    release = config.replace(mask_prediction="allow", confidence_dtype="logits", temperature=0.5)
     assert release._op_args == (7, True, True, 0.5)
 
 

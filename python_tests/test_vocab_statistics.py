@@ -28,7 +28,7 @@ BORDERS = (0, 1, 40, 41, 97)  # the mask id is alone on its rank
 
 
 def shards(r2, logits, config, borders=BORDERS, layout="padded"):
-    exclude = None if config.allow_mask_id else config.mask_id
+    exclude = config.mask_id if config.mask_prediction == "ban" else None
     pairs = list(zip(borders[:-1], borders[1:], strict=True))
     parts = [
         r2.vocab_statistics(laid_out(logits[..., a:b], layout), first_id=a, exclude_id=exclude)
@@ -41,7 +41,7 @@ def shards(r2, logits, config, borders=BORDERS, layout="padded"):
     "config",
     [
         DecodeConfig.r2(MASK),
-        DecodeConfig.r2(MASK, base="factor", allow_mask_id=True),
+        DecodeConfig.r2(MASK, base="factor", mask_prediction="allow"),
         DecodeConfig.r2(MASK, base="schedule", steps_per_block=5, confidence_dtype="logits"),
         DecodeConfig.budget(MASK),
     ],
