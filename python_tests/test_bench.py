@@ -76,7 +76,9 @@ bases = st.sampled_from(("threshold", "schedule", "factor"))
 
 def check_against_oracle(step, seed: int, base: str, options: dict, schedule: int) -> None:
     shape = (2, 12, 17)
-    config = DecodeConfig(3, base=base, steps_per_block=schedule, mask_prediction="allow", **options)
+    config = DecodeConfig(
+        3, base=base, steps_per_block=schedule, mask_prediction="allow", **options
+    )
     tokens = torch.full(shape[:2], config.mask_id)
     tokens[1, ::4] = 5
     state = DecodeState(*shape[:2])
