@@ -147,12 +147,12 @@ def test_one_token_vocabulary(r2, device):
     logits = torch.full((1, 2, 1), -3.0, device=device)
     prediction, confidence = r2.token_confidence(logits)
     assert prediction.tolist() == [[0, 0]] and confidence.tolist() == [[1.0, 1.0]]
-    for allow, want in ((False, [-1, -1]), (True, [0, 0])):
-        config = DecodeConfig(0, allow_mask_id=allow)
+    for mask, want in (("ban", [-1, -1]), ("allow", [0, 0])):
+        config = DecodeConfig(0, mask_prediction=mask)
         tokens, state = block(config, (1, 2), device)
         step = r2.decode_step(logits, tokens, state, config)
         assert step.prediction.tolist() == [want] and step.remaining.tolist() == [2]
-        assert step.confidence.isnan().all() if not allow else (step.confidence == 1).all()
+        assert step.confidence.isnan().all() if mask == "ban" else (step.confidence == 1).all()
 
 
 def test_one_cell(r2, device):

@@ -234,8 +234,8 @@ def op_options(arguments: Sequence[Any]) -> dict[str, Any]:
 # The order of the op's schema: first what published settings change, then the rows as they stand.
 # An op's argument costs a call half a microsecond, unless it is left out at the end.
 _FIRST = (
-    "mask_id mask_prediction confidence_dtype temperature base threshold quota compare error_budget "
-    "last_free steps_per_block entropy_budget factor report_entropy edit_threshold"
+    "mask_id mask_prediction confidence_dtype temperature base threshold quota compare "
+    "error_budget last_free steps_per_block entropy_budget factor report_entropy edit_threshold"
 ).split()
 _OP_ORDER = sorted(
     dataclasses.fields(DecodeConfig),

@@ -55,7 +55,7 @@ class BlockProgress:
         stuck: by row of the batch, those that were given up; `update` adds to them.
     """
 
-    # A model that predicts the mask id (allow_mask_id) may commit nothing for a while.
+    # A model that predicts the mask id (mask_prediction="allow") may commit nothing for a while.
     _PATIENCE = 256
 
     def __init__(

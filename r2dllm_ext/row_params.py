@@ -25,22 +25,23 @@ class RowParams:
         quota, top_k: [B] int32 or int64.
         seed: [B] int64.
 
-    All are contiguous and on the device of the logits; None = the config's value for all rows. Where
-    a config says None, a tensor says 0 (`top_k`, `min_p`) or 1 (`top_p`). `spatial_threshold` serves
-    windows and runs. `edit_threshold` takes a config whose own is not None: the rule has to be on.
+    All are contiguous and on the device of the logits; None = the config's value for all rows.
+    Where a config says None, a tensor says 0 (`top_k`, `min_p`) or 1 (`top_p`).
+    `spatial_threshold` serves windows and runs. `edit_threshold` takes a config whose own is not
+    None: the rule has to be on.
 
-    A row with a value out of range is left alone: it commits nothing, its state does not change, and
-    the step reports the argmax of its candidates and their probabilities. Out of range is what
-    `DecodeConfig` refuses: thresholds outside [0, 1] or NaN, a budget or quota < 0, a temperature
-    < 0, NaN or infinite, `top_k` < 0, `top_p` or `min_p` outside [0, 1].
+    A row with a value out of range is left alone: it commits nothing, its state does not change,
+    and the step reports the argmax of its cells. Out of range is what `DecodeConfig` refuses:
+    thresholds outside [0, 1] or NaN, a budget or quota < 0 or NaN, a temperature < 0, NaN or
+    infinite, `top_k` < 0, `top_p` or `min_p` outside [0, 1].
 
-    The step reads the tensors on the device and never on the host. A captured graph reads them where
-    they lie: write into them, and the next replay sees it. Under `torch.compile` new values are no
-    reason to compile again, as another config would be.
+    The step reads the tensors on the device and never on the host. A captured graph reads them
+    where they lie: write into them, and the next replay sees it. Under `torch.compile` new values
+    are no reason to compile again, as another config would be.
 
     Raises:
-        TypeError: a field is no tensor. Dtype, shape and device are checked by the step, which names
-            the field "rows.threshold".
+        TypeError: a field is no tensor. Dtype, shape and device are checked by the step, which
+            names the field "rows.threshold".
 
     >>> rows = RowParams(threshold=torch.tensor([0.9, 0.3]))
     >>> tokens, config = torch.full((2, 2), 3), DecodeConfig.fast_dllm(3)

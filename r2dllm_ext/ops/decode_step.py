@@ -59,9 +59,9 @@ def decode_step(
             in place of the argmax, by its untempered probability; nothing is drawn. An id outside
             [0, V) is never committed by them. Ambiguity and stability look at the argmax.
         rows: options of each row in place of the config's.
-        slots: [B] int64, the row of the state that each row uses, each at most once. A slot that the
-            state does not have leaves the row alone, as `RowParams` does with a bad value. Default:
-            row b.
+        slots: [B] int64, the row of the state that each row uses, each at most once. A slot that
+            the state does not have leaves the row alone, as a bad value in `RowParams` does.
+            Default: row b.
         logits_shift: 1 judges cell i by row max(i - 1, 0) (Dream's block step), without a copy.
 
     Returns:
@@ -81,8 +81,8 @@ def decode_step(
         TypeError, ValueError: name the argument, what it got and what it takes. Nothing is written
             then. What lies in a tensor is not read to check it.
 
-    No host synchronisation; nothing of size V is allocated. Tensors are read where they lie, so that
-    a captured graph sees what is written into them between replays. A row's result depends on that
+    No host synchronisation; nothing of size V is allocated. Tensors are read where they lie: a
+    captured graph sees what is written into them between replays. A row's result depends on that
     row alone. With B = 0 or L = 0 the results are empty.
 
     >>> logits = torch.zeros(1, 2, 4); logits[0, 0, 1] = 9
@@ -208,12 +208,13 @@ def _fake_of(op: str, evidence: str):
             statistics_tensor(op, "statistics", values, "[B, L, 4]")
         like = (evidence, values)
         tensor(op, "tokens", tokens, "[B, L]", (torch.int64, torch.int32), like=like)
+        own = dict(zip(_ROWS, rows, strict=True)) if rows else {}
         given = (
             ("candidates", candidates, "[B, L]", torch.bool),
             ("editable", editable, "[B, L]", torch.bool),
             ("proposed", proposed, "[B, L]", torch.int64),
             ("slots", slots, "[B]", torch.int64),
-            *((f"rows.{name}", row, "[B]", _ROWS[name]) for name, row in zip(_ROWS, rows)),
+            *((f"rows.{name}", row, "[B]", _ROWS[name]) for name, row in own.items()),
         )
         for name, value, shape, dtype in given:
             if value is not None:
