@@ -354,7 +354,8 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for argument, value in zip(op._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and value is not None:
                 self.before.append((value, value.clone()))
         out = kwargs.get("out")
         if out is not None:

@@ -13,8 +13,8 @@ from .state import DecodeStep
 class BlockEdits:
     """Edits of the rows that `generate(..., edit=True)` decodes, kept on the device.
 
-    A row settles, and is edited no more, once no cell is masked and its last step edited nothing,
-    or no cell may be edited again. So it depends on no other row, and comes to an end.
+    A row goes on while its last step edited something and may do so again; once it does not, and no
+    cell is masked, it has settled and is edited no more. So it depends on no other row, and ends.
 
     Args:
         rows: that are decoded.
@@ -22,6 +22,9 @@ class BlockEdits:
         max_edits: of a cell in a block.
         mask_id: the mask token.
         device: of the tokens.
+
+    Attributes:
+        goes_on: [rows] bool, after a step: what is decided may be edited still.
     """
 
     def __init__(
@@ -30,28 +33,26 @@ class BlockEdits:
         self.max_edits, self._mask_id = max_edits, mask_id
         self._left = torch.zeros((rows, block_length), dtype=torch.int32, device=device)
         self._settled = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.edited = torch.zeros(rows, dtype=torch.bool, device=device)  # in the last step
+        self.goes_on = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def begin(self, tokens: Tensor) -> None:
         """A new block `tokens` [B, L]. A row without a masked cell was finished before."""
         self._left.fill_(self.max_edits)
         self._settled.copy_((tokens != self._mask_id).all(1))
-        self.edited.zero_()
 
     def editable(self, tokens: Tensor) -> Tensor:
         """[B, L] bool."""
         return (tokens != self._mask_id) & (self._left > 0) & ~self._settled[:, None]
 
     def update(self, step: DecodeStep) -> DecodeStep:
-        """Takes note of a step. In the one returned, `remaining` is 1 where a row has no masked
-        cell, but has not settled."""
-        cells = step.rule == Rule.EDIT
-        self._left.sub_(cells.int())
-        self.edited.copy_(cells.any(1))
-        goes_on = self.edited & (self._left > 0).any(1)
-        self._settled.logical_or_((step.remaining == 0) & ~goes_on)
-        owed = (step.remaining == 0) & ~self._settled
-        return step._replace(remaining=step.remaining + owed.int())
+        """Takes note of a step; returns it with `remaining` 1 where a row has no masked cell, but
+        goes on."""
+        edited = step.rule == Rule.EDIT
+        self._left.sub_(edited.int())
+        self.goes_on.copy_(edited.any(1) & (self._left > 0).any(1))
+        is_whole = step.remaining == 0
+        self._settled.logical_or_(is_whole & ~self.goes_on)
+        return step._replace(remaining=step.remaining + (is_whole & self.goes_on).int())
 
     def settle(self, rows: Tensor) -> None:
         """`rows` [B] bool are finished."""
@@ -60,4 +61,4 @@ class BlockEdits:
     def keep_rows(self, rows: Tensor) -> None:
         """Forgets all other rows; indices into those that are decoded."""
         self._left, self._settled = self._left[rows], self._settled[rows]
-        self.edited = self.edited[rows]
+        self.goes_on = self.goes_on[rows]

@@ -183,7 +183,7 @@ def generate(
                 owed = step
                 if edits is not None:
                     owed = edits.update(step)
-                    ends = ends.masked_fill(edits.edited, -1)
+                    ends = ends.masked_fill(edits.goes_on, -1)
                 committed = block_progress.update(owed, nfe)
 
                 if recorder is not None:

@@ -127,9 +127,8 @@ class DecodeState:
         >>> DecodeState(3, 32).reset((0, 2)).counters[:, Counter.BLOCK_MASKED]
         tensor([-1, -1, -1])
         """
-        index = slice(None)
-        if rows is not None:
-            index = row_index("DecodeState.reset", rows, self.rows, self.device)
+        every = slice(None) if rows is None else rows
+        index = row_index("DecodeState.reset", every, self.rows, self.device)
         self.streak_count[index] = 0
         self.streak_id[index] = -1
         self.streak_sum[index] = 0

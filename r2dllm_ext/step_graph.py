@@ -168,7 +168,9 @@ class _BlockStep:
         stops: Sequence[int],
     ) -> None:
         self._driver, self._sequences, self._state = driver, sequences, state
-        self._config, self._rows, self._edits, self._stops = config, rows, edits, stops
+        assert config.mask_id is not None  # checked by `generate`
+        self._config, self._mask_id, self._rows = config, config.mask_id, rows
+        self._edits, self._stops = edits, stops
         self._batch = list(range(len(sequences)))
         self._columns = torch.arange(state.block_length, device=sequences.device)
         driver.columns = self._columns
@@ -203,11 +205,11 @@ class _BlockStep:
             step = edits.update(step)
         if not self._stops:
             return step
-        ends = ending(tokens, self._stops, self._config.mask_id)
+        ends = ending(tokens, self._stops, self._mask_id)
         if edits is not None:
-            ends = ends.masked_fill(edits.edited, -1)
+            ends = ends.masked_fill(edits.goes_on, -1)
             edits.settle(ends >= 0)
-        undecided = (ends >= 0)[:, None] & (self._sequences == self._config.mask_id)
+        undecided = (ends >= 0)[:, None] & (self._sequences == self._mask_id)
         self._sequences.copy_(torch.where(undecided, ends[:, None], self._sequences))
         return step._replace(remaining=step.remaining.masked_fill(ends >= 0, 0))
 
@@ -216,7 +218,7 @@ class _BlockStep:
         ends = [-1] * len(self._batch)
         if self._stops:
             tokens = self._sequences[:, start : start + len(self._columns)]
-            ends = ending(tokens, self._stops, self._config.mask_id).tolist()
+            ends = ending(tokens, self._stops, self._mask_id).tolist()
         return all(end >= 0 or row in stuck for row, end in zip(self._batch, ends, strict=True))
 
 
