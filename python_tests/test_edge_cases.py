@@ -130,7 +130,8 @@ def test_empty(r2, device, shape, temperature):
     tokens, state = block(config, shape, device)
     logits = torch.zeros(*shape, 5, device=device)
     step = r2.decode_step(logits, tokens, state, config)
-    assert [tuple(t.shape) for t in step] == [shape, shape, shape, shape[:1]]
+    assert [tuple(t.shape) for t in step[:4]] == [shape, shape, shape, shape[:1]]
+    assert step.entropy is None
     assert not step.remaining.any()
     prediction, confidence = r2.token_confidence(logits)
     assert prediction.shape == confidence.shape == shape
@@ -389,7 +390,7 @@ def test_switched_off_stability_leaves_streaks(r2, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_row_alone_or_in_a_batch(r2, device, dtype, temperature):
     """A row's result depends on that row (and its identity in the random numbers) alone."""
-    options = {"token_cluster": "random", "temporal_steps": 2}
+    options = {"token_cluster": "random", "temporal_steps": 2, "report_entropy": True}
     if temperature:
         options |= {"temperature": temperature, "top_k": 50, "top_p": 0.9}
     config = DecodeConfig(4, seed=7, **options)
@@ -458,13 +459,19 @@ def tour(r2) -> list[torch.Tensor]:
     logits = torch.randn(2, 8, 16, generator=g, dtype=torch.float32, device="cpu")
     masked = torch.ones(2, 8, dtype=torch.bool, device="cpu")
     made: list = []
-    config = r2.DecodeConfig(15, temperature=0.7, token_cluster="random", confidence_dtype="logits")
+    options = {"token_cluster": "random", "confidence_dtype": "logits", "report_entropy": True}
+    config = r2.DecodeConfig(15, temperature=0.7, **options)
     for ops in (r2, reference):
         for z in (logits, logits.bfloat16()):
             tokens = torch.full((2, 8), 15, dtype=torch.int64, device="cpu")
-            state = r2.DecodeState(2, 8)
+            state = r2.DecodeState(2, 8, step_map=True)
             made += [ops.decode_step(z, tokens, state, config), tokens]
             made += [state_tensors(state.take([1])), state_tensors(state.reset((0,)))]
+            both = r2.DecodeState.stack([state, state.take([0])])
+            made += [state_tensors(both.put([1], state.take([1])))]
+            rows = r2.RowParams(quota=torch.tensor([1, 2], dtype=torch.int64, device="cpu"))
+            step = ops.select(z, tokens, state, config, rows=rows.take([1, 0]))
+            made += [step]
         prediction, p = ops.token_confidence(logits, exclude_id=15)
         state = r2.DecodeState(2, 8)
         masks = {"was_masked": masked, "is_masked": masked}

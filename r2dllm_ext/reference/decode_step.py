@@ -326,7 +326,9 @@ def empty_step(length: int, config, device) -> DecodeStep:
         confidence=torch.empty((0, length), dtype=torch.float32, device=device),
         rule=torch.empty((0, length), dtype=torch.uint8, device=device),
         remaining=torch.empty(0, dtype=torch.int32, device=device),
-        entropy=torch.empty((0, length), device=device) if reports_entropy(config) else None,
+        entropy=torch.empty((0, length), dtype=torch.float32, device=device)
+        if reports_entropy(config)
+        else None,
     )
 
 
