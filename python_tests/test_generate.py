@@ -360,7 +360,7 @@ def test_each_row_decodes_as_alone_with_its_options(cache, shift):
     nfe = []
     for b in range(4):
         # What a tensor of float32 says of a probability.
-        own = {name: rows.take([b]).__dict__[name].item() for name in fields}
+        own = {name: getattr(rows, name)[b].item() for name in fields}
         alone = config.replace(**own)
         want = r2.generate(model, prompt[b : b + 1], config=alone, trace=True, **options)
         assert torch.equal(got.sequences[b], want.sequences[0])
@@ -740,3 +740,32 @@ def test_graphs_on_the_ledger_model(request, graphs, cache, shift, temperature, 
     if recorded:
         assert graph.nfe == plain.nfe + recorded.replays - recorded.reports
         assert recorded.made <= (2 if cache == "prefix" else 1)
+
+
+@pytest.mark.parametrize("cache, shift", [("none", 0), ("dual", 0), ("prefix", 1)])
+@pytest.mark.parametrize("kind", [True, "loop"])
+@pytest.mark.parametrize("graphs", ["recorded", "cuda"])
+def test_graphs_with_rows_and_edits(request, graphs, cache, shift, kind):
+    """Finished rows stay in the batch, and are edited no more."""
+    if graphs == "cuda" and kind == "loop" and not step_graph.HAS_LOOPS:
+        pytest.skip("torch is older than 2.15")
+    device = request.getfixturevalue("cuda") if graphs == "cuda" else "cpu"
+    model, words = r2.load_model("ledger", device=device), r2.ledger.Tokenizer()
+    samples = [r2.ledger.make_sample(0, i, split="test").prompt for i in range(3)]
+    prompt = torch.tensor([words.encode(text)[:18] for text in samples], device=device)
+    config = r2.DecodeConfig.r2(model.mask_id, edit_threshold=0.5)
+    rows = r2.RowParams(
+        threshold=torch.tensor([0.5, 0.9, 0.7], device=device),
+        edit_threshold=torch.tensor([0.5, 0.7, 0.9], device=device),
+    )
+    options = {"gen_length": 96, "config": config, "cache": cache, "logits_shift": shift}
+    options |= {"rows": rows, "edit": True, "stop_id": words.end_id}
+    edits = []
+    plain = r2.generate(
+        model, prompt, **options, on_step=lambda e: edits.append(int((e.step.rule == 8).sum()))
+    )
+    if graphs == "recorded":
+        request.getfixturevalue("graphs_on_cpu")
+    graph = r2.generate(model, prompt, **options, cuda_graph=kind)
+    assert torch.equal(graph.sequences, plain.sequences) and sum(edits) > 3
+    assert plain.nfe <= graph.nfe <= plain.nfe + (3 if kind is True else 0)
