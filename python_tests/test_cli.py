@@ -431,9 +431,9 @@ def test_trace_draws_a_picture(run, ledger, tmp_path):
 
 
 def test_neighbours_and_edits_are_shown(run, ledger, tmp_path):
-    """`--edit-threshold` lets decided cells of a block change; both rules have a mark and a colour."""
-    rules = ["--preset", "fast_dllm", "--threshold", 0.35, "--edit-threshold", 0.3]
-    rules += ["--neighbour-radius", 2, "--neighbour-threshold", 0.2, "--gen-length", 64]
+    """`--edit-threshold` lets decided cells change; both rules have a mark and a colour."""
+    rules = ["--preset", "fast_dllm", "--threshold", 0.2, "--edit-threshold", 0.3]
+    rules += ["--neighbour-radius", 2, "--neighbour-threshold", 0.05, "--gen-length", 64]
     (answer,) = json_lines(run("generate", PROMPT, "--model", ledger, *rules, "--json"))
     counts = answer["rule_counts"]
     assert counts["neighbour"] > 1 and counts["edit"] > 1
