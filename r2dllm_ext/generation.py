@@ -179,11 +179,7 @@ def generate(
                 )
                 if ids is not sequences:
                     sequences[active, start:end] = tokens
-                ends = ending(tokens, stops, config.mask_id)
-                owed = step
-                if edits is not None:
-                    owed = edits.update(step)
-                    ends = ends.masked_fill(edits.goes_on, -1)
+                owed = step if edits is None else edits.update(step)
                 committed = block_progress.update(owed, nfe)
 
                 if recorder is not None:
@@ -193,11 +189,16 @@ def generate(
                     bar.set_postfix(nfe=nfe, refresh=False)
                 if on_step is not None:
                     on_step(StepEvent(nfe, block, start, list(active), step, sequences))
-                stop_of = ends.tolist() if stops else [-1] * len(active)
-                kept = [i for i, row in enumerate(active) if stop_of[i] < 0 and row not in stuck]
+                ends = [-1] * len(active)
+                if stops:
+                    stop_of = ending(tokens, stops, config.mask_id)
+                    if edits is not None:
+                        stop_of.masked_fill_(edits.goes_on, -1)
+                    ends = stop_of.tolist()
+                kept = [i for i, row in enumerate(active) if ends[i] < 0 and row not in stuck]
                 if len(kept) == len(active):
                     continue
-                for row, stop in zip(active, stop_of, strict=True):
+                for row, stop in zip(active, ends, strict=True):
                     if stop >= 0:
                         sequences[row].masked_fill_(sequences[row] == config.mask_id, stop)
                 active = [active[i] for i in kept]
