@@ -198,6 +198,10 @@ class Block:
             self.tokens = self.tokens.int()
         self.strided = random.random() < 0.5
         self.logits = random_steps(seed, self.shape, STEPS, self.mask)
+        for z in self.logits:  # two tokens share all: probabilities that are a threshold exactly
+            even = random_cells(g, self.tokens, 0.1)
+            z[even] = -torch.inf
+            z[..., :2][even] = 0.0
 
     def call(self) -> Call:
         """Arguments of the next step."""
