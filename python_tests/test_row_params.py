@@ -101,10 +101,9 @@ def test_a_value_out_of_range_leaves_its_row_alone(r2, device, name, bad):
     tokens, decided, state = inputs(device)
     before, fresh = tokens.clone(), clone(state)
     z = random_steps(4, SHAPE, 1, MASK)[0].to(device)
-    step = r2.decode_step(
-        z, tokens, state, config, editable=decided if edits else None,
-        rows=RowParams(**{name: given}),
-    )  # fmt: skip
+    rows = RowParams(**{name: given})
+    editable = decided if edits else None
+    step = r2.decode_step(z, tokens, state, config, editable=editable, rows=rows)
     assert not step.rule[2].any() and torch.equal(tokens[2], before[2])
     assert step.remaining[2] == (before[2] == MASK).sum()
     assert_same(state_tensors(state.take([2])), state_tensors(fresh.take([2])))
