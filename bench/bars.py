@@ -97,6 +97,10 @@ SPEEDS: dict[str, dict[tuple[str, int, str, str], Speed]] = {
 }
 
 
+# Columns of the overhead's record beside "ours", and what they are.
+OVERHEADS = {"release": "the release's options", "dream": "Dream's options"}
+
+
 def cpu_bars(records: list[dict[str, Any]], instruction_set: str) -> list[Bar]:
     """Speeds against those of the instruction set (none where nothing was recorded for it), then
     what holds on every processor: memory and the cost of a call."""
@@ -121,6 +125,9 @@ def cpu_bars(records: list[dict[str, Any]], instruction_set: str) -> list[Bar]:
     call = find(records, "overhead", TINY, "fp32")
     small = call.get("columns", {}).get("torch_add", {}).get("median_us", 0)
     bars.append(held("overhead of a call, us", ours(call), "<=", max(20.0, round(6 * small, 1))))
+    for name, words in OVERHEADS.items():
+        share = _over(call.get("columns", {}).get(name, {}).get("median_us"), ours(call))
+        bars.append(held(f"overhead of a call with {words}, of the default's", share, "<=", 1.1))
     return bars
 
 

@@ -2,7 +2,7 @@
 """A decode step in plain torch, twice: as the release computes it, and vectorised.
 
 Both write `tokens` [B, L] and the streaks of `state` in place. Neither hides the mask id from the
-argmax, which is `DecodeConfig(allow_mask_id=True)`.
+argmax, which is `DecodeConfig(mask_prediction="allow")`.
 """
 
 from __future__ import annotations

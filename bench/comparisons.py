@@ -199,11 +199,23 @@ def rule_case(op: str, shape: Shape, device: str) -> Case:
 
 
 def overhead_case(block: Block) -> Case:
-    """A call on a block too small to compute anything, beside one small torch op."""
-    ours, config, one = [block.sibling()], block.config(), torch.ones(4, device=block.logits.device)
+    """A call on a block too small to compute anything, with the options that users set, beside one
+    small torch op."""
+    config, one = block.config(), torch.ones(4, device=block.logits.device)
+    release = config.replace(mask_prediction="allow")
+    configs = {
+        "ours": config,
+        "release": release,
+        "dream": release.replace(confidence_dtype="logits"),
+    }
     variants = [
-        _on("ours", ours, lambda b: r2.decode_step(b.logits, b.tokens, b.state, config)),
-        Variant("torch_add", lambda: one + one),
+        _on(
+            name,
+            [block.sibling()],
+            lambda b, options=options: r2.decode_step(b.logits, b.tokens, b.state, options),
+        )
+        for name, options in configs.items()
     ]
+    variants.append(Variant("torch_add", lambda: one + one))
     check = decode_step_case(block, "not measured")
     return Case(variants, None, {}, check.rules)

@@ -5,7 +5,7 @@ Decodes the task's unseen prompts with each model and rule, has the verifier cou
 are right, and prints one line a setting: parts right with a 95 % interval, mean forwards. With
 pronounce the phoneme error rate too. `vanilla` also gives the expected calibration error over all
 states of its decodes: an argmax style is chosen more surely than its probability says, so that
-part of it is no fault.
+part of it is no fault; where the task knows the true distribution, the error against that too.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def measure(model, task: Task, prompts: list[str], rule: str, batch: int) -> dic
         config = DecodeConfig.r2(task.tokenizer.mask_id, threshold=float(value))
         real = table != task.tokenizer.pad_id
         out = engine_decode(model, table, real, config, gen_length=task.answer_length, batch=batch)
-        tokens, nfe, calibration = out.tokens, out.nfe, None
+        tokens, nfe, calibration, exact = out.tokens, out.nfe, None, None
     else:
         out = decode(
             model, task, prompts, Rule(name, float(value or 0)), batch=batch,
             calibrate=name == "vanilla",
         )  # fmt: skip
-        tokens, nfe, calibration = out.tokens, out.nfe, out.calibration
+        tokens, nfe, calibration, exact = out.tokens, out.nfe, out.calibration, out.exact
     texts = [task.tokenizer.decode(row) for row in tokens.tolist()]
     verdicts = [task.verify(p, t) for p, t in zip(prompts, texts, strict=True)]
     right, parts = sum(v.right for v in verdicts), sum(v.parts for v in verdicts)
@@ -57,6 +57,8 @@ def measure(model, task: Task, prompts: list[str], rule: str, batch: int) -> dic
     }  # fmt: skip
     if calibration is not None and name == "vanilla":
         result["calibration_error"] = round(calibration_error(calibration), 4)
+        if exact.any():
+            result["exact_calibration_error"] = round(calibration_error(exact), 4)
         result["calibration"] = [[round(x, 2) for x in row] for row in calibration.tolist()]
     if isinstance(task, pronounce.Pronounce):
         pairs = [pronounce.phoneme_errors(p, t) for p, t in zip(prompts, texts, strict=True)]

@@ -2,7 +2,7 @@
 """Accuracy against forwards on the ledger task: `python bench/ledger_decode.py`.
 
 Real decodes of a small trained model on unseen prompts, each answer judged by the task's verifier,
-under one token a step, the confidence threshold, the rules of R2-dLLM and the error budget.
+under one token a step, the confidence threshold, the rules of R2-dLLM, error and entropy budget.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ METHODS = {
     "vanilla": Method(DecodeConfig.vanilla, "steps_per_block", BLOCK_LENGTH, (16, 8, 4)),
     "fast_dllm": Method(DecodeConfig.fast_dllm, "threshold", 0.9, (0.5, 0.7, 0.8, 0.95, 0.99)),
     "r2": Method(DecodeConfig.r2, "threshold", 0.9, (0.5, 0.7, 0.8, 0.95, 0.99)),
-    "budget": Method(DecodeConfig.budget, "error_budget", 0.1, (0.02, 0.05, 0.2, 0.5, 1.0)),
+    "budget": Method(DecodeConfig.budget, "error_budget", 0.005, (0.001, 0.02, 0.05, 0.1, 0.5)),
+    "entropy": Method(DecodeConfig.entropy, "entropy_budget", 0.05, (0.01, 0.1, 0.25, 0.5, 1.0)),
 }
 
 

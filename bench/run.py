@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bars import SPEEDS, Bar, bar_table, cpu_bars, cuda_bars
+from bars import OVERHEADS, SPEEDS, Bar, bar_table, cpu_bars, cuda_bars
 from comparisons import (
     Disagreement,
     decode_step_case,
@@ -219,8 +219,11 @@ def report(records: list[dict[str, Any]], bars: list[Bar]) -> None:
         print(table(LOSS_HEADER, (x for r in records if r not in steps for x in loss_lines(r)), 5))
     for record in records:
         if record["op"] == "overhead":
-            small = record["columns"]["torch_add"]["median_us"]
-            print(f"overhead: one small torch op (ones(4) + ones(4)) takes {duration(small)} here")
+            median = {name: column["median_us"] for name, column in record["columns"].items()}
+            small = duration(median["torch_add"])
+            print(f"overhead: one small torch op (ones(4) + ones(4)) takes {small} here")
+            for name, words in OVERHEADS.items():
+                print(f"overhead: a call with {words} takes {duration(median[name])}")
     for reason in dict.fromkeys(
         f"{column} skipped: {why}"
         for r in records

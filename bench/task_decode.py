@@ -36,9 +36,11 @@ class Decoded(NamedTuple):
     nfe: Tensor
     step: Tensor
     calibration: Tensor  # [3, bins]: cells, sum of confidence, predictions that came to be
+    exact: Tensor  # the same, with the true probability of the prediction, where a task knows it
 
 
 BINS = 15
+_EXACT_EVERY = 6  # forwards: the true distribution costs as much as a forward
 
 
 def taken(confidence: Tensor, entropy: Tensor, masked: Tensor, rule: Rule) -> Tensor:
@@ -79,10 +81,11 @@ def decode(
     """
     parts = []
     for i in range(0, len(prompts), batch):
-        rows = _prompt_ids(task, prompts[i : i + batch])
-        parts.append(_decode(model, task, rows, rule, temperature, below, generator, calibrate))
-    *cells, calibration = zip(*parts, strict=True)
-    return Decoded(*map(torch.cat, cells), torch.stack(calibration).sum(0))
+        some = prompts[i : i + batch]
+        parts.append(_decode(model, task, some, rule, temperature, below, generator, calibrate))
+    *cells, calibration, exact = zip(*parts, strict=True)
+    tables = (torch.stack(table).sum(0) for table in (calibration, exact))
+    return Decoded(*map(torch.cat, cells), *tables)
 
 
 def _prompt_ids(task: Task, prompts: list[str]) -> Tensor:
@@ -93,7 +96,8 @@ def _prompt_ids(task: Task, prompts: list[str]) -> Tensor:
     return torch.tensor([[task.tokenizer.pad_id] * (long - len(e)) + e + tail for e in encoded])
 
 
-def _decode(model, task, ids, rule, temperature, below, generator, calibrate) -> Decoded:
+def _decode(model, task, prompts, rule, temperature, below, generator, calibrate) -> Decoded:
+    ids, exact, forwards = _prompt_ids(task, prompts), torch.zeros(3, BINS).double(), 0
     n, A, words = len(ids), task.answer_length, task.tokenizer
     P = ids.shape[1] - A
     keys, cell = ids != words.pad_id, torch.arange(BLOCK_LENGTH)
@@ -113,6 +117,16 @@ def _decode(model, task, ids, rule, temperature, below, generator, calibrate) ->
             row, column = masked.nonzero(as_tuple=True)
             where = torch.stack((open_[row], place[row, column], prediction[row, column]), dim=1)
             seen.append((where, confidence[row, column]))
+            if forwards % _EXACT_EVERY == 0:
+                answers = ids[open_, P:]
+                known = task.posterior(
+                    [prompts[i] for i in open_], answers, answers == words.mask_id, strict=False
+                )
+                if known is not None:
+                    truth = known[row, place[row, column] - P, prediction[row, column]]
+                    right = truth.isfinite()  # else the decode had gone wrong before
+                    exact += _table(confidence[row, column][right], truth[right])
+        forwards += 1
         if temperature:
             unsure = confidence < below
             other = (logits[unsure] / temperature).softmax(-1)
@@ -126,16 +140,21 @@ def _decode(model, task, ids, rule, temperature, below, generator, calibrate) ->
         nfe[open_] += 1
         row, column = commit.nonzero(as_tuple=True)
         step[open_[row], place[row, column] - P] = nfe[open_[row]].to(torch.int16)
-    return Decoded(ids[:, P:], nfe, step, _calibration(seen, ids))
+    return Decoded(ids[:, P:], nfe, step, _calibration(seen, ids), exact)
 
 
 def _calibration(seen: list, ids: Tensor) -> Tensor:
     table = torch.zeros(3, BINS, dtype=torch.float64)
     for where, confidence in seen:
-        right = ids[where[:, 0], where[:, 1]] == where[:, 2]
-        number = (confidence * BINS).long().clamp(max=BINS - 1)
-        for place, values in enumerate((torch.ones_like(right), confidence, right)):
-            table[place].index_add_(0, number, values.double())
+        table += _table(confidence, ids[where[:, 0], where[:, 1]] == where[:, 2])
+    return table
+
+
+def _table(confidence: Tensor, right: Tensor) -> Tensor:
+    table = torch.zeros(3, BINS, dtype=torch.float64)
+    number = (confidence * BINS).long().clamp(max=BINS - 1)
+    for place, values in enumerate((torch.ones_like(right), confidence, right)):
+        table[place].index_add_(0, number, values.double())
     return table
 
 

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from r2dllm_ext.models import ModelConfig, Transformer, load_model, save_model
 from r2dllm_ext.sft.training import learning_rate
-from r2dllm_ext.tasks import TASKS, Task, get_task
+from r2dllm_ext.tasks import TASKS, Pronounce, Task, get_task
 
 BLOCK_LENGTH = 32
 
@@ -52,6 +52,10 @@ class Stage:
     ended_share: rows kept whose active block lies behind the end of the answer; all such blocks
         look alike. Refused rows are drawn anew, text and block, so that which rows are refused
         depends on nothing that the model is not shown.
+    behind_weight: of the cells behind the active block, which are hidden too.
+    exact: learn the task's exact distribution of the hidden cells, not the sampled answer. The loss
+        is the divergence, which is 0 for a model that knows all there is to know.
+    short: prompts and answers of half the length, where a task has such (pronounce).
     """
 
     name: str
@@ -68,6 +72,9 @@ class Stage:
     frontier_digits: int = 0
     own_share: float = 0.0
     ended_share: float = 1.0
+    exact: bool = False
+    behind_weight: float = 0.0
+    short: bool = False
 
 
 class Schedule(NamedTuple):
@@ -84,9 +91,11 @@ class Plan(NamedTuple):
 
 
 _FRONTIER = {"iid_share": 0.15, "frontier_share": 0.6, "frontier_digits": 3}
-_OWN = {"iid_share": 0.2, "frontier_share": 0.15, "own_share": 0.5, "ended_share": 0.05}
 PLANS = {
-    # Stages 1 to 4 were trained, with these settings, by the trainer that this one came from.
+    # The bundled model: trained, with these settings, by the trainer that this one came from. Tried
+    # on top and left out: 620 steps of 24 rows, exact, iid 0.25, own 0.5. The divergence over own
+    # states fell from 0.12 to 0.05, but of 256 unseen prompts 64 % came out right instead of 90.6:
+    # what decoding meets, few cells decided far from each other, is in no mask of `mask`.
     "ledger": Plan(
         Shape(width=160, layers=4, heads=5, mlp_width=448),
         (
@@ -94,14 +103,13 @@ PLANS = {
             Stage("2", 1, 2200, 48, 8e-4, **_FRONTIER),
             Stage("3", 2, 1200, 48, 4e-4, **_FRONTIER),
             Stage("4", 3, 6000, 64, 1e-3, iid_share=0.15, frontier_share=0.5),
-            Stage("5", 4, 275, 32, 5e-4, warmup=50, horizon=1000, ema_decay=0.995, **_OWN),
-            Stage("6", 5, 420, 32, 3.5e-4, warmup=10, ema_decay=0.99, **_OWN),
         ),
     ),
     "pronounce": Plan(
         Shape(width=160, layers=5, heads=5, mlp_width=448),
         (
-            Stage("1", 0, 1200, 32, 2e-3, warmup=100, iid_share=0.7, ended_share=0.05),
+            Stage("1", 0, 3000, 64, 2e-3, warmup=100, ema_decay=0.995, iid_share=0.6,
+                  behind_weight=0.3, short=True),
         ),
     ),
 }  # fmt: skip
@@ -132,6 +140,7 @@ class Batch(NamedTuple):
     hidden: Tensor  # [B, A] bool
     learned: Tensor  # [B, A] bool
     own: Tensor  # [B] bool: rows in which the model itself chooses what is shown
+    prompts: tuple[str, ...] = ()
 
 
 def collate(encoded: list[tuple[list[int], list[int]]], task: Task) -> Tensor:
@@ -147,10 +156,11 @@ def draw(task: Task, stage: Stage, step: int) -> Batch:
     """The batch of a step: texts, active blocks and masks."""
     A, blocks = task.answer_length, task.answer_length // BLOCK_LENGTH
     generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
-    encoded, active = [], []
+    encoded, prompts, active = [], [], []
     index = step * stage.batch_size * 8  # up to 8 texts a row are drawn
     while len(encoded) < stage.batch_size:
-        row = task.encode(task.sample(stage.seed, index))
+        sample = task.sample(stage.seed, index)
+        row = task.encode(sample)
         index += 1
         block, keep = torch.rand(2, generator=generator).tolist()
         block = int(block * blocks)
@@ -159,13 +169,19 @@ def draw(task: Task, stage: Stage, step: int) -> Batch:
         ended = first > 0 and row[1][first - 1] == task.tokenizer.end_id
         if not ended or keep < stage.ended_share:
             encoded.append(row)
+            prompts.append(sample.prompt)
             active.append(first)
     ids = collate(encoded, task)
-    return mask(ids, torch.tensor(active)[:, None], ids[:, -A:], task, stage, generator)
+    start = torch.tensor(active)[:, None]
+    return Batch(ids, *mask(ids[:, -A:], start, task, stage, generator), tuple(prompts))
 
 
-def mask(ids: Tensor, start: Tensor, answers: Tensor, task: Task, stage: Stage, generator) -> Batch:
+def mask(
+    answers: Tensor, start: Tensor, task: Task, stage: Stage, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hides cells of `answers` [B, A] whose active blocks begin at `start` [B, 1].
+
+    Returns which are hidden, which of them are learned, and which rows are own ones.
 
     iid rows hide each cell with one ratio t ~ U(0, 1). In the others, what lies before the active
     block is clean, what lies behind it is hidden and not learned, and inside it
@@ -193,7 +209,7 @@ def mask(ids: Tensor, start: Tensor, answers: Tensor, task: Task, stage: Stage, 
         # What follows hangs on digits that are hidden as well: mostly noise, so not learned.
         too_far = behind_front & (behind_front.cumsum(1) > stage.frontier_digits)
         learned = learned & ~(frontier & too_far)
-    return Batch(ids, hidden, learned, own[:, 0])
+    return hidden, learned, own[:, 0]
 
 
 @torch.no_grad()
@@ -303,16 +319,27 @@ class Trainer:
 
     def _loss_of(self, ids: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         logits = _answer_logits(self.model, ids, self.task)
+        if targets.dim() == 3:  # distributions, in which the mask token has no part
+            kl = F.kl_div(logits.clamp(min=-1e4).log_softmax(-1), targets, reduction="none").sum(-1)
+            return (kl * weight).sum() / weight.sum()
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return (nll * weight.flatten()).sum() / weight.sum()
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [B, T], targets [B, A] and loss weights [B, A] of a step."""
+        """Ids [B, T], targets [B, A] or [B, A, V], and loss weights [B, A] of a step."""
         task, batch = self.task, draw(self.task, self.stage, step)
         generator = torch.Generator().manual_seed(self.stage.seed * 1_000_003 + step + 500_000)
         batch = reveal(self.model, batch, task, generator)
         targets = batch.ids[:, -task.answer_length :]
-        weight = batch.learned * task.weights(targets)
+        behind = (batch.hidden & ~batch.learned) * self.stage.behind_weight
+        weight = (batch.learned + behind) * task.weights(targets)
+        if self.stage.exact:
+            exact = task.posterior(list(batch.prompts), targets, batch.hidden)
+            if exact is None:
+                raise ValueError(f"stage {self.stage.name}: {task.name} has no exact distribution")
+            # By what a cell may be, not by what it happens to be in this text.
+            every = task.weights(torch.arange(len(task.tokenizer))[None])[0]
+            targets, weight = exact, (batch.learned + behind) * (exact @ every)
         return hide(batch.ids, batch.hidden, task), targets, weight
 
     def train_step(self) -> tuple[float, float]:
@@ -430,7 +457,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (args.from_stage is None) != (args.init is None):
         parser.error("--from-stage and --init go together")
     torch.set_num_threads(args.threads)
-    task, plan = get_task(args.task), PLANS[args.task]
+    plan = PLANS[args.task]
     names = [stage.name for stage in plan.stages]
     if args.from_stage is not None and args.from_stage not in names:
         parser.error(f"--from-stage takes one of {', '.join(names)}, got {args.from_stage!r}")
@@ -438,6 +465,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number, stage, folder in unfinished(plan, args.out):
         if number < first:
             continue
+        task = Pronounce(short=True) if stage.short else get_task(args.task)
         trainer = Trainer(task, plan.shape, stage, compiled=not args.no_compile)
         if (folder / "checkpoint.pt").is_file():
             trainer.load(folder / "checkpoint.pt")

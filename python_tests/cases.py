@@ -5,15 +5,30 @@ from __future__ import annotations
 
 import copy
 import math
+from random import Random
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from r2dllm_ext import build_info
-from r2dllm_ext.config import BASE_RULES, TEMPORAL_EVALS, TOKEN_CLUSTERS, DecodeConfig
+from r2dllm_ext.config import (
+    BASE_RULES,
+    COMPARES,
+    CONFIDENCE_DTYPES,
+    MASK_PREDICTIONS,
+    SAMPLED_CONFIDENCES,
+    TEMPORAL_EVALS,
+    TOKEN_CLUSTERS,
+    DecodeConfig,
+)
 
-OFF = {"confidence_cluster_size": 0, "token_cluster": None, "temporal_steps": 0}
+OFF = {
+    "confidence_cluster_size": 0,
+    "neighbour_radius": 0,
+    "token_cluster": None,
+    "temporal_steps": 0,
+}
 NARROW = (torch.bfloat16, torch.float16)
 # In a build that emulates CUDA (setup.py) the CPU stands in for a card.
 EMULATED = build_info()["cuda_architectures"] == ["emulated"]
@@ -108,8 +123,10 @@ def strided_tokens(tokens: Tensor) -> Tensor:
 # ---- comparisons -----------------------------------------------------------------------------
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and values; NaN equals NaN."""
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal shape, dtype and values, or both None; NaN equals NaN."""
+    if a is None or b is None:
+        return a is b
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     a, b = a.cpu(), b.cpu()
@@ -121,11 +138,15 @@ def assert_same(got, want, where: str = "") -> None:
     assert len(got) == len(want)
     names = getattr(want, "_fields", range(len(want)))
     for name, a, b in zip(names, got, want, strict=True):
-        assert same_bits(a, b), f"{where} {name}: got {a.tolist()}, expected {b.tolist()}"
+        if not same_bits(a, b):
+            shown = [x if x is None else (x.dtype, x.tolist()) for x in (a, b)]
+            raise AssertionError(f"{where} {name}: got {shown[0]}, expected {shown[1]}")
 
 
 def state_tensors(state) -> tuple[Tensor, ...]:
-    return tuple(getattr(state, name) for name in (*STREAKS, "counters"))
+    """Streaks, counters and, where there is one, the step map."""
+    tensors = (getattr(state, name) for name in (*STREAKS, "counters", "step_map"))
+    return tuple(tensor for tensor in tensors if tensor is not None)
 
 
 def clone(state):
@@ -164,36 +185,55 @@ def last_place(p: Tensor) -> Tensor:
 
 # ---- random draws (hypothesis) ---------------------------------------------------------------
 
-probabilities = st.sampled_from((0.0, 0.125, 0.25, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
+PROBABILITIES = (0.0, 0.125, 0.25, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+BUDGETS = (0.0, 0.005, 0.1, 0.5, 2.0)
+TEMPERATURES = (0.3, 1.0, 2.5, 1e-300, 1e300)
 
 
-@st.composite
-def configs(draw, vocab: int, **fixed) -> DecodeConfig:
+def random_config(random: Random, vocab: int, **fixed) -> DecodeConfig:
     """Any valid DecodeConfig for V = vocab; `fixed` fields as given."""
+    pick = random.choice
     options = {
-        "mask_id": draw(st.integers(0, vocab - 1)),
-        "base": draw(st.sampled_from(BASE_RULES)),
-        "threshold": draw(probabilities),
-        "factor": draw(st.sampled_from((0.01, 0.5, 1.0, 1.5, 4.0))),
-        "error_budget": draw(st.sampled_from((0.0, 0.1, 0.5, 2.0))),
-        "steps_per_block": draw(st.sampled_from((None, 1, 2, 3, 5))),
-        "confidence_cluster_size": draw(st.sampled_from((None, 0, 1, 2, 3, 5, 40))),
-        "spatial_threshold": draw(probabilities),
-        "confidence_cluster_unmasked": draw(st.sampled_from((None, 0, 1, 2, 9))),
-        "token_cluster": draw(st.sampled_from(TOKEN_CLUSTERS)),
-        "token_cluster_size": draw(st.integers(1, 3)),
-        "temporal_steps": draw(st.sampled_from((None, 0, 1, 2, 3))),
-        "temporal_threshold": draw(probabilities),
-        "temporal_eval": draw(st.sampled_from(TEMPORAL_EVALS)),
-        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
-        "allow_mask_id": draw(st.booleans()),
-        "confidence_dtype": draw(st.sampled_from(("float32", "logits"))),
+        "mask_id": random.randrange(vocab),
+        "mask_prediction": pick(MASK_PREDICTIONS),
+        "base": pick(BASE_RULES),
+        "threshold": pick((None, *PROBABILITIES)),
+        "compare": pick(COMPARES),
+        "quota": pick((0, 1, 1, 1, 2, 3, 9)),
+        "factor": pick((0.01, 0.5, 1.0, 1.5, 4.0)),
+        "error_budget": pick(BUDGETS),
+        "entropy_budget": pick(BUDGETS),
+        "last_free": pick((False, True)),
+        "steps_per_block": pick((None, 1, 2, 3, 5)),
+        "confidence_cluster_size": pick((None, 0, 1, 2, 3, 5, 40)),
+        "spatial_threshold": pick(PROBABILITIES),
+        "confidence_cluster_unmasked": pick((None, 0, 1, 2, 9)),
+        "neighbour_radius": pick((None, 0, 1, 2, 4, 99)),
+        "neighbour_threshold": pick(PROBABILITIES),
+        "token_cluster": pick(TOKEN_CLUSTERS),
+        "token_cluster_size": random.randint(1, 3),
+        "temporal_steps": pick((None, 0, 1, 2, 3)),
+        "temporal_threshold": pick(PROBABILITIES),
+        "temporal_eval": pick(TEMPORAL_EVALS),
+        "edit_threshold": pick((None, *PROBABILITIES)),
+        "seed": random.randrange(-(2**63), 2**63),
+        "confidence_dtype": pick(CONFIDENCE_DTYPES),
+        "report_entropy": pick((False, True)),
     }
-    if draw(st.integers(0, 3)) == 0:
-        options["temperature"] = draw(st.sampled_from((0.3, 1.0, 2.5)))
-        options["top_k"] = draw(st.sampled_from((None, 1, 5)))
-        options["top_p"] = draw(st.sampled_from((None, 0.5, 0.95)))
+    if random.random() < 0.25:
+        options |= {
+            "temperature": pick(TEMPERATURES),
+            "top_k": pick((None, 1, 5)),
+            "top_p": pick((None, 0.5, 0.95)),
+            "min_p": pick((None, 0.05, 0.5, 1.0)),
+            "sampled_confidence": pick(SAMPLED_CONFIDENCES),
+        }
     return DecodeConfig(**(options | fixed))
+
+
+def configs(vocab: int, **fixed):
+    """Strategy of `random_config`."""
+    return st.integers(0, 2**32).map(lambda seed: random_config(Random(seed), vocab, **fixed))
 
 
 def random_steps(seed: int, shape: tuple[int, int, int], steps: int, mask_id: int) -> list[Tensor]:

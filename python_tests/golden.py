@@ -85,7 +85,8 @@ class Trace:
     def config(self, s: int | None = None) -> DecodeConfig:
         """The options of the decode, or of step s (Dream's full pass has its own base rule)."""
         m = self.meta
-        options = {"allow_mask_id": True, "token_cluster_size": m["token_cluster_size"], **OFF}
+        options = {"mask_prediction": "allow", **OFF}
+        options["token_cluster_size"] = m["token_cluster_size"]
         if m["factor"] is not None:
             options |= {"base": "factor", "factor": m["factor"]}
         elif m["threshold"] is None:
@@ -107,7 +108,7 @@ class Trace:
             if m["logits_dtype"] == "bf16":
                 options["confidence_dtype"] = "logits"
             if s is not None and self.arrays["is_full"][s]:
-                options["base"] = "first"
+                options |= {"base": "first", "quota": 1}
         return DecodeConfig(m["mask_id"], **options)
 
 

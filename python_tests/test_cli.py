@@ -31,24 +31,34 @@ FIELDS = {field.name: field for field in dataclasses.fields(DecodeConfig)}
 OTHER = {
     "mask_id": 3,
     "base": "budget",
-    "threshold": 0.5,
+    "threshold": None,
+    "compare": ">",
+    "quota": 2,
     "factor": 2.0,
     "error_budget": 0.5,
+    "entropy_budget": 0.5,
+    "last_free": False,
     "steps_per_block": 4,
     "confidence_cluster_size": 5,
     "spatial_threshold": 0.25,
     "confidence_cluster_unmasked": None,
+    "neighbour_radius": 4,
+    "neighbour_threshold": 0.5,
     "token_cluster": "mid",
     "token_cluster_size": 3,
     "temporal_steps": 0,
     "temporal_threshold": 0.5,
     "temporal_eval": "ave",
+    "edit_threshold": 0.5,
     "temperature": 0.5,
+    "sampled_confidence": "tempered",
     "top_k": 7,
     "top_p": 0.5,
+    "min_p": 0.5,
     "seed": -11,
-    "allow_mask_id": True,
+    "mask_prediction": "skip",
     "confidence_dtype": "logits",
+    "report_entropy": True,
 }
 
 
@@ -420,6 +430,24 @@ def test_trace_draws_a_picture(run, ledger, tmp_path):
         assert tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) in colours
 
 
+def test_neighbours_and_edits_are_shown(run, ledger, tmp_path):
+    """`--edit-threshold` lets decided cells change; both rules have a mark and a colour."""
+    rules = ["--preset", "fast_dllm", "--threshold", 0.2, "--edit-threshold", 0.3]
+    rules += ["--neighbour-radius", 2, "--neighbour-threshold", 0.05, "--gen-length", 64]
+    (answer,) = json_lines(run("generate", PROMPT, "--model", ledger, *rules, "--json"))
+    counts = answer["rule_counts"]
+    assert counts["neighbour"] > 1 and counts["edit"] > 1
+    plain = run("generate", PROMPT, "--model", ledger, *rules).out
+    marks = "".join("".join(plain.splitlines()[len(RULE_COLORS) + 3 : -1 : 2]).split())
+    shown = answer["rule"][: len(answer["text"].split())]
+    assert [mark in marks for mark in "-*"] == [rule in shown for rule in ("neighbour", "edit")]
+    out = tmp_path / "trace.png"
+    assert run("trace", PROMPT, "--model", ledger, *rules, "--out", out, "--dpi", 60).status == 0
+    colours = {tuple(pixel) for pixel in picture(out).reshape(-1, 3).tolist()}
+    for rule in (Rule.NEIGHBOUR, Rule.EDIT):
+        assert tuple(int(RULE_COLORS[rule][i : i + 2], 16) for i in (1, 3, 5)) in colours
+
+
 def test_trace_of_ids_as_svg(run, foreign, tmp_path):
     out = tmp_path / "trace.svg"
     lengths = ["--gen-length", 8, "--block-length", 4, "--cache", "dual"]
@@ -443,7 +471,7 @@ def test_plot_of_each_row():
         figure = plot_trace(trace, row=row, labels=["$x^2$ & <long word>\n"] * 32, title="a\nb $c")
         figure.canvas.draw()
         main_axes, side = figure.axes[:2]
-        forwards = int(trace.masked[:, row].any(-1).sum())
+        forwards = int(trace.row_nfe()[row])
         assert main_axes.get_ylim() == (forwards - 0.5, -0.5) == side.get_ylim()
         assert main_axes.get_xlim() == (-0.5, 31.5)
         committed = sum(bar.get_width() for bars in side.containers for bar in bars)
@@ -481,7 +509,10 @@ def test_plot_refuses_what_does_not_fit():
         (["fly"], ["invalid choice: 'fly'", "demo"]),
         (["generate", "--bogus"], ["unrecognized arguments: --bogus"]),
         (["generate", "x", "--cache", "big"], ["--cache", "'big'", "dual"]),
-        (["generate", "x", "--threshold", "high"], ["--threshold", "takes a number, got 'high'"]),
+        (
+            ["generate", "x", "--threshold", "high"],
+            ["--threshold", "takes none or a number, got 'high'"],
+        ),
         (["generate", "x", "--top-k", "1.5"], ["--top-k", "takes none or an integer, got '1.5'"]),
         (
             ["generate", "x", "--threshold", "2"],

@@ -12,6 +12,7 @@ from r2dllm_ext.state import Counter, DecodeState
 
 CONFIGS = {
     "r2": DecodeConfig(0),
+    "entropy": DecodeConfig(0, base="entropy", neighbour_radius=2, mask_prediction="skip"),
     "sampled": DecodeConfig(0, temperature=0.8, top_k=9, token_cluster="random", seed=3),
 }
 
@@ -94,7 +95,7 @@ def test_errors_in_a_graph(r2, device):
     """Bad input is refused under the compiler too, with nothing written."""
     step = compiled(r2.decode_step, "aot_eager")
     state = DecodeState(2, 3, device=device)
-    tokens = torch.zeros(2, 3, dtype=torch.int32, device=device)
+    tokens = torch.zeros(2, 3, dtype=torch.int16, device=device)
     with pytest.raises(Exception, match="tokens"):
         step(torch.randn(2, 3, 5, device=device), tokens, state, CONFIGS["r2"])
     assert not tokens.any() and not state.counters[:, Counter.STEP].any()

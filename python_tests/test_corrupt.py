@@ -26,9 +26,13 @@ def sequences(lengths, *, before=2, total=20, device="cpu"):
 
 def run(tokens, answers, **options):
     defaults = {
-        "mask_id": MASK, "block_length": 4, "mode": "block", "ratio": 0.5, "seed": 3,
+        "mask_id": MASK,
+        "block_length": 4,
+        "mode": "block",
+        "ratio": 0.5,
+        "seed": 3,
         "complementary": True,
-    }  # fmt: skip
+    }
     return corrupt(tokens, answers, **(defaults | options))
 
 
@@ -42,9 +46,12 @@ def test_philox(device, counter, key, expected):
 
 
 @given(
-    seed=st.integers(-(2**63), 2**63 - 1), row=words, step=words, position=words,
+    seed=st.integers(-(2**63), 2**63 - 1),
+    row=words,
+    step=words,
+    position=words,
     draw=st.sampled_from(Draw),
-)  # fmt: skip
+)
 def test_numbers_are_those_of_the_decoder(seed, row, step, position, draw):
     got = uniform(seed, torch.tensor([row]), step, torch.tensor([position]), draw)
     assert got.item() == reference.uniform(seed, row, step, position, int(draw))
@@ -61,8 +68,10 @@ def test_block_mode(device):
         views, targets, weights = run(tokens, answers, step=step)
         assert views.shape == targets.shape == weights.shape == (2, 4, 20)
         assert (views.dtype, targets.dtype, weights.dtype) == (
-            torch.int64, torch.int64, torch.float32,
-        )  # fmt: skip
+            torch.int64,
+            torch.int64,
+            torch.float32,
+        )
         learned = targets != IGNORED
         assert not (learned[0] & learned[1]).any()
         for b, n in enumerate((18, 16, 10, 3)):

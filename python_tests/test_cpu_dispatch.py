@@ -56,7 +56,13 @@ sys.exit("\\n".join(messages))
     takes = f"R2DLLM_CPU takes one of {here} on this machine, got '{name}': "
     error = one_error(run(code, R2DLLM_CPU=name))
     assert error.count(takes) == (2 if EMULATED else 3), error
-    reason = "this processor does not run it" if name in INFO["cpu_compiled"] else (
-        "this build has no kernels for it" if name in KNOWN else "there is no such instruction set"
-    )  # fmt: skip
+    reason = (
+        "this processor does not run it"
+        if name in INFO["cpu_compiled"]
+        else (
+            "this build has no kernels for it"
+            if name in KNOWN
+            else "there is no such instruction set"
+        )
+    )
     assert reason in error

@@ -22,6 +22,7 @@ from cases import (
     sure_logits,
     ulps,
 )
+from random_steps import Call, observe
 from torch.utils._pytree import tree_leaves
 
 from r2dllm_ext import reference
@@ -129,7 +130,8 @@ def test_empty(r2, device, shape, temperature):
     tokens, state = block(config, shape, device)
     logits = torch.zeros(*shape, 5, device=device)
     step = r2.decode_step(logits, tokens, state, config)
-    assert [tuple(t.shape) for t in step] == [shape, shape, shape, shape[:1]]
+    assert [tuple(t.shape) for t in step[:4]] == [shape, shape, shape, shape[:1]]
+    assert step.entropy is None
     assert not step.remaining.any()
     prediction, confidence = r2.token_confidence(logits)
     assert prediction.shape == confidence.shape == shape
@@ -146,12 +148,12 @@ def test_one_token_vocabulary(r2, device):
     logits = torch.full((1, 2, 1), -3.0, device=device)
     prediction, confidence = r2.token_confidence(logits)
     assert prediction.tolist() == [[0, 0]] and confidence.tolist() == [[1.0, 1.0]]
-    for allow, want in ((False, [-1, -1]), (True, [0, 0])):
-        config = DecodeConfig(0, allow_mask_id=allow)
+    for mask, want in (("ban", [-1, -1]), ("allow", [0, 0])):
+        config = DecodeConfig(0, mask_prediction=mask)
         tokens, state = block(config, (1, 2), device)
         step = r2.decode_step(logits, tokens, state, config)
         assert step.prediction.tolist() == [want] and step.remaining.tolist() == [2]
-        assert step.confidence.isnan().all() if not allow else (step.confidence == 1).all()
+        assert step.confidence.isnan().all() if mask == "ban" else (step.confidence == 1).all()
 
 
 def test_one_cell(r2, device):
@@ -357,14 +359,14 @@ def test_long_block(r2, device):
     """A decision is the oracle's on as many cells as CUDA takes, and on the CPU on more."""
     length = 1024 if runs_cuda(device) else 1500
     config = DecodeConfig(0, confidence_cluster_size=700, spatial_threshold=0.2)
-    for base in ("threshold", "factor", "schedule", "budget"):
+    config = config.replace(quota=40, neighbour_radius=300, report_entropy=True)
+    for base in BASE_RULES:
         config = config.replace(base=base, confidence_cluster_unmasked=600, steps_per_block=2)
         z = random_steps(11, (1, length, 23), 1, 0)[0]
         tokens, state = block(config, (1, length), device)
-        p = r2.token_confidence(z.to(device), exclude_id=0)
-        seen = reference.Observation(*(t.cpu() for t in (*p, *p)))
-        twin = DecodeState(1, length)
-        want = reference.decide(seen, tokens.cpu() == 0, twin, config, z.dtype)
+        seen = observe(r2, z.to(device), tokens, state, config, Call(), device)
+        before, twin = tokens.cpu(), DecodeState(1, length)
+        want = reference.decide(seen, before == 0, twin, config, z.dtype, tokens=before)
         got = r2.decode_step(z.to(device), tokens, state, config)
         assert_same(got, want, base)
         assert_same(state_tensors(state), state_tensors(twin), base)
@@ -388,7 +390,7 @@ def test_switched_off_stability_leaves_streaks(r2, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_row_alone_or_in_a_batch(r2, device, dtype, temperature):
     """A row's result depends on that row (and its identity in the random numbers) alone."""
-    options = {"token_cluster": "random", "temporal_steps": 2}
+    options = {"token_cluster": "random", "temporal_steps": 2, "report_entropy": True}
     if temperature:
         options |= {"temperature": temperature, "top_k": 50, "top_p": 0.9}
     config = DecodeConfig(4, seed=7, **options)
@@ -457,13 +459,19 @@ def tour(r2) -> list[torch.Tensor]:
     logits = torch.randn(2, 8, 16, generator=g, dtype=torch.float32, device="cpu")
     masked = torch.ones(2, 8, dtype=torch.bool, device="cpu")
     made: list = []
-    config = r2.DecodeConfig(15, temperature=0.7, token_cluster="random", confidence_dtype="logits")
+    options = {"token_cluster": "random", "confidence_dtype": "logits", "report_entropy": True}
+    config = r2.DecodeConfig(15, temperature=0.7, **options)
     for ops in (r2, reference):
         for z in (logits, logits.bfloat16()):
             tokens = torch.full((2, 8), 15, dtype=torch.int64, device="cpu")
-            state = r2.DecodeState(2, 8)
+            state = r2.DecodeState(2, 8, step_map=True)
             made += [ops.decode_step(z, tokens, state, config), tokens]
             made += [state_tensors(state.take([1])), state_tensors(state.reset((0,)))]
+            both = r2.DecodeState.stack([state, state.take([0])])
+            made += [state_tensors(both.put([1], state.take([1])))]
+            rows = r2.RowParams(quota=torch.tensor([1, 2], dtype=torch.int64, device="cpu"))
+            step = ops.select(z, tokens, state, config, rows=rows.take([1, 0]))
+            made += [step]
         prediction, p = ops.token_confidence(logits, exclude_id=15)
         state = r2.DecodeState(2, 8)
         masks = {"was_masked": masked, "is_masked": masked}

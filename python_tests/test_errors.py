@@ -10,6 +10,7 @@ from cases import STREAKS, assert_same, clone, runs_cuda, same_bits, state_tenso
 from torch.utils._pytree import tree_leaves
 
 from r2dllm_ext.config import DecodeConfig, Rule
+from r2dllm_ext.row_params import RowParams
 from r2dllm_ext.state import Counter, DecodeState
 
 B, L, V = 2, 3, 7
@@ -23,7 +24,7 @@ class Call:
         self.tokens = torch.zeros(B, L, dtype=torch.int64, device=device)
         self.state = DecodeState(B, L, device=device)
         self.config = DecodeConfig(0)
-        self.candidates = None
+        self.candidates = self.editable = self.proposed = self.rows = self.slots = None
         self.logits_shift = 0
 
 
@@ -40,11 +41,34 @@ def ones(*shape, dtype=torch.bool):
     return lambda _: torch.ones(shape, dtype=dtype)
 
 
+def given(config=None, **arguments):
+    """Other arguments, made on the CPU, and options of the config."""
+
+    def spoil(call):
+        call.config = call.config.replace(**(config or {}))
+        vars(call).update(arguments)
+
+    return spoil
+
+
+def moved(value, device: str):
+    """On the device, if it is on the CPU."""
+    if isinstance(value, RowParams):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return RowParams(**{name: moved(tensor, device) for name, tensor in fields.items()})
+    on_cpu = isinstance(value, (torch.Tensor, DecodeState)) and value.device.type == "cpu"
+    return value.to(device) if on_cpu else value
+
+
 def stretched(tensor):
     """The same shape with a last dimension of stride 2."""
     return tensor.repeat_interleave(2, dim=-1)[..., ::2]
 
 
+EDITS, OFF = {"edit_threshold": 0.5}, {"token_cluster": None, "temporal_steps": 0}
+CELLS, IDS = torch.ones(B, L, dtype=torch.bool), torch.ones(B, L, dtype=torch.int64)
+META = torch.device("meta")
+SLOTS, HALVES = torch.arange(B), torch.full((B,), 0.5)
 STEPS = {
     # what is wrong: (spoil, exception, words of the message)
     "logits 2-D": (change("logits", lambda t: t[0]), ValueError, "logits [B, L, V]"),
@@ -60,7 +84,7 @@ STEPS = {
     "logits list": (change("logits", lambda t: t.tolist()), TypeError, "logits Tensor list"),
     "logits batch": (change("logits", lambda t: t[:1]), ValueError, "tokens [B, L]"),
     "logits length": (change("logits", lambda t: t[:, :2]), ValueError, "tokens [B, L]"),
-    "tokens int32": (change("tokens", lambda t: t.int()), TypeError, "tokens Long Int"),
+    "tokens int16": (change("tokens", lambda t: t.short()), TypeError, "tokens int64 int32 Short"),
     "tokens 1-D": (change("tokens", lambda t: t[0]), ValueError, "tokens [B, L] [3]"),
     "tokens shape": (change("tokens", lambda t: t.t()), ValueError, "tokens [2, 3] [3, 2]"),
     "tokens list": (change("tokens", lambda t: t.tolist()), TypeError, "tokens Tensor list"),
@@ -78,8 +102,78 @@ STEPS = {
     "mask id too big": (change("config", lambda c: c.replace(mask_id=V)), ValueError, "mask_id 7"),
     "config dict": (change("config", lambda c: {"mask": 0}), TypeError, "config DecodeConfig dict"),
     "config None": (change("config", lambda c: None), TypeError, "config DecodeConfig None"),
-    "state None": (change("state", lambda s: None), TypeError, "state DecodeState None"),
-    "state batch": (change("state", lambda _: DecodeState(3, 3)), ValueError, "state [3, 3]"),
+    "candidates None": (given({"mask_id": None}), ValueError, "candidates config.mask_id None"),
+    "editable int": (given(EDITS, editable=IDS), TypeError, "editable Bool Long"),
+    "editable shape": (given(EDITS, editable=CELLS.t()), ValueError, "editable [2, 3] [3, 2]"),
+    "editable device": (given(EDITS, editable=CELLS.to("meta")), ValueError, "editable meta"),
+    "editable list": (given(EDITS, editable=[True]), TypeError, "editable Tensor list"),
+    "editable for no rule": (given(editable=CELLS), ValueError, "editable config.edit_threshold"),
+    "proposed bool": (given(proposed=CELLS), TypeError, "proposed Long Bool"),
+    "proposed int32": (given(proposed=IDS.int()), TypeError, "proposed Long Int"),
+    "proposed shape": (given(proposed=IDS[0]), ValueError, "proposed [2, 3] [3]"),
+    "proposed device": (given(proposed=IDS.to("meta")), ValueError, "proposed meta"),
+    "proposed list": (given(proposed=[1]), TypeError, "proposed Tensor list"),
+    "slots int32": (given(slots=SLOTS.int()), TypeError, "slots Long Int"),
+    "slots shape": (given(slots=IDS), ValueError, "slots [2] [2, 3]"),
+    "slots device": (given(slots=SLOTS.to("meta")), ValueError, "slots meta"),
+    "slots list": (given(slots=[0, 1]), TypeError, "slots Tensor list"),
+    "rows dict": (given(rows={"quota": SLOTS}), TypeError, "rows RowParams dict"),
+    "rows integers": (given(rows=RowParams(min_p=SLOTS)), TypeError, "rows.min_p Double Long"),
+    "rows numbers": (given(rows=RowParams(quota=HALVES)), TypeError, "rows.quota Long Float"),
+    "rows half": (given(rows=RowParams(top_p=HALVES.half())), TypeError, "rows.top_p Float Half"),
+    "rows int16": (given(rows=RowParams(top_k=SLOTS.short())), TypeError, "rows.top_k Int Short"),
+    "rows seed": (given(rows=RowParams(seed=SLOTS.int())), TypeError, "rows.seed Long Int"),
+    "rows shape": (given(rows=RowParams(quota=IDS)), ValueError, "rows.quota [2] [2, 3]"),
+    "rows batch": (given(rows=RowParams(quota=IDS[0])), ValueError, "rows.quota [2] [3]"),
+    "rows stride": (
+        given(rows=RowParams(threshold=HALVES.repeat(2)[::2])),
+        ValueError,
+        "rows.threshold contiguous [2]",
+    ),
+    "rows device": (
+        given(rows=RowParams(temperature=HALVES.to("meta"))),
+        ValueError,
+        "rows.temperature meta",
+    ),
+    "rows for no rule": (
+        given(rows=RowParams(edit_threshold=HALVES)),
+        ValueError,
+        "rows.edit_threshold config.edit_threshold",
+    ),
+    "state dict": (change("state", lambda s: {}), TypeError, "state DecodeState None dict"),
+    "state None": (given(state=None), ValueError, "state config.temporal_steps None"),
+    "state None for a schedule": (
+        given({"base": "schedule", **OFF}, state=None),
+        ValueError,
+        "state config.base schedule None",
+    ),
+    "state None for a random cell": (
+        given(OFF | {"token_cluster": "random"}, state=None),
+        ValueError,
+        "state config.token_cluster random None",
+    ),
+    "state None for draws": (
+        given({"temperature": 0.5, **OFF}, state=None),
+        ValueError,
+        "state config.temperature None",
+    ),
+    "state None for draws of rows": (
+        given(OFF, state=None, rows=RowParams(temperature=HALVES)),
+        ValueError,
+        "state rows.temperature None",
+    ),
+    "state None for slots": (given(OFF, state=None, slots=SLOTS), ValueError, "state slots None"),
+    "state batch": (change("state", lambda _: DecodeState(3, 3)), ValueError, "state B = 2 got 3"),
+    "state length of slots": (
+        given(state=DecodeState(7, 4), slots=SLOTS),
+        ValueError,
+        "state.streak_count [7, 3] [7, 4]",
+    ),
+    "state step map": (
+        change_state("step_map", lambda _: torch.zeros(B, L, dtype=torch.int32)),
+        TypeError,
+        "state.step_map Short Int",
+    ),
     "state length": (change("state", lambda _: DecodeState(B, 1)), ValueError, "state [2, 1]"),
     "state device": (
         change("state", lambda _: DecodeState(B, L, device="meta")),
@@ -114,18 +208,35 @@ def test_step(r2, device, op, what):
     call = Call(device)
     tokens, state = call.tokens, clone(call.state)
     spoil(call)
-    if isinstance(call.candidates, torch.Tensor) and not call.candidates.is_meta:
-        call.candidates = call.candidates.to(device)
-    if isinstance(call.state, DecodeState) and call.state.device.type == "cpu":
-        call.state = call.state.to(device)
+    for name, value in vars(call).items():
+        setattr(call, name, moved(value, device))
     with pytest.raises(exception) as error:
         getattr(r2, op)(**vars(call))
     check_message(error, op, words)
     assert not tokens.any()
-    if call.state is not None and what not in ("state batch", "state length", "state device"):
+    left = call.state
+    if isinstance(left, DecodeState) and left.streak_id.shape == (B, L) and left.device != META:
         for name in STREAKS:
             assert same_bits(getattr(call.state, name).float(), getattr(state, name).float()), name
         assert call.state.counters[:, Counter.STEP].tolist() == [0, 0]
+
+
+# What fake tensors do not say, where they are among it, and what options need.
+NOT_OF_FAKES = ("device", "grad", "strides", "rows stride", "None", "for no rule", "list")
+
+
+@pytest.mark.parametrize("op", ["decode_step", "select"])
+@pytest.mark.parametrize("what", [w for w in STEPS if not any(no in w for no in NOT_OF_FAKES)])
+def test_step_of_fake_tensors(r2, op, what):
+    """Shapes and dtypes that the op refuses its fake kernel refuses, by the same exception."""
+    spoil, exception, words = STEPS[what]
+    call = Call("meta")
+    spoil(call)
+    for name, value in vars(call).items():
+        setattr(call, name, moved(value, "meta"))
+    with pytest.raises(exception) as error:
+        getattr(r2, op)(**vars(call))
+    check_message(error, op, words.split()[0])
 
 
 def test_tokens_that_share_memory(r2, device):
@@ -284,6 +395,9 @@ NUMBERS = [
 ]
 OPTIONAL_TENSORS = [
     ("decode_step", "candidates"),
+    ("decode_step", "editable"),
+    ("decode_step", "proposed"),
+    ("select", "slots"),
     ("token_confidence", "candidates"),
     ("vocab_statistics", "candidates"),
     ("positional_ambiguity", "row"),
@@ -358,26 +472,36 @@ def test_statistics_of_something_else(r2, name):
 
 FIELDS = {
     # field: (values of the right type, values of the wrong type)
-    "mask_id": ((-1,), (None, 1.0, "1", True)),
+    "mask_id": ((-1,), (1.0, "1", True)),
     "base": (("greedy", "", None), (1,)),
-    "threshold": ((-0.1, 1.1, float("nan"), float("inf")), (None, "0.9", True)),
+    "threshold": ((-0.1, 1.1, float("nan"), float("inf")), ("0.9", True)),
+    "compare": (("<", "", None), (1,)),
+    "quota": ((-1, 2**31), (None, 1.5, "1", True)),
     "factor": ((0.0, -1.0, float("nan"), float("inf")), (None, "1")),
     "error_budget": ((-0.1, float("nan"), float("inf")), (None, "1")),
+    "entropy_budget": ((-0.1, float("nan"), float("inf")), (None, "1")),
+    "last_free": ((), (None, 1, "yes")),
     "steps_per_block": ((0, -1, 2**31), (1.5, "4", True)),
     "confidence_cluster_size": ((-1, 2**31), (1.5, "3", True)),
     "spatial_threshold": ((-0.1, 1.1, float("nan")), (None, "0.8")),
     "confidence_cluster_unmasked": ((-1, 2**31), (0.5, "1", False)),
+    "neighbour_radius": ((-1, 2**31), (1.5, "4", True)),
+    "neighbour_threshold": ((-0.1, 1.1, float("nan")), (None, "0.8")),
     "token_cluster": (("best", "max"), (1, True)),
     "token_cluster_size": ((0, -2, 2**31), (None, 2.0, "2")),
     "temporal_steps": ((-1, 2**31), (2.5, "3", True)),
     "temporal_threshold": ((-0.1, 1.1, float("nan")), (None, "0.8")),
     "temporal_eval": (("mean", "first", None), (0,)),
+    "edit_threshold": ((-0.1, 1.1, float("nan")), ("0.9", True)),
     "temperature": ((-0.1, float("nan"), float("inf")), (None, "1")),
+    "sampled_confidence": (("cold", None), (1, True)),
     "top_k": ((0, -1, 2**31), (1.5, "5", True)),
     "top_p": ((0.0, -0.1, 1.1, float("nan")), ("0.9", True)),
+    "min_p": ((0.0, -0.1, 1.1, float("nan")), ("0.9", True)),
     "seed": ((2**63, -(2**63) - 1), (None, 1.5, "0", True)),
-    "allow_mask_id": ((), (None, 1, "yes")),
+    "mask_prediction": (("forbid", None), (1, True)),
     "confidence_dtype": (("bfloat16", "float64", None), (torch.bfloat16,)),
+    "report_entropy": ((), (None, 1, "yes")),
 }
 CASES = [
     (field, value, exception)
@@ -420,7 +544,8 @@ def test_presets():
     off = {"confidence_cluster_size": 0, "token_cluster": None, "temporal_steps": 0}
     assert DecodeConfig.vanilla(5) == DecodeConfig(5, base="schedule", **off)
     assert DecodeConfig.fast_dllm(5) == DecodeConfig(5, threshold=0.9, **off)
-    assert DecodeConfig.budget(5) == DecodeConfig(5, base="budget", error_budget=0.1, **off)
+    assert DecodeConfig.budget(5) == DecodeConfig(5, base="budget", last_free=True, **off)
+    assert DecodeConfig.entropy(5) == DecodeConfig(5, base="entropy", last_free=True, **off)
     assert DecodeConfig.r2(5) == DecodeConfig(5)
     release = {
         "threshold": 0.9,
@@ -433,9 +558,13 @@ def test_presets():
         "temporal_threshold": 0.8,
         "temporal_eval": "last",
         "temperature": 0.0,
-        "allow_mask_id": False,
+        "sampled_confidence": "untempered",
         "confidence_dtype": "float32",
+        "compare": ">=",
+        "quota": 1,
     }
+    ours = {"mask_prediction": "ban", "neighbour_radius": 0, "edit_threshold": None}
+    release |= ours | {"report_entropy": False}
     assert dataclasses.asdict(DecodeConfig(5)).items() >= release.items()
 
 

@@ -268,7 +268,7 @@ def test_what_is_no_stop_id_is_refused_by_name(stop_id, error):
 
 def test_a_model_that_only_predicts_the_mask_ends_in_an_error():
     model = Scripted([[MASK] * 4], 1)
-    config = r2.DecodeConfig(MASK, allow_mask_id=True)
+    config = r2.DecodeConfig(MASK, mask_prediction="allow")
     with pytest.raises(r2.NoProgressError, match="nothing was committed"):
         run(model, torch.tensor([[0]]), gen_length=4, config=config)
 
@@ -338,6 +338,193 @@ def test_a_mask_id_beyond_the_embedding_is_named():
         r2.generate(model, torch.tensor([[0]]), gen_length=32, config=config)
 
 
+# ---- rows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache, shift", [("none", 0), ("dual", 0), ("prefix", 1)])
+def test_each_row_decodes_as_alone_with_its_options(cache, shift):
+    """Rows that finish early leave with their options; Dream's full pass has a quota of its own."""
+    model, words = r2.load_model("ledger"), r2.ledger.Tokenizer()
+    samples = [r2.ledger.make_sample(0, i, split="test").prompt for i in range(4)]
+    prompt = torch.tensor([words.encode(text)[:18] for text in samples])
+    fields = {
+        "threshold": (0.5, 0.99, 0.7, 0.9),
+        "quota": (1, 3, 2, 1),
+        "spatial_threshold": (0.8, 0.95, 0.5, 0.7),
+        "temporal_threshold": (0.8, 0.2, 0.9, 1.0),
+    }
+    config = r2.DecodeConfig(model.mask_id)
+    options = {"gen_length": 64, "cache": cache, "logits_shift": shift, "stop_id": words.end_id}
+    rows = r2.RowParams(**{name: torch.tensor(values) for name, values in fields.items()})
+    got = r2.generate(model, prompt, config=config, rows=rows, trace=True, **options)
+    nfe = []
+    for b in range(4):
+        # What a tensor of float32 says of a probability.
+        own = {name: getattr(rows, name)[b].item() for name in fields}
+        alone = config.replace(**own)
+        want = r2.generate(model, prompt[b : b + 1], config=alone, trace=True, **options)
+        assert torch.equal(got.sequences[b], want.sequences[0])
+        assert torch.equal(got.trace.commit_rule[b], want.trace.commit_rule[0])
+        nfe.append(want.nfe)
+    assert got.trace.row_nfe().tolist() == nfe and len(set(nfe)) > 1
+
+
+def test_rows_that_draw_beside_rows_that_do_not():
+    model, words = r2.load_model("ledger"), r2.ledger.Tokenizer()
+    prompt = torch.tensor([words.encode(r2.ledger.make_sample(0, 3, split="test").prompt)] * 2)
+    options = {"gen_length": 96, "config": r2.DecodeConfig(model.mask_id)}
+    rows = r2.RowParams(temperature=torch.tensor([0.0, 1.5]))
+    out = r2.generate(model, prompt, rows=rows, **options)
+    plain = r2.generate(model, prompt[:1], **options)
+    assert torch.equal(out.sequences[0], plain.sequences[0])
+    assert not torch.equal(out.sequences[1], plain.sequences[0])
+
+
+def test_a_bad_value_of_a_row_costs_the_others_nothing():
+    rows = r2.RowParams(threshold=torch.tensor([0.9, 1.5]))
+    with pytest.raises(r2.NoProgressError, match="row 1: nothing was committed") as caught:
+        run(Scripted([[1] * 8, [2] * 8], 1), torch.tensor([[0], [1]]), rows=rows)
+    assert caught.value.sequences.tolist() == [[0] + [1] * 8, [1] + [MASK] * 8]
+
+
+# ---- edits -------------------------------------------------------------------------------------
+
+
+class Wavering:
+    """Logits by what is decided: `answer(tokens of the block) -> tokens`, all of p = 0.999."""
+
+    def __init__(self, answer, prompt_length=1, length=4, logit=9.0):
+        self.answer, self.prompt_length, self.length = answer, prompt_length, length
+        self.logit, self.calls = logit, 0
+
+    def __call__(self, ids):
+        self.calls += 1
+        logits = torch.zeros(*ids.shape, VOCAB)
+        for b, row in enumerate(ids.tolist()):
+            for start in range(self.prompt_length, len(row), self.length):
+                block = row[start : start + self.length]
+                for i, token in enumerate(self.answer(block, self.calls)):
+                    logits[b, start + i, token] = self.logit
+        return SimpleNamespace(logits=logits)
+
+
+EDITS = {"config": r2.DecodeConfig.fast_dllm(MASK, edit_threshold=0.9), "edit": True}
+
+
+def corrected(block, call):
+    """2 at first, then 5, then 6."""
+    return [{2: 5, 5: 6, 6: 6}.get(token, 2) for token in block]
+
+
+def test_edits_end_when_a_step_edits_nothing():
+    config = r2.DecodeConfig.vanilla(MASK, edit_threshold=0.9)
+    model = Wavering(corrected)
+    out = run(model, torch.tensor([[0]]), gen_length=4, config=config, edit=True, trace=True)
+    assert out.sequences.tolist() == [[0, 6, 6, 6, 6]]
+    # Four commits, two steps in which the last cells are edited, one that edits nothing.
+    assert out.nfe == model.calls == 7
+    assert (out.trace.rule[:, 0] == r2.Rule.EDIT).sum(0).tolist() == [2, 2, 2, 2]
+    assert out.trace.commit_rule.tolist() == [[r2.Rule.EDIT] * 4]
+    assert out.trace.commit_step.tolist() == [[2, 3, 4, 5]]
+    assert out.trace.row_nfe().tolist() == [7]
+    off = run(Wavering(corrected), torch.tensor([[0]]), gen_length=4, config=config)
+    assert off.sequences.tolist() == [[0, 2, 2, 2, 2]] and off.nfe == 4
+
+
+def test_a_block_of_one_step_is_left_at_once():
+    out = run(Wavering(corrected), torch.tensor([[0]]), gen_length=8, **EDITS)
+    assert out.sequences.tolist() == [[0] + [2] * 8] and out.nfe == 2
+
+
+@pytest.mark.parametrize("max_edits", [1, 3])
+def test_a_model_that_never_stands_still_comes_to_an_end(max_edits):
+    def flips(block, call):
+        return [3 + call % 2] * 4
+
+    config = r2.DecodeConfig.vanilla(MASK, edit_threshold=0.9)
+    model = Wavering(flips)
+    out = run(model, torch.tensor([[0]]), config=config, edit=True, max_edits=max_edits, trace=True)
+    edits = (out.trace.rule == r2.Rule.EDIT).sum((0, 1))
+    assert edits.tolist() == [2 * max_edits] * 4  # in each of two blocks
+    assert out.nfe == model.calls == 2 * (4 + max_edits)
+
+
+def test_a_row_is_edited_no_more_once_it_has_settled():
+    """Row 0 is whole after a step; what the model says of it while row 1 is decoded is too late."""
+
+    class Two(Wavering):
+        def __call__(self, ids):
+            logits = super().__call__(ids).logits
+            first = ids[:, 0] == 0
+            logits[first, 1:] = 0
+            logits[first, 1:, 1 if self.calls == 1 else 7] = self.logit
+            logits[~first, 2:] *= self.calls > 2  # unsure of all but one cell
+            return SimpleNamespace(logits=logits)
+
+    model = Two(lambda block, call: [2] * 4)
+    out = run(model, torch.tensor([[0], [1]]), gen_length=4, trace=True, **EDITS)
+    assert out.sequences.tolist() == [[0, 1, 1, 1, 1], [1, 2, 2, 2, 2]] and out.nfe > 2
+    assert out.trace.row_nfe().tolist() == [1, out.nfe]
+
+
+def test_a_stop_token_counts_once_nothing_is_edited():
+    """The first one is written while the cell before it is edited, and then edited away."""
+
+    def answer(block, call):
+        return [{2: 5, 5: 5}.get(block[0], 2), 3 if block[1] in (STOP, 3) else STOP, STOP, STOP]
+
+    config = r2.DecodeConfig.vanilla(MASK, edit_threshold=0.9)
+    options = {"gen_length": 12, "config": config, "stop_id": STOP}
+    out = run(Wavering(answer), torch.tensor([[0]]), edit=True, **options)
+    assert out.sequences.tolist() == [[0, 5, 3] + [STOP] * 10] and out.nfe == 4
+    plain = run(Wavering(answer), torch.tensor([[0]]), **options)
+    assert plain.sequences.tolist() == [[0, 2] + [STOP] * 11] and plain.nfe == 2
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_edits_with_caches(cache, shift):
+    """Rows in a batch, with a stop id, as alone; something is edited."""
+    model, words = r2.load_model("ledger"), r2.ledger.Tokenizer()
+    samples = [r2.ledger.make_sample(0, i, split="test").prompt for i in range(3)]
+    prompt = torch.tensor([words.encode(text)[:18] for text in samples])
+    config = r2.DecodeConfig.r2(model.mask_id, threshold=0.5, edit_threshold=0.5)
+    options = {"gen_length": 96, "cache": cache, "logits_shift": shift, "edit": True}
+    options |= {"config": config, "stop_id": words.end_id, "trace": True}
+    out = r2.generate(model, prompt, **options)
+    assert not (out.sequences == model.mask_id).any()
+    assert (out.trace.rule == r2.Rule.EDIT).sum() > 3
+    for b in range(3):
+        alone = r2.generate(model, prompt[b : b + 1], **options)
+        assert torch.equal(out.sequences[b], alone.sequences[0])
+        assert out.trace.row_nfe()[b] == alone.trace.row_nfe()[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"edit": True}, ValueError, "edit takes False where config.edit_threshold is None"),
+        ({"edit": 1}, TypeError, "edit takes a bool, got 1"),
+        ({"max_edits": 0}, ValueError, "max_edits takes an integer in .1, 2147483647., got 0"),
+        ({"max_edits": 1.5}, TypeError, "max_edits takes an integer"),
+        ({"rows": {"quota": 1}}, TypeError, "rows takes a RowParams or None, got dict"),
+        (
+            {"config": r2.DecodeConfig(None)},
+            ValueError,
+            "config.mask_id takes the model's mask token, got None",
+        ),
+        (
+            {"rows": r2.RowParams(quota=torch.ones(2, dtype=torch.int64))},
+            ValueError,
+            "rows.quota takes shape .B. = .1., got .2.",
+        ),
+    ],
+)
+def test_bad_rows_and_edits(change, error, message):
+    with pytest.raises(error, match=message):
+        run(Scripted([[1] * 8], 1), torch.tensor([[0]]), **change)
+
+
 # ---- cuda_graph --------------------------------------------------------------------------------
 
 
@@ -354,7 +541,8 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for argument, value in zip(op._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and value is not None:
                 self.before.append((value, value.clone()))
         out = kwargs.get("out")
         if out is not None:
@@ -505,7 +693,7 @@ def test_a_graph_finishes_the_rows_that_it_can(graphs_on_cpu, kind):
 
 
 def test_a_row_that_is_stuck_for_a_while_does_not_end_a_loop_on_the_device(graphs_on_cpu):
-    options = {"config": r2.DecodeConfig(MASK, allow_mask_id=True)}
+    options = {"config": r2.DecodeConfig(MASK, mask_prediction="allow")}
     prompt, answers = torch.tensor([[0]]), [[1, 2, 3, 4, 5, 6, 7, 1]]
     plain = run(Capturable(answers, late=3), prompt, **options)
     loop = run(Capturable(answers, late=4), prompt, cuda_graph="loop", **options)
@@ -552,3 +740,32 @@ def test_graphs_on_the_ledger_model(request, graphs, cache, shift, temperature, 
     if recorded:
         assert graph.nfe == plain.nfe + recorded.replays - recorded.reports
         assert recorded.made <= (2 if cache == "prefix" else 1)
+
+
+@pytest.mark.parametrize("cache, shift", [("none", 0), ("dual", 0), ("prefix", 1)])
+@pytest.mark.parametrize("kind", [True, "loop"])
+@pytest.mark.parametrize("graphs", ["recorded", "cuda"])
+def test_graphs_with_rows_and_edits(request, graphs, cache, shift, kind):
+    """Finished rows stay in the batch, and are edited no more."""
+    if graphs == "cuda" and kind == "loop" and not step_graph.HAS_LOOPS:
+        pytest.skip("torch is older than 2.15")
+    device = request.getfixturevalue("cuda") if graphs == "cuda" else "cpu"
+    model, words = r2.load_model("ledger", device=device), r2.ledger.Tokenizer()
+    samples = [r2.ledger.make_sample(0, i, split="test").prompt for i in range(3)]
+    prompt = torch.tensor([words.encode(text)[:18] for text in samples], device=device)
+    config = r2.DecodeConfig.r2(model.mask_id, edit_threshold=0.5)
+    rows = r2.RowParams(
+        threshold=torch.tensor([0.5, 0.9, 0.7], device=device),
+        edit_threshold=torch.tensor([0.5, 0.7, 0.9], device=device),
+    )
+    options = {"gen_length": 96, "config": config, "cache": cache, "logits_shift": shift}
+    options |= {"rows": rows, "edit": True, "stop_id": words.end_id}
+    edits = []
+    plain = r2.generate(
+        model, prompt, **options, on_step=lambda e: edits.append(int((e.step.rule == 8).sum()))
+    )
+    if graphs == "recorded":
+        request.getfixturevalue("graphs_on_cpu")
+    graph = r2.generate(model, prompt, **options, cuda_graph=kind)
+    assert torch.equal(graph.sequences, plain.sequences) and sum(edits) > 3
+    assert plain.nfe <= graph.nfe <= plain.nfe + (3 if kind is True else 0)

@@ -22,7 +22,7 @@ from golden import (
 
 from r2dllm_ext.config import Rule
 
-RULES = set(Rule) - {Rule.NONE}
+RULES = set(Rule) - {Rule.NONE, Rule.NEIGHBOUR, Rule.EDIT}  # those of the release
 TRACES, STEPS = 503, 7381  # of the whole recording
 needs_recording = pytest.mark.skipif(
     not RECORDED.is_dir(), reason=f"no recording at {RECORDED} (R2DLLM_GOLDEN)"

@@ -17,9 +17,9 @@ import torch
 
 from r2dllm_ext.cli import main, session
 from r2dllm_ext.cli.display import Display
-from r2dllm_ext.ledger import Tokenizer
 from r2dllm_ext.models import ModelConfig, Transformer, save_model
 from r2dllm_ext.sft.artefacts import read_lines, settle_lines
+from r2dllm_ext.tasks.ledger import Tokenizer
 from r2dllm_ext.text_input import read_text, split_lines
 
 WORDS = Tokenizer()

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered ops keep torch's contract: schema, mutation, fake kernels, dynamic shapes."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import STREAKS, laid_out, strided_tokens
 
-from r2dllm_ext.config import DecodeConfig
+from r2dllm_ext.config import DecodeConfig, op_options
+from r2dllm_ext.row_params import RowParams
 from r2dllm_ext.state import DecodeState
 
 OPS = (
@@ -68,10 +71,33 @@ def test_step(r2, device, op, shape):
         logits, masked, state = inputs(shape, device)
         tokens = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         tokens = strided_tokens(tokens) if number else tokens
-        streaks = [getattr(state, name) for name in STREAKS]
         candidates = masked if number else None
-        args = (logits, tokens, *streaks, state.counters, candidates, number, *config._op_args)
-        opcheck(op, args)
+        given = (candidates, None, None, None, [])
+        opcheck(op, (logits, tokens, *held(state), *given, number, *config._op_args))
+
+
+def held(state: DecodeState | None) -> list:
+    """The op's arguments of a state."""
+    return [getattr(state, name, None) for name in DecodeState.__slots__]
+
+
+@pytest.mark.parametrize("op", ["decode_step", "select"])
+def test_step_with_everything(r2, device, op):
+    """int32 tokens, a state by slot with a step map, edits, proposals, rows; and no state."""
+    rows, length = 2, 6
+    logits, masked, _ = inputs((rows, length, 33), device)
+    tokens = torch.arange(rows * length, device=device).view(rows, length) % 3
+    state = DecodeState(5, length, device=device, step_map=True)
+    own = RowParams(
+        quota=torch.tensor([0, 2], device=device), threshold=torch.full((rows,), 0.1, device=device)
+    )
+    slots = torch.tensor([4, 1], device=device)
+    edits = DecodeConfig(0, edit_threshold=0.1, report_entropy=True)
+    given = (masked, tokens > 1, tokens, slots, own._op_args)
+    opcheck(op, (logits, tokens.int(), *held(state), *given, 0, *edits._op_args))
+    budget = DecodeConfig.entropy(None)
+    given = (masked, None, None, None, [])
+    opcheck(op, (logits, tokens.int(), *held(None), *given, 1, *budget._op_args))
 
 
 @pytest.mark.parametrize("op", ["decode_step", "select"])
@@ -86,8 +112,21 @@ def test_defaults_of_the_schema_are_those_of_the_config(r2, op, overload):
     assert config._all_op_args()[1:] == tuple(option.default_value for option in options[1:])
     last = config.replace(seed=1)
     assert last._op_args == last._all_op_args() and len(last._op_args) == len(options)
-    release = config.replace(allow_mask_id=True, confidence_dtype="logits", temperature=0.5)
-    assert release._op_args == (7, True, True, 0.5)
+    release = config.replace(mask_prediction="allow", confidence_dtype="logits", temperature=0.5)
+    assert release._op_args == (7, 1, True, 0.5)
+    names = ["confidence_dtype" if "logits_dtype" in o.name else o.name for o in options]
+    assert list(op_options((7,))) == names
+
+
+def test_fields_of_rows_are_in_the_order_of_the_op(r2, device):
+    """The op names a tensor by its place."""
+    logits, _, state = inputs((2, 3, 5), device)
+    for field in dataclasses.fields(RowParams):
+        rows = RowParams(**{field.name: torch.ones(3, dtype=torch.int64, device=device)})
+        config = DecodeConfig(0, edit_threshold=0.5)
+        tokens = torch.zeros(2, 3, dtype=torch.int64, device=device)
+        with pytest.raises((TypeError, ValueError), match=f"decode_step: rows.{field.name} takes"):
+            r2.decode_step(logits, tokens, state, config, rows=rows)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

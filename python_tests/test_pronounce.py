@@ -104,3 +104,12 @@ def test_a_missing_dictionary_is_explained(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'r2dllm_ext\[pronounce\]'"):
         pronounce.dictionary.__wrapped__()
     assert Tokenizer().encode("cat")  # typing words needs no dictionary
+
+
+def test_short_prompts_are_what_training_begins_with():
+    short = pronounce.Pronounce(short=True)
+    assert (short.prompt_length, short.answer_length) == (32, 32)
+    for sample in [short.sample(0, i) for i in range(100)]:
+        prompt, answer = short.encode(sample)
+        assert 2 <= len(sample.prompt.split()) <= 3 and len(prompt) <= 32 == len(answer)
+        assert short.verify(sample.prompt, sample.answer).correct

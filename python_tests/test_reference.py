@@ -10,6 +10,7 @@ from cases import OFF, RANDOM123, STREAKS, assert_same, clone, state_tensors, su
 
 from r2dllm_ext import reference
 from r2dllm_ext.config import DecodeConfig, Rule
+from r2dllm_ext.row_params import RowParams
 from r2dllm_ext.state import Counter, DecodeState
 
 NAN, INF = math.nan, math.inf
@@ -27,7 +28,7 @@ def drawing(cells: torch.Tensor) -> str:
 
 def rules_of(step) -> str:
     """One character per cell: the first letter of its rule, "." where there is none."""
-    return " ".join("".join(".tfwasb"[c] for c in row) for row in step.rule.tolist())
+    return " ".join("".join(".tfwasbne"[c] for c in row) for row in step.rule.tolist())
 
 
 # ---- token_confidence ------------------------------------------------------------------------
@@ -196,6 +197,11 @@ def test_update_stability_clears_and_keeps(implementation):
 
 # ---- base rules ------------------------------------------------------------------------------
 
+
+def all_count(budget: float) -> dict:
+    return {"base": "budget", "error_budget": budget, "last_free": False}
+
+
 BASES = [
     # options, confidence per cell, rule per cell
     ({"threshold": 0.5}, [0.5, 0.3, 1, 0.25], "t.t."),  # inclusive
@@ -212,12 +218,35 @@ BASES = [
     ({"base": "factor", "factor": 1.0}, [0.9, 0.1], "bb"),  # a single failing cell at the end
     ({"base": "factor", "factor": 1.5}, [0.25, 0.5, 1, 0.25], ".bb."),  # .5 >= 1 - 1.5 / 3
     ({"base": "factor", "factor": 0.1}, [0.9, 0.1, 0.1], "b.."),
-    ({"base": "budget", "error_budget": 0.5}, [0.5, 1, 0.7, 0.9], ".bbb"),  # 0 + .1 + .3 <= .5
-    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 1, 1], "b.bb"),  # 0.5 is still inside
-    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 0.25, 0.25], "b..."),  # the best counts
-    ({"base": "budget", "error_budget": 0.0}, [0.5, 0.6, 0.3, 0.2], ".f.."),
-    ({"base": "budget", "error_budget": 0.0}, [1, 0.6, 1, 0.2], "b.b."),
+    (all_count(0.5), [0.5, 1, 0.7, 0.9], ".bbb"),  # 0 + .1 + .3 <= .5
+    (all_count(0.5), [0.5, 0.5, 1, 1], "b.bb"),  # 0.5 is still inside
+    (all_count(0.5), [0.5, 0.5, 0.25, 0.25], "b..."),  # the best counts
+    (all_count(0.0), [0.5, 0.6, 0.3, 0.2], ".f.."),
+    (all_count(0.0), [1, 0.6, 1, 0.2], "b.b."),
+    (all_count(9.0), [0.5, 0.6, 0.3, 0.2], "bbbb"),
+    ({"base": "budget", "error_budget": 0.0}, [0.5, 0.6, 0.3, 0.2], ".b.."),  # the last is free
+    ({"base": "budget", "error_budget": 0.0}, [1, 0.6, 1, 0.2], "bbb."),
+    ({"base": "budget", "error_budget": 0.5}, [0.5, 0.5, 1, 0.25], "bbb."),  # 0 + .5 is inside
+    ({"base": "budget", "error_budget": 0.4}, [0.5, 0.5, 1, 0.25], "b.b."),
     ({"base": "budget", "error_budget": 9.0}, [0.5, 0.6, 0.3, 0.2], "bbbb"),
+    ({"threshold": 0.5, "compare": ">"}, [0.5, 0.3, 1, 0.25], "..t."),
+    ({"threshold": 1.0, "compare": ">"}, [0.5, 1, 1, 0.25], ".f.."),
+    ({"threshold": 0.5, "quota": 0}, [0.3, 0.25, 0.125, 0.3], "...."),
+    ({"threshold": 0.5, "quota": 0}, [0.5, 0.25, 0.125, 0.3], "t..."),
+    ({"threshold": 0.8, "quota": 3}, [0.25, 0.9, 0.25, 0.7], "ft.f"),  # ties: lowest index
+    ({"threshold": 0.5, "quota": 2}, [0.5, 0.9, 0.7, 0.3], "ttt."),
+    ({"threshold": 0.5, "quota": 9}, [0.5, 0.3], "tf"),
+    ({"threshold": None}, [0.5, 1, 1, 0.25], ".f.."),
+    ({"threshold": None, "quota": 3}, [0.5, 1, 1, 0.25], "fff."),
+    ({"threshold": None, "quota": 0}, [0.5, 1, 1, 0.25], "...."),
+    ({"base": "first", "quota": 3}, [0.2, 0.9, 0.1, 0.9], "bbb."),
+    ({"base": "first", "quota": 0}, [0.2, 0.9, 0.1, 0.9], "...."),
+    ({"base": "schedule", "steps_per_block": 4, "quota": 3}, [0.2, 0.7, 0.9, 0.6], ".fbf"),
+    ({"base": "schedule", "steps_per_block": 4, "quota": 0}, [0.2, 0.7, 0.9, 0.6], "..b."),
+    ({"base": "factor", "factor": 0.1, "quota": 2}, [0.9, 0.1, 0.2], "b.f"),
+    ({"base": "factor", "factor": 0.1, "quota": 0}, [0.9, 0.1, 0.2], "b.."),
+    (all_count(0.0) | {"quota": 0}, [0.5, 0.6, 0.3, 0.2], "...."),
+    (all_count(0.0) | {"quota": 2}, [0.5, 1, 0.3, 0.5], "fb.."),
 ]
 
 
@@ -341,25 +370,28 @@ def test_shift_inside_the_block(implementation):
     assert tokens.tolist() == [[1, 1, 2, MASK]]
 
 
-@pytest.mark.parametrize("allow", [False, True])
-def test_mask_id_as_winner(implementation, allow):
-    """Allowed: "committed" but still masked. Default: the column does not exist."""
+@pytest.mark.parametrize("mode", ["ban", "allow", "skip"])
+def test_mask_id_as_winner(implementation, mode):
+    """Allowed: "committed" but still masked. Skipped: no candidate. Banned: the column does not
+    exist."""
     ops, device = implementation
-    config = DecodeConfig(3, allow_mask_id=allow, temporal_steps=1, temporal_threshold=0.0)
+    config = DecodeConfig(3, mask_prediction=mode, temporal_steps=1, temporal_threshold=0.0)
     logits = sure_logits([(3, 0.5), (3, 0.5), (5, 0.25)]).to(device)
     tokens = torch.full((1, 3), 3, device=device)
     state = DecodeState(1, 3, device=device)
     step = ops.decode_step(logits, tokens, state, config)
-    if allow:
-        assert step.prediction.tolist() == [[3, 3, 5]]
-        assert step.confidence.tolist() == [[0.5, 0.5, 0.25]]
-        assert rules_of(step) == "..s" and tokens.tolist() == [[3, 3, 5]]
-        assert step.remaining.tolist() == [2]
-    else:
+    if mode == "ban":
         assert step.prediction.tolist() == [[4, 4, 5]]
         assert step.confidence.tolist() == [[1.0, 1.0, 0.25]]
         assert rules_of(step) == "tts" and tokens.tolist() == [[4, 4, 5]]
         assert step.remaining.tolist() == [0]
+    else:
+        assert step.prediction.tolist() == [[3, 3, 5]]
+        assert step.confidence.tolist() == [[0.5, 0.5, 0.25]]
+        # Allowed, the quota of 1 goes to cell 0 in vain.
+        assert rules_of(step) == ("..s" if mode == "allow" else "..f")
+        assert tokens.tolist() == [[3, 3, 5]] and step.remaining.tolist() == [2]
+    assert state.counters[0, Counter.BLOCK_MASKED] == 3
     assert all(not getattr(state, name)[:, :2].gt(0).any() for name in STREAKS)
 
 
@@ -421,6 +453,225 @@ def test_rounded_window_mean(implementation, mode, weak, least, want):
     assert rules_of(step) == want
 
 
+# ---- entropy, neighbours, edits, proposals, rows, slots --------------------------------------
+
+LN2 = math.log(2)
+
+
+@pytest.mark.parametrize(
+    "options, p, want",
+    [  # p = 1 / n has an entropy of ln n
+        ({"entropy_budget": 0.0}, [0.5, 1, 0.25, 1], "bb.b"),  # the last is free
+        ({"entropy_budget": 0.0, "last_free": False}, [0.5, 1, 0.25, 1], ".b.b"),
+        ({"entropy_budget": 0.7}, [0.5, 1, 0.5, 0.25], "bbb."),  # ln 2 = 0.693
+        ({"entropy_budget": 0.7, "last_free": False}, [0.5, 1, 0.5, 0.25], "bb.."),
+        ({"entropy_budget": 0.6}, [0.25, 0.5, 0.5, 0.25], ".b.."),
+        ({"entropy_budget": 0.6, "last_free": False}, [0.25, 0.5, 0.5, 0.25], ".f.."),
+        ({"entropy_budget": 0.6, "last_free": False, "quota": 0}, [0.25, 0.5, 0.5, 0.25], "...."),
+        ({"entropy_budget": 0.0, "quota": 3}, [0.25, 0.5, 0.5, 0.25], "fbf."),
+        ({"entropy_budget": 99.0}, [0.25, 0.5, 0.5, 0.25], "bbbb"),
+    ],
+)
+def test_entropy_rule(implementation, options, p, want):
+    ops, device = implementation
+    config = DecodeConfig(MASK, base="entropy", **(OFF | options))
+    logits = sure_logits(list(enumerate(p))).to(device)
+    tokens = torch.full((1, 4), MASK, device=device)
+    step = ops.decode_step(logits, tokens, DecodeState(1, 4, device=device), config)
+    assert rules_of(step) == want
+    expected = torch.tensor([[-math.log(x) for x in p]])
+    torch.testing.assert_close(step.entropy.cpu(), expected, rtol=1e-6, atol=1e-6)
+    assert (step.entropy >= 0).all()
+
+
+def test_entropy_on_request(implementation):
+    """NaN in a bad row, 0 where a cell is not read, None unless it is asked for; the mask id's
+    column counts where it may be predicted."""
+    ops, device = implementation
+    logits = sure_logits([(3, 0.5), (7, 0.5), (0, 0.25), (14, 0.5)]).to(device)
+    logits[0, 1, 2] = NAN
+    cells = bools("xx.x").to(device)
+    for mode, last in (("ban", 0.0), ("allow", LN2)):
+        config = DecodeConfig(15, mask_prediction=mode, report_entropy=True)
+        tokens = torch.full((1, 4), 15, device=device)
+        state = DecodeState(1, 4, device=device)
+        step = ops.select(logits, tokens, state, config, candidates=cells)
+        h = step.entropy.cpu()
+        assert h.dtype == torch.float32 and h[0, 1].isnan() and h[0, 2] == 0
+        assert h[0, [0, 3]].tolist() == pytest.approx([LN2, last], abs=1e-6)
+    plain = ops.select(logits, tokens, state, config.replace(report_entropy=False))
+    assert plain.entropy is None
+
+
+NEIGHBOURS = [
+    # options, confidence, rule; threshold 0.9, neighbour_threshold 0.7
+    ({"neighbour_radius": 1}, [0.95, 0.75, 0.75, 0.3, 0.75], "tn..."),
+    ({"neighbour_radius": 2}, [0.95, 0.75, 0.75, 0.3, 0.75], "tnn.."),
+    ({"neighbour_radius": 2}, [0.75, 0.6, 0.95, 0.6, 0.8], "n.t.n"),
+    ({"neighbour_radius": 9}, [0.75, 0.6, 0.85, 0.6, 0.8], "..f.."),  # forced is no anchor
+    ({"neighbour_radius": 9, "threshold": None}, [0.95, 0.75, 0.75], "f.."),
+    ({"neighbour_radius": 1, "quota": 0, "base": "first"}, [0.95, 0.75, 0.95, 0.95], ".nnn"),
+    ({"neighbour_radius": 1, "quota": 0, "base": "first"}, [0.3, 0.95, 0.3], "..."),  # of itself
+    ({"neighbour_radius": 1, "threshold": 0.5, "neighbour_threshold": 0.25}, [0.5, 0.25], "tn"),
+    (
+        {"neighbour_radius": 1, "threshold": 0.25, "neighbour_threshold": 0.25, "compare": ">"},
+        [0.5, 0.25],
+        "t.",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, confidence, want", NEIGHBOURS)
+def test_neighbours(implementation, options, confidence, want):
+    ops, device = implementation
+    config = DecodeConfig(MASK, **(OFF | {"neighbour_threshold": 0.7} | options))
+    logits = sure_logits(list(enumerate(confidence))).to(device)
+    tokens = torch.full((1, len(confidence)), MASK, device=device)
+    state = DecodeState(1, len(confidence), device=device)
+    step = ops.decode_step(logits, tokens, state, config)
+    assert rules_of(step) == want
+    assert step.remaining.tolist() == [want.count(".")]
+
+
+def test_neighbours_come_after_windows_and_before_runs(implementation):
+    ops, device = implementation
+    options = {"confidence_cluster_size": 2, "spatial_threshold": 0.8, "temporal_steps": 0}
+    options |= {"confidence_cluster_unmasked": None, "neighbour_radius": 1}
+    config = DecodeConfig(MASK, **options)
+    cells = [(1, 0.95), (2, 0.82), (3, 0.79), (3, 0.78), (4, 0.81), (4, 0.3), (5, 0.95), (6, 0.76)]
+    logits = sure_logits(cells).to(device)
+    tokens = torch.full((1, 8), MASK, device=device)
+    step = ops.decode_step(logits, tokens, DecodeState(1, 8, device=device), config)
+    # (0, 1): 0.82 alone is left; (1, 2): 0.805; 3 + 4: 0.795; 4 is a run's best; 7 is beside 6.
+    assert rules_of(step) == "tww.a.tn"
+
+
+def test_edits(implementation):
+    """Cell by cell: sure of another token; sure of its own; unsure; not editable; a candidate,
+    which is none of them; bad logits."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, edit_threshold=0.5, **OFF)
+    cells = [(1, 0.5), (2, 1), (3, 0.25), (4, 1), (5, 0.25), (6, 1)]
+    logits = sure_logits(cells).to(device)
+    logits[0, 5] = NAN
+    tokens = torch.tensor([[9, 2, 9, 9, MASK, 9]], device=device)
+    state = DecodeState(1, 6, device=device, step_map=True)
+    options = {"editable": bools("xxx.xx").to(device)}
+    chosen = ops.select(logits, tokens, state.take(0), config, **options)
+    assert tokens.tolist() == [[9, 2, 9, 9, MASK, 9]]
+    step = ops.decode_step(logits, tokens, state, config, **options)
+    assert_same(chosen, step)
+    assert rules_of(step) == "e...f." and step.remaining.tolist() == [0]
+    assert tokens.tolist() == [[1, 2, 9, 9, 5, 9]]
+    assert step.prediction.tolist() == [[1, 2, 3, -1, 5, -1]]
+    assert step.confidence[0, :5].tolist() == [0.5, 1, 0.25, 0, 0.25]
+    assert step.confidence[0, 5].isnan()
+    assert state.step_map.tolist() == [[0, -1, -1, -1, 0, -1]]
+    above = config.replace(compare=">")
+    tokens = torch.tensor([[9, 2, 9, 9, 9, 9]], device=device)
+    assert rules_of(ops.decode_step(logits, tokens, state, above, **options)) == "......"
+
+
+def test_no_edit_writes_the_mask(implementation):
+    ops, device = implementation
+    for mode in ("allow", "skip", "ban"):
+        config = DecodeConfig(3, edit_threshold=0.0, mask_prediction=mode, **OFF)
+        tokens = torch.tensor([[9]], device=device)
+        options = {"editable": bools("x").to(device)}
+        logits = sure_logits([(3, 0.5)]).to(device)
+        step = ops.decode_step(logits, tokens, DecodeState(1, 1, device=device), config, **options)
+        assert tokens.item() == (4 if mode == "ban" else 9)
+        assert step.prediction.item() == (4 if mode == "ban" else 3)
+
+
+def test_proposed(implementation):
+    """Base rule: the proposal and its probability. Stability: the argmax. No id: no base rule."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, threshold=0.5, temporal_threshold=0.2, token_cluster=None)
+    config = config.replace(confidence_cluster_size=0, temporal_steps=1, temperature=1.0)
+    logits = sure_logits([(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25), (5, 0.5), (6, 0.5)]).to(device)
+    proposed = torch.tensor([[2, 9, 5, 16, -1, MASK]], device=device)
+    tokens = torch.full((1, 6), MASK, device=device)
+    state = DecodeState(1, 6, device=device)
+    step = ops.decode_step(logits, tokens, state, config, proposed=proposed)
+    assert rules_of(step) == "tsssss"
+    assert tokens.tolist() == [[2, 2, 3, 4, 5, 6]]
+    assert step.confidence.tolist() == [[0.5, 0.5, 0.25, 0.25, 0.5, 0.5]]
+    tokens.fill_(MASK)
+    plain = config.replace(temporal_steps=0, threshold=0.3, quota=3)
+    step = ops.decode_step(logits, tokens, state, plain, proposed=proposed)
+    # The mask has no mass; of no mass is token 9 too, and its index is lower.
+    assert rules_of(step) == "tff..."
+    assert step.prediction.tolist() == [[2, 9, 5, -1, -1, MASK]]
+    assert step.confidence[0, [0, 1, 2, 5]].tolist() == [0.5, 0, 0.25, 0]
+    assert step.confidence[0, 3:5].isnan().all()
+    assert step.remaining.tolist() == [3]
+
+
+def test_without_a_mask_id(implementation):
+    """Candidates alone say who is masked; every token may be predicted."""
+    ops, device = implementation
+    config = DecodeConfig(None, **OFF)
+    logits = sure_logits([(0, 0.95), (0, 1), (1, 0.3)]).to(device)
+    for dtype in (torch.int64, torch.int32):
+        tokens = torch.tensor([[0, 7, 0]], device=device, dtype=dtype)
+        cells = bools("x.x").to(device)
+        step = ops.decode_step(logits, tokens, None, config, candidates=cells)
+        assert rules_of(step) == "t.." and tokens.tolist() == [[0, 7, 0]]
+        assert step.prediction.dtype == torch.int64 and step.remaining.tolist() == [1]
+
+
+def test_step_map(implementation):
+    """The number of the step in its block, saturating; a new block begins at 0 with -1."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, base="first", **OFF)
+    logits = sure_logits([(1, 0.5)] * 3).to(device)
+    tokens = torch.full((1, 3), MASK, device=device)
+    state = DecodeState(1, 3, device=device, step_map=True)
+    seen = []
+    for _ in range(2):
+        ops.decode_step(logits, tokens, state, config)
+        seen.append(state.step_map.tolist())
+    state.counters[0, Counter.BLOCK_STEP] = 2**40
+    ops.decode_step(logits, tokens, state, config)
+    seen.append(state.step_map.tolist())
+    state.reset()
+    assert seen == [[[0, -1, -1]], [[0, 1, -1]], [[0, 1, 32767]]]
+    assert state.step_map.tolist() == [[-1, -1, -1]] and state.step_map.dtype == torch.int16
+
+
+def test_rows_have_options_of_their_own(implementation):
+    ops, device = implementation
+    config = DecodeConfig(MASK, **OFF)
+    logits = sure_logits([(1, 0.5), (2, 0.25), (3, 0.25)]).expand(4, 3, 16).contiguous().to(device)
+    tokens = torch.full((4, 3), MASK, device=device)
+    rows = RowParams(
+        threshold=torch.tensor([0.5, 0.25, 0.9, 1.5], device=device),
+        quota=torch.tensor([0, 0, 2, 3], device=device),
+    )
+    state = DecodeState(4, 3, device=device)
+    step = ops.decode_step(logits, tokens, state, config, rows=rows)
+    assert rules_of(step) == "t.. ttt ff. ..."  # 1.5 is out of range: the row is left alone
+    assert step.remaining.tolist() == [2, 0, 1, 3]
+    assert state.counters[:, Counter.STEP].tolist() == [1, 1, 1, 0]
+    assert step.prediction[3].tolist() == [1, 2, 3]
+
+
+def test_slots(implementation):
+    """Row b uses row slots[b] of the state; a slot that it does not have leaves the row alone."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, temporal_steps=3, token_cluster=None, confidence_cluster_size=0)
+    logits = sure_logits([(1, 0.5), (2, 0.25)]).expand(4, 2, 16).contiguous().to(device)
+    tokens = torch.full((4, 2), MASK, device=device)
+    state = DecodeState(6, 2, device=device)
+    slots = torch.tensor([4, 6, 0, -1], device=device)
+    step = ops.decode_step(logits, tokens, state, config, slots=slots)
+    assert rules_of(step) == "f. .. f. .."
+    assert state.streak_count[:, 1].tolist() == [1, 0, 0, 0, 1, 0]
+    assert state.counters[:, Counter.STEP].tolist() == [1, 0, 0, 0, 1, 0]
+    assert step.remaining.tolist() == [1, 2, 1, 2]
+
+
 # ---- random numbers and truncation (the oracle's own) ----------------------------------------
 
 
@@ -430,27 +681,62 @@ def test_philox(counter, key, words):
 
 
 @pytest.mark.parametrize(
-    "top_k, top_p, kept",
+    "top_k, top_p, min_p, kept",
     [
-        (None, None, [0, 1, 2, 3, 4]),
-        (1, None, [1]),
-        (2, None, [1, 2, 3]),  # 2 and 3 tie for the second place
-        (3, None, [1, 2, 3]),
-        (9, None, [0, 1, 2, 3, 4]),
-        (None, 0.4, [1]),  # the mass of token 1 is 0.5
-        (None, 0.51, [1, 2, 3]),
-        (None, 0.92, [0, 1, 2, 3]),
-        (None, 1.0, [0, 1, 2, 3, 4]),
-        (3, 0.6, [1, 2, 3]),
-        (3, 0.55, [1]),  # 0.5 of 0.9 is 0.5556
+        (None, None, None, [0, 1, 2, 3, 4]),
+        (1, None, None, [1]),
+        (2, None, None, [1, 2, 3]),  # 2 and 3 tie for the second place
+        (3, None, None, [1, 2, 3]),
+        (9, None, None, [0, 1, 2, 3, 4]),
+        (None, 0.4, None, [1]),  # the mass of token 1 is 0.5
+        (None, 0.51, None, [1, 2, 3]),
+        (None, 0.92, None, [0, 1, 2, 3]),
+        (None, 1.0, None, [0, 1, 2, 3, 4]),
+        (3, 0.6, None, [1, 2, 3]),
+        (3, 0.55, None, [1]),  # 0.5 of 0.9 is 0.5556
+        (None, None, 1.0, [1]),
+        (None, None, 0.41, [1]),
+        (None, None, 0.39, [1, 2, 3]),  # 0.2 / 0.5 = 0.4
+        (None, None, 0.1, [0, 1, 2, 3]),
+        (None, 0.92, 0.3, [1, 2, 3]),
+        (1, None, 0.1, [1]),
     ],
 )
-def test_support(top_k, top_p, kept):
+def test_support(top_k, top_p, min_p, kept):
     mass = torch.tensor([0.0625, 0.5, 0.2, 0.2, 0.0375], dtype=torch.float64)
     for temperature in (1.0, 0.5):
-        weights = reference.token_weights(mass.log() * temperature, temperature, top_k, top_p)
+        row = mass.log() * temperature
+        weights = reference.token_weights(row, temperature, top_k, top_p, min_p)
         assert weights.nonzero().flatten().tolist() == kept
         torch.testing.assert_close(weights[kept] / weights[1], mass[kept] / mass[1])
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e30, 1e300])
+def test_support_at_any_temperature(temperature):
+    """Towards the ties of the argmax, and towards uniform; min_p follows the temperature."""
+    row = torch.tensor([1.0, 3.0, -torch.inf, 3.0], dtype=torch.float64)
+    kept = [1, 3] if temperature < 1 else [0, 1, 3]
+    for min_p in (None, 0.5):
+        weights = reference.token_weights(row, temperature, min_p=min_p)
+        assert weights.nonzero().flatten().tolist() == kept
+        assert weights[kept].tolist() == pytest.approx([1.0] * len(kept))
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+def test_confidence_of_a_draw(implementation, tempered):
+    """Tokens 3 and 4 of 0.5 each; at temperature 1 with top_k 1 both are kept, as they tie."""
+    ops, device = implementation
+    options = {"temperature": 1.0, "top_k": 1, "base": "first", **OFF}
+    config = DecodeConfig(
+        MASK, sampled_confidence="tempered" if tempered else "untempered", **options
+    )
+    logits = torch.zeros(1, 1, 16, device=device)
+    logits[0, 0, 3:5] = 1.0
+    tokens = torch.full((1, 1), MASK, device=device)
+    step = ops.decode_step(logits, tokens, DecodeState(1, 1, device=device), config)
+    assert tokens.item() in (3, 4)
+    untempered = math.e / (2 * math.e + 13)  # the mask id is banned
+    assert step.confidence.item() == pytest.approx(0.5 if tempered else untempered, rel=1e-6)
 
 
 @pytest.mark.parametrize("u, token", [(0.0, 1), (0.249, 1), (0.25, 2), (0.74, 2), (0.76, 4)])

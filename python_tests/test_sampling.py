@@ -74,15 +74,15 @@ def test_distribution(r2, device, temperature, top_k, top_p):
 
 def without_mask(row: torch.Tensor, config: DecodeConfig) -> torch.Tensor:
     row = row.double().clone()
-    if not config.allow_mask_id:
+    if config.mask_prediction == "ban":
         row[config.mask_id] = -torch.inf
     return row
 
 
 @pytest.mark.parametrize("top_k, top_p", TRUNCATIONS)
 @pytest.mark.parametrize("dtype", DTYPES["cpu"], ids=str)
-@pytest.mark.parametrize("allow", [False, True])
-def test_token_of_a_uniform_number(r2, device, dtype, top_k, top_p, allow):
+@pytest.mark.parametrize("mask", ["ban", "allow"])
+def test_token_of_a_uniform_number(r2, device, dtype, top_k, top_p, mask):
     """9,001 tokens in three slices; every draw is the oracle's, but for a narrow band."""
     if dtype not in DTYPES[device]:
         pytest.skip("float64 is for the CPU")
@@ -92,7 +92,7 @@ def test_token_of_a_uniform_number(r2, device, dtype, top_k, top_p, allow):
     logits[0, 1] = 0.0
     seed, rows = -(2**62) + 12345, [3, 2**33 + 1, 7, 0]
     config = DecodeConfig(
-        4097, temperature=0.9, top_k=top_k, top_p=top_p, seed=seed, allow_mask_id=allow
+        4097, temperature=0.9, top_k=top_k, top_p=top_p, seed=seed, mask_prediction=mask
     )
     tokens, confidence = draw(r2, logits, config, rows=rows, steps=2, device=device)
     banded = 0

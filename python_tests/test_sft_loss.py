@@ -30,8 +30,16 @@ def inputs(shape, dtype, device="cpu", *, seed=0, spread=3.0, ignored=0.4):
     return logits.to(device), targets.to(device), weight.to(device)
 
 
-def eager(logits, targets, weight=None, *, normalizer=None, entropy_weight=0.0,
-          entropy_temperature=1.0, entropy_gate="correct"):  # fmt: skip
+def eager(
+    logits,
+    targets,
+    weight=None,
+    *,
+    normalizer=None,
+    entropy_weight=0.0,
+    entropy_temperature=1.0,
+    entropy_gate="correct",
+):
     """What one writes without this package, in the dtype of the logits."""
     z, t = logits.flatten(0, -2), targets.flatten()
     nll = F.cross_entropy(z, t, reduction="none")
@@ -133,8 +141,10 @@ def test_layouts(r2, device, layout):
         options = OPTIONS["all"]
         want = differentiated(r2.sft_loss, logits, targets, weight, **options)
         view = laid_out(logits, layout).requires_grad_()
-        other = [laid_out(t, "padded").transpose(0, 1).contiguous().transpose(0, 1)
-                 for t in (targets, weight)]  # fmt: skip
+        other = [
+            laid_out(t, "padded").transpose(0, 1).contiguous().transpose(0, 1)
+            for t in (targets, weight)
+        ]
         loss = r2.sft_loss(view, *other, **options)
         assert same_bits(loss.detach(), want[0])
         assert same_bits(torch.autograd.grad(loss, view)[0], want[1])
@@ -499,7 +509,7 @@ WRONG = {
     "targets 2-D": ({"targets": lambda t: t[:, None]}, ValueError, "targets [4] [4, 1]"),
     "targets None": ({"targets": lambda t: None}, TypeError, "targets Tensor None"),
     "targets device": ({"targets": lambda t: t.to("meta")}, ValueError, "targets device meta"),
-}  # fmt: skip
+}
 WRONG_LOSS = {
     "weight dtype": ({"weight": lambda t: t.double()}, TypeError, "weight Float Double"),
     "weight shape": ({"weight": lambda t: t[:1]}, ValueError, "weight [4] [1]"),
@@ -512,18 +522,24 @@ WRONG_LOSS = {
     "normalizer shape": ({"normalizer": torch.ones(1)}, ValueError, "normalizer [] [1]"),
     "normalizer bool": ({"normalizer": torch.tensor(True)}, TypeError, "normalizer Bool"),
     "normalizer grad": (
-        {"normalizer": torch.tensor(1.0, requires_grad=True)}, ValueError, "normalizer detach",
+        {"normalizer": torch.tensor(1.0, requires_grad=True)},
+        ValueError,
+        "normalizer detach",
     ),
     "normalizer device": (
-        {"normalizer": torch.ones((), device="meta")}, ValueError, "normalizer device meta",
+        {"normalizer": torch.ones((), device="meta")},
+        ValueError,
+        "normalizer device meta",
     ),
     "entropy weight": ({"entropy_weight": float("inf")}, ValueError, "entropy_weight inf"),
     "temperature 0": ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature 0"),
     "temperature nan": (
-        {"entropy_temperature": float("nan")}, ValueError, "entropy_temperature nan",
+        {"entropy_temperature": float("nan")},
+        ValueError,
+        "entropy_temperature nan",
     ),
     "gate": ({"entropy_gate": "wrong"}, ValueError, "entropy_gate correct all wrong"),
-}  # fmt: skip
+}
 
 
 def call(function, changes, device):

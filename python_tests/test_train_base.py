@@ -208,6 +208,23 @@ def test_command_line_errors(options, words, tmp_path, capsys, monkeypatch):
     assert words in capsys.readouterr().err
 
 
+def test_an_exact_stage_learns_what_the_task_knows(monkeypatch):
+    run = trainer(stage(batch_size=16, exact=True, behind_weight=0.5, iid_share=0.5))
+    ids, targets, weight = run.batch(0)
+    hidden = ids[:, -96:] == LEDGER.tokenizer.mask_id
+    assert targets.shape == (16, 96, len(LEDGER.tokenizer)) and not weight[~hidden].any()
+    assert (weight[hidden] >= 0.5 - 1e-4).all() and weight.max() > 3.9  # digits weigh 4
+    know = (targets + 1e-9).log()
+    monkeypatch.setattr(train_base, "_answer_logits", lambda *_: know)
+    assert abs(float(run._loss_of(ids, targets, weight))) < 1e-5
+    monkeypatch.setattr(train_base, "_answer_logits", lambda *_: know * 0)
+    assert float(run._loss_of(ids, targets, weight)) > 1
+    monkeypatch.undo()
+    words = Trainer(get_task("pronounce"), SHAPE, run.stage, compiled=False)
+    with pytest.raises(ValueError, match="pronounce has no exact distribution"):
+        words.batch(0)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_trained_model_is_known_by_its_vocabulary(name):
     config = train_base.model_config(SHAPE, get_task(name))

@@ -19,11 +19,19 @@ CONFIGS = {
     "llada": ModelConfig("llada", 50, width=32, layers=3, heads=4, mlp_width=48, embedding_size=56),
     "llada-gqa": ModelConfig("llada", 50, width=48, layers=2, heads=6, kv_heads=2, mlp_width=48),
     "dream": ModelConfig(
-        "dream", 50, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48, qkv_bias=True,
-        rope_theta=1e6, norm_eps=1e-6,
+        "dream",
+        50,
+        width=32,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        mlp_width=48,
+        qkv_bias=True,
+        rope_theta=1e6,
+        norm_eps=1e-6,
     ),
     "tied": ModelConfig("dream", 50, width=32, layers=1, heads=4, mlp_width=48, tied_head=True),
-}  # fmt: skip
+}
 
 
 def build(config: ModelConfig, seed: int = 0) -> Transformer:

@@ -28,24 +28,30 @@ BORDERS = (0, 1, 40, 41, 97)  # the mask id is alone on its rank
 
 
 def shards(r2, logits, config, borders=BORDERS, layout="padded"):
-    exclude = None if config.allow_mask_id else config.mask_id
+    exclude = config.mask_id if config.mask_prediction == "ban" else None
     pairs = list(zip(borders[:-1], borders[1:], strict=True))
     parts = [
-        r2.vocab_statistics(laid_out(logits[..., a:b], layout), first_id=a, exclude_id=exclude)
+        r2.vocab_statistics(
+            laid_out(logits[..., a:b], layout),
+            first_id=a,
+            exclude_id=exclude,
+            with_entropy=config.base == "entropy",
+        )
         for a, b in pairs
     ]
-    return r2.VocabStatistics(torch.stack([part.values for part in parts]), logits.dtype)
+    return parts[0]._replace(values=torch.stack([part.values for part in parts]))
 
 
 @pytest.mark.parametrize(
     "config",
     [
         DecodeConfig.r2(MASK),
-        DecodeConfig.r2(MASK, base="factor", allow_mask_id=True),
+        DecodeConfig.r2(MASK, base="factor", mask_prediction="allow"),
         DecodeConfig.r2(MASK, base="schedule", steps_per_block=5, confidence_dtype="logits"),
         DecodeConfig.budget(MASK),
+        DecodeConfig.entropy(MASK, entropy_budget=1.0),
     ],
-    ids=["r2", "factor", "schedule", "budget"],
+    ids=["r2", "factor", "schedule", "budget", "entropy"],
 )
 def test_steps_of_merged_shards_are_those_of_the_whole(r2, device, config):
     for dtype in DTYPES[device]:
@@ -77,15 +83,16 @@ def test_one_shard_is_token_confidence(r2, device):
     part = r2.vocab_statistics(logits, candidates=candidates, exclude_id=MASK)
     prediction, confidence = r2.token_confidence(logits, candidates=candidates, exclude_id=MASK)
     state = DecodeState(*SHAPE[:2], device=device)
-    step = r2.select(part, torch.full(SHAPE[:2], MASK, device=device), state, config,
-                     candidates=candidates)  # fmt: skip
+    step = r2.select(
+        part, torch.full(SHAPE[:2], MASK, device=device), state, config, candidates=candidates
+    )
     assert same_bits(step.prediction, prediction)
     # The probability is rounded once more on the way: 1 / (sum / term) in double.
     finite = confidence.isfinite().cpu()
     assert torch.equal(step.confidence.isfinite().cpu(), finite)
     assert ulps(step.confidence.cpu()[finite], confidence.cpu()[finite].double()).max() <= 1
     empty = part.values[~candidates]
-    assert (empty == torch.tensor([-torch.inf, 0, -1], device=device)).all()
+    assert (empty[:, :3] == torch.tensor([-torch.inf, 0, -1], device=device)).all()
 
 
 def test_values(r2, device):
@@ -100,16 +107,17 @@ def test_values(r2, device):
     values = r2.vocab_statistics(torch.tensor([rows], device=device), first_id=50).values[0].cpu()
     assert values[0, 0] == 3 and values[0, 2] == 51
     torch.testing.assert_close(values[0, 1].item(), 2 + torch.tensor(-2.0).double().exp().item())
-    assert values[1].tolist() == [-inf, 0, -1]
+    assert values[1, :3].tolist() == [-inf, 0, -1]
+    assert values[:, 3].isnan().all()  # of entropies, which were not asked for
     assert values[2:, 1].isnan().all()
 
 
 def test_ties_go_to_the_lowest_id_in_any_order_of_the_parts(r2, device):
-    parts = torch.tensor([[5.0, 1, 9], [5.0, 2, 4], [-torch.inf, 0, -1]], dtype=torch.float64)
+    parts = [[5.0, 1, 9, -0.5], [5.0, 2, 4, -0.25], [-torch.inf, 0, -1, 0]]
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
-        stacked = parts[order].view(3, 1, 1, 3).to(device)
-        merged = r2.merge_statistics(r2.VocabStatistics(stacked, torch.float32))
-        assert merged.values.flatten().tolist() == [5, 3, 4]
+        stacked = torch.tensor(parts, dtype=torch.float64)[order].view(3, 1, 1, 4).to(device)
+        merged = r2.merge_statistics(r2.VocabStatistics(stacked, torch.float32, True))
+        assert merged.values.flatten().tolist() == [5, 3, 4, -0.75] and merged.with_entropy
 
 
 def test_a_bad_row_on_one_rank_commits_nothing(r2, device):
@@ -127,9 +135,9 @@ def test_a_bad_row_on_one_rank_commits_nothing(r2, device):
 
 def test_empty(r2, device):
     part = r2.vocab_statistics(torch.zeros(0, 4, 5, device=device))
-    assert part.values.shape == (0, 4, 3)
+    assert part.values.shape == (0, 4, 4)
     stacked = r2.VocabStatistics(part.values[None], part.dtype)
-    assert r2.merge_statistics(stacked).values.shape == (0, 4, 3)
+    assert r2.merge_statistics(stacked).values.shape == (0, 4, 4)
 
 
 def test_errors_write_nothing(r2):
@@ -141,7 +149,8 @@ def test_errors_write_nothing(r2):
     def step(statistics, config=config, **options):
         return r2.decode_step(statistics, tokens, state, config, **options)
 
-    wrong = part._replace(values=part.values[..., :2])
+    wrong = part._replace(values=part.values[..., :3])
+    budget = DecodeConfig.entropy(3)
     for call, error, words in (
         (lambda: r2.vocab_statistics(logits, first_id=-1), ValueError, "first_id"),
         (lambda: r2.vocab_statistics(logits, exclude_id=-1), ValueError, "exclude_id"),
@@ -154,6 +163,12 @@ def test_errors_write_nothing(r2):
         (lambda: step(part._replace(values=part.values[:, :1])), ValueError, "tokens"),
         (lambda: step(part, logits_shift=1), ValueError, "logits_shift"),
         (lambda: step(part, config.replace(temperature=1.0)), ValueError, "temperature"),
+        (lambda: step(part, proposed=tokens), ValueError, "proposed takes None"),
+        (lambda: step(part, rows=r2.RowParams(temperature=torch.ones(1))), ValueError, "rows.temp"),
+        (lambda: step(part, budget), ValueError, "with_entropy=True .* got 'with_entropy=False'"),
+        (lambda: step(part, config.replace(report_entropy=True)), ValueError, "with_entropy"),
+        (lambda: r2.vocab_statistics(logits, with_entropy=1), TypeError, "with_entropy takes"),
+        (lambda: step(part._replace(with_entropy=None)), TypeError, "with_entropy takes a bool"),
     ):
         with pytest.raises(error, match=words):
             call()
@@ -166,11 +181,19 @@ def test_opcheck(r2, device):
     candidates = torch.rand(2, 3, device=device) < 0.5
     for args in ((logits,), (logits, candidates, 5, 7)):
         torch.library.opcheck(ops.vocab_statistics.default, args, test_utils=tests)
-    parts = torch.rand(2, 2, 3, 3, dtype=torch.float64, device=device)
+    torch.library.opcheck(ops.vocab_statistics.default, (logits, None, 0, None, True))
+    parts = torch.rand(2, 2, 3, 4, dtype=torch.float64, device=device)
     torch.library.opcheck(ops.merge_statistics.default, (parts,), test_utils=tests)
     state = DecodeState(2, 3, device=device)
-    args = (parts[0], torch.full((2, 3), 4, device=device), *state_tensors(state), None,
-            torch.float32, *DecodeConfig(4)._op_args)  # fmt: skip
+    args = (
+        parts[0],
+        torch.full((2, 3), 4, device=device),
+        *state_tensors(state),
+        *(None,) * 5,  # step map, candidates, editable, proposed, slots
+        [],
+        torch.float32,
+        *DecodeConfig(4)._op_args,
+    )
     for op in (ops.decode_step.statistics, ops.select.statistics):
         torch.library.opcheck(op, args, test_utils=tests)
 

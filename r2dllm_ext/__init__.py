@@ -14,6 +14,7 @@ from ._version import __version__
 from .config import DecodeConfig, Rule
 from .corruption import Corruption, corrupt
 from .models import load_model
+from .row_params import RowParams
 from .state import DecodeState
 from .tasks import ledger
 
@@ -25,6 +26,7 @@ __all__ = [
     "Generation",
     "NoProgressError",
     "RedundancyScore",
+    "RowParams",
     "RowStats",
     "Rule",
     "StepEvent",

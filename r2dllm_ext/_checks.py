@@ -31,14 +31,24 @@ def refuse(error: type[Exception], where: str, name: str, takes: str, got: objec
 
 @overload
 def integer(
-    where: str, name: str, value: Any, low: int | None = ..., high: int | None = ...,
-    *, optional: Literal[False] = ...,
-) -> int: ...  # fmt: skip
+    where: str,
+    name: str,
+    value: Any,
+    low: int | None = ...,
+    high: int | None = ...,
+    *,
+    optional: Literal[False] = ...,
+) -> int: ...
 @overload
 def integer(
-    where: str, name: str, value: Any, low: int | None = ..., high: int | None = ...,
-    *, optional: bool,
-) -> int | None: ...  # fmt: skip
+    where: str,
+    name: str,
+    value: Any,
+    low: int | None = ...,
+    high: int | None = ...,
+    *,
+    optional: bool,
+) -> int | None: ...
 def integer(where, name, value, low=None, high=None, *, optional=False):
     """An integer in [low, high], of 64 bits in any case.
 
@@ -81,14 +91,26 @@ def _integers(low: int | None, high: int | None, optional: bool, bits: str = "")
 
 @overload
 def number(
-    where: str, name: str, value: Any, low: float | None = ..., high: float = ...,
-    *, open_low: bool = ..., optional: Literal[False] = ...,
-) -> float: ...  # fmt: skip
+    where: str,
+    name: str,
+    value: Any,
+    low: float | None = ...,
+    high: float = ...,
+    *,
+    open_low: bool = ...,
+    optional: Literal[False] = ...,
+) -> float: ...
 @overload
 def number(
-    where: str, name: str, value: Any, low: float | None = ..., high: float = ...,
-    *, open_low: bool = ..., optional: bool,
-) -> float | None: ...  # fmt: skip
+    where: str,
+    name: str,
+    value: Any,
+    low: float | None = ...,
+    high: float = ...,
+    *,
+    open_low: bool = ...,
+    optional: bool,
+) -> float | None: ...
 def number(where, name, value, low=None, high=math.inf, *, open_low=False, optional=False):
     """A finite number in [low, high], or (low, high]; without `low` any number, NaN included."""
     if value is None and optional:
@@ -157,28 +179,63 @@ def tensor(
     name: str,
     value: Any,
     shape: str,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     *,
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """A tensor of a shape such as "[B, T]" and of a dtype (None: any).
+    """A tensor of a shape such as "[B, T]" and of a dtype, or of one of some (None: any).
 
     `like`: name and value of a tensor on the same device whose first dimensions these are.
     """
     is_tensor(where, **{name: value})
-    if dtype is not None and value.dtype != dtype:
-        raise TypeError(f"{where}: {name} takes dtype {dtype}, got {value.dtype}")
     dims = shape.count(",") + 1
-    if like is None:
-        if value.dim() != dims:
-            raise ValueError(f"{where}: {name} takes shape {shape}, got {list(value.shape)}")
+    if like is not None:
+        sized(where, name, value, shape, like[1].shape[:dims], dtype)
+        same_device(where, **dict([like]), **{name: value})
         return
-    sizes = like[1].shape[:dims]
-    if value.shape != sizes:
+    _check_dtype(where, name, value, dtype)
+    if value.dim() != dims:
+        raise ValueError(f"{where}: {name} takes shape {shape}, got {list(value.shape)}")
+
+
+def sized(
+    where: str,
+    name: str,
+    value: Tensor,
+    shape: str,
+    sizes: Sequence[int],
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+) -> None:
+    """A tensor of these sizes, which `shape` names."""
+    _check_dtype(where, name, value, dtype)
+    if tuple(value.shape) != tuple(sizes):
         raise ValueError(
             f"{where}: {name} takes shape {shape} = {list(sizes)}, got {list(value.shape)}"
         )
-    same_device(where, **dict([like]), **{name: value})
+
+
+def _check_dtype(
+    where: str, name: str, value: Tensor, dtype: torch.dtype | Sequence[torch.dtype] | None
+) -> None:
+    if dtype is None:
+        return
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+    if value.dtype not in dtypes:
+        takes = " or ".join(map(str, dtypes))
+        raise TypeError(f"{where}: {name} takes dtype {takes}, got {value.dtype}")
+
+
+def logits_tensor(where: str, value: Tensor) -> None:
+    """[B, L, V] as the decode ops take them; for fake kernels, as the ops check by themselves."""
+    wide = () if value.device.type == "cuda" else (torch.float64,)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, *wide)
+    tensor(where, "logits", value, "[B, L, V]", dtypes)
+    if value.shape[2] < 1:
+        raise ValueError(f"{where}: logits takes V >= 1, got shape {list(value.shape)}")
+    if value.shape[2] != 1 and value.stride(2) != 1:
+        raise ValueError(
+            f"{where}: logits takes a last dimension of stride 1, got strides {value.stride()}"
+        )
 
 
 def same_device(where: str, **tensors: Tensor | None) -> None:

@@ -53,9 +53,10 @@ class BlockProgress:
         rows: the rows of the batch that are decoded.
         block_length: L, all of which is masked when the block begins.
         stuck: by row of the batch, those that were given up; `update` adds to them.
+        max_edits: of a cell (`BlockEdits`), while it may be that nothing else is done.
     """
 
-    # A model that predicts the mask id (allow_mask_id) may commit nothing for a while.
+    # A model that predicts the mask id (mask_prediction="allow") may commit nothing for a while.
     _PATIENCE = 256
 
     def __init__(
@@ -64,11 +65,12 @@ class BlockProgress:
         rows: list[int],
         block_length: int,
         stuck: dict[int, StuckRow],
+        max_edits: int = 0,
     ) -> None:
         self._rows, self._stuck = rows, stuck
         self.left = [block_length] * len(rows)
         self._stalled = [0] * len(rows)
-        self._limit = self._PATIENCE + (config.steps_per_block or 0)
+        self._limit = self._PATIENCE + (config.steps_per_block or 0) + max_edits * block_length
 
     @property
     def remaining(self) -> int:

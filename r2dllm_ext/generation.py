@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._checks import flag, instance, integer, refuse
+from .block_edits import BlockEdits
 from .config import DecodeConfig
 from .decode_progress import BlockProgress, NoProgressError, StuckRow, ending
 from .generate_checks import check_inputs
 from .model_driver import CACHES, ModelDriver
 from .ops import decode_step
+from .row_params import RowParams
 from .state import DecodeState, DecodeStep
 from .step_graph import check_graph, generate_by_graph
 from .stop_ids import StopId, stop_ids
@@ -47,6 +50,9 @@ def generate(
     gen_length: int,
     block_length: int = 32,
     config: DecodeConfig,
+    rows: RowParams | None = None,
+    edit: bool = False,
+    max_edits: int = 4,
     cache: str = "none",
     logits_shift: int = 0,
     attention_mask: torch.Tensor | None = None,
@@ -67,6 +73,12 @@ def generate(
         gen_length: G >= 0, a multiple of `block_length`.
         block_length: L >= 1 (release: 32).
         config: what a step may commit.
+        rows: options of each row of the batch in place of the config's, [B] tensors on the model's
+            device.
+        edit: True lets a step change what it has decided in the active block, where
+            `config.edit_threshold` allows it. A row then stays in its block until no cell is masked
+            and the last step edited nothing; a `stop_id` counts from such a step on, too.
+        max_edits: of a cell in its block, >= 1, so that it ends.
         cache: "none" (each forward reads everything), "prefix" (keys and values before the block
             are kept) or "dual" (those after it too). A block begins with a full pass.
         logits_shift: 0 where row i predicts position i (LLaDA); 1 where row i - 1 does (Dream).
@@ -111,6 +123,8 @@ def generate(
     (torch.Size([1, 35]), True)
     """
     _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask)
+    _check_options(config, rows, edit, max_edits)
+    assert config.mask_id is not None  # checked
     check_inputs(model, prompt, attention_mask, gen_length=gen_length, mask_id=config.mask_id)
     stops = stop_ids(stop_id, where="generate")
     device = torch.device(getattr(model, "device", prompt.device))
@@ -124,51 +138,75 @@ def generate(
     driver = ModelDriver(model, cache, logits_shift, _key_mask(attention_mask, gen_length, device))
     state = DecodeState(batch, block_length, device=device)
     stuck: dict[int, StuckRow] = {}
+    edits = None
+    if edit:
+        edits = BlockEdits(batch, block_length, max_edits, config.mask_id, device)
     if cuda_graph:
-        decoding = (driver, sequences, prompt_length, state, config, stops, stuck)
+        decoding = (driver, sequences, prompt_length, state, config, rows, edits, stops, stuck)
         nfe = generate_by_graph(*decoding, loop=cuda_graph == "loop")
         return _result(Generation(sequences, nfe, None), stuck)
 
     recorder = TraceRecorder(batch, prompt_length, gen_length, block_length) if trace else None
-    rows, nfe = list(range(batch)), 0  # rows that are not finished
+    active, nfe = list(range(batch)), 0  # rows that are not finished
     with _progress_bar(batch * gen_length) if progress else contextlib.nullcontext() as bar:
         for block in range(gen_length // block_length):
-            if not rows:
+            if not active:
                 break
             start = prompt_length + block * block_length
             end = start + block_length
             state.reset()
-            block_progress = BlockProgress(config, rows, block_length, stuck)
+            if edits is not None:
+                edits.begin(sequences[active, start:end])
+            most = max_edits if edit else 0
+            block_progress = BlockProgress(config, active, block_length, stuck, most)
             first = True
-            while rows and (first or block_progress.remaining or driver.owes_block_step):
-                ids = sequences if len(rows) == batch else sequences[rows]
-                logits, shift, full_pass = driver.forward(ids, start, end, rows, new_block=first)
+            while active and (first or block_progress.remaining or driver.owes_block_step):
+                ids = sequences if len(active) == batch else sequences[active]
+                logits, shift, full_pass = driver.forward(ids, start, end, active, new_block=first)
                 first = False
                 nfe += 1
-                step_config = driver.step_config(config, full_pass)
+                step_config, step_rows = driver.step_options(config, rows, full_pass)
                 tokens = ids[:, start:end]
                 masked = tokens == config.mask_id
-                step = decode_step(logits, tokens, state, step_config, logits_shift=shift)
+                step = decode_step(
+                    logits,
+                    tokens,
+                    state,
+                    step_config,
+                    editable=None if edits is None else edits.editable(tokens),
+                    rows=step_rows,
+                    logits_shift=shift,
+                )
                 if ids is not sequences:
-                    sequences[rows, start:end] = tokens
-                committed = block_progress.update(step, nfe)
+                    sequences[active, start:end] = tokens
+                owed = step if edits is None else edits.update(step)
+                committed = block_progress.update(owed, nfe)
 
                 if recorder is not None:
-                    recorder.record(block, full_pass, rows, masked, step)
+                    recorder.record(block, full_pass, active, masked, step)
                 if bar is not None:
                     bar.update(committed)
                     bar.set_postfix(nfe=nfe, refresh=False)
                 if on_step is not None:
-                    on_step(StepEvent(nfe, block, start, list(rows), step, sequences))
-                ends = ending(tokens, stops, config.mask_id).tolist() if stops else [-1] * len(rows)
-                kept = [i for i, row in enumerate(rows) if ends[i] < 0 and row not in stuck]
-                if len(kept) == len(rows):
+                    on_step(StepEvent(nfe, block, start, list(active), step, sequences))
+                ends = [-1] * len(active)
+                if stops:
+                    stop_of = ending(tokens, stops, config.mask_id)
+                    if edits is not None:
+                        stop_of.masked_fill_(edits.goes_on, -1)
+                    ends = stop_of.tolist()
+                kept = [i for i, row in enumerate(active) if ends[i] < 0 and row not in stuck]
+                if len(kept) == len(active):
                     continue
-                for row, stop in zip(rows, ends, strict=True):
+                for row, stop in zip(active, ends, strict=True):
                     if stop >= 0:
                         sequences[row].masked_fill_(sequences[row] == config.mask_id, stop)
-                state = state.take(torch.tensor(kept, dtype=torch.int64, device=device))
-                rows = [rows[i] for i in kept]
+                active = [active[i] for i in kept]
+                index = torch.tensor(kept, dtype=torch.int64, device=device)
+                state = state.take(index)
+                rows = None if rows is None else rows.take(index)
+                if edits is not None:
+                    edits.keep_rows(index)
                 driver.keep_rows(kept)
                 block_progress.keep_rows(kept)
     generation = Generation(sequences, nfe, recorder.finish(sequences) if recorder else None)
@@ -197,6 +235,15 @@ def _progress_bar(total: int):
             "generate: progress=True needs tqdm. Fix: pip install 'r2dllm_ext[cli]'"
         ) from error
     return tqdm(total=total, unit="tok", desc="generate")
+
+
+def _check_options(config: DecodeConfig, rows, edit: bool, max_edits: int) -> None:
+    if config.mask_id is None:
+        refuse(ValueError, "generate", "config.mask_id", "the model's mask token", None)
+    instance("generate", "rows", rows, RowParams, optional=True)
+    if flag("generate", "edit", edit) and config.edit_threshold is None:
+        refuse(ValueError, "generate", "edit", "False where config.edit_threshold is None", edit)
+    integer("generate", "max_edits", max_edits, 1, 2**31 - 1)
 
 
 def _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .config import DecodeConfig
+from .row_params import RowParams
 
 CACHES = ("none", "prefix", "dual")
 
@@ -42,10 +43,14 @@ class ModelDriver:
         """What follows a block's prefix differs in length from block to block."""
         return self.cache == "prefix"
 
-    def step_config(self, config: DecodeConfig, full_pass: bool) -> DecodeConfig:
-        """Dream's full pass commits the first cell of the block by the base rule, nothing else."""
-        dream_loop = self._shift == 1 and self.cache != "none"
-        return config.replace(base="first") if dream_loop and full_pass else config
+    def step_options(
+        self, config: DecodeConfig, rows: RowParams | None, full_pass: bool
+    ) -> tuple[DecodeConfig, RowParams | None]:
+        """Dream's full pass commits by the base rule the first cell of the block, nothing else."""
+        if not full_pass or self.cache == "none" or self._shift == 0:
+            return config, rows
+        config = config.replace(base="first", quota=1)
+        return config, None if rows is None else rows.replace(quota=None)
 
     def forward(
         self, ids: torch.Tensor, start: int, end: int, rows: list[int], *, new_block: bool

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .block_edits import BlockEdits
 from .config import DecodeConfig
 from .decode_progress import BlockProgress, StuckRow, ending
 from .model_driver import ModelDriver
 from .ops import decode_step
+from .row_params import RowParams
 from .state import Counter, DecodeState, DecodeStep
 
 HAS_LOOPS = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")  # torch 2.15
@@ -161,43 +163,63 @@ class _BlockStep:
         sequences: Tensor,
         state: DecodeState,
         config: DecodeConfig,
+        rows: RowParams | None,
+        edits: BlockEdits | None,
         stops: Sequence[int],
     ) -> None:
         self._driver, self._sequences, self._state = driver, sequences, state
-        self._config, self._stops = config, stops
-        self._rows = list(range(len(sequences)))
+        assert config.mask_id is not None  # checked by `generate`
+        self._config, self._mask_id, self._rows = config, config.mask_id, rows
+        self._edits, self._stops = edits, stops
+        self._batch = list(range(len(sequences)))
         self._columns = torch.arange(state.block_length, device=sequences.device)
         driver.columns = self._columns
 
     def begin_block(self, start: int) -> None:
         torch.arange(start, start + len(self._columns), out=self._columns)
         self._state.reset()
+        if self._edits is not None:
+            self._edits.begin(self._sequences.index_select(1, self._columns))
 
     def forward(self, start: int, new_block: bool = False) -> tuple[Tensor, int, bool]:
         end = start + len(self._columns)
-        return self._driver.forward(self._sequences, start, end, self._rows, new_block=new_block)
+        return self._driver.forward(self._sequences, start, end, self._batch, new_block=new_block)
 
     def step(self, start: int, new_block: bool = False) -> DecodeStep:
         """In a finished row nothing remains."""
         logits, shift, full_pass = self.forward(start, new_block)
         tokens = self._sequences.index_select(1, self._columns)
-        config = self._driver.step_config(self._config, full_pass)
-        step = decode_step(logits, tokens, self._state, config, logits_shift=shift)
+        config, rows = self._driver.step_options(self._config, self._rows, full_pass)
+        edits = self._edits
+        step = decode_step(
+            logits,
+            tokens,
+            self._state,
+            config,
+            editable=None if edits is None else edits.editable(tokens),
+            rows=rows,
+            logits_shift=shift,
+        )
         self._sequences.index_copy_(1, self._columns, tokens)
+        if edits is not None:
+            step = edits.update(step)
         if not self._stops:
             return step
-        ends = ending(tokens, self._stops, self._config.mask_id)[:, None]
-        undecided = (ends >= 0) & (self._sequences == self._config.mask_id)
-        self._sequences.copy_(torch.where(undecided, ends, self._sequences))
-        return step._replace(remaining=step.remaining.masked_fill(ends[:, 0] >= 0, 0))
+        ends = ending(tokens, self._stops, self._mask_id)
+        if edits is not None:
+            ends = ends.masked_fill(edits.goes_on, -1)
+            edits.settle(ends >= 0)
+        undecided = (ends >= 0)[:, None] & (self._sequences == self._mask_id)
+        self._sequences.copy_(torch.where(undecided, ends[:, None], self._sequences))
+        return step._replace(remaining=step.remaining.masked_fill(ends >= 0, 0))
 
     def all_done(self, start: int, stuck: Container[int]) -> bool:
         """Whether every row is finished or stuck: a host read, if rows can finish."""
-        ends = [-1] * len(self._rows)
+        ends = [-1] * len(self._batch)
         if self._stops:
             tokens = self._sequences[:, start : start + len(self._columns)]
-            ends = ending(tokens, self._stops, self._config.mask_id).tolist()
-        return all(end >= 0 or row in stuck for row, end in zip(self._rows, ends, strict=True))
+            ends = ending(tokens, self._stops, self._mask_id).tolist()
+        return all(end >= 0 or row in stuck for row, end in zip(self._batch, ends, strict=True))
 
 
 def generate_by_graph(
@@ -206,6 +228,8 @@ def generate_by_graph(
     prompt_length: int,
     state: DecodeState,
     config: DecodeConfig,
+    rows: RowParams | None,
+    edits: BlockEdits | None,
     stops: Sequence[int],
     stuck: dict[int, StuckRow],
     *,
@@ -217,19 +241,20 @@ def generate_by_graph(
     the steps of a block is part of it. Rows that can't be finished go into `stuck`, and on through
     the forwards. Returns the number of forwards.
     """
-    rows, length, nfe = list(range(len(sequences))), state.block_length, 0
-    if not rows:
+    batch, length, nfe = list(range(len(sequences))), state.block_length, 0
+    if not batch:
         return nfe
-    block = _BlockStep(driver, sequences, state, config, stops)
+    block = _BlockStep(driver, sequences, state, config, rows, edits, stops)
     pool = torch.cuda.graph_pool_handle() if sequences.is_cuda else None
-    counters = LoopCounters(len(rows), sequences.device)
+    counters = LoopCounters(len(batch), sequences.device)
     replayed: StepGraph | None = None
     looping: LoopGraph | None = None
     for start in range(prompt_length, sequences.shape[1], length):
         if block.all_done(start, stuck):
             break
         block.begin_block(start)
-        progress = BlockProgress(config, rows, length, stuck)
+        max_edits = 0 if edits is None else edits.max_edits
+        progress = BlockProgress(config, batch, length, stuck, max_edits)
         if driver.cache != "none":
             nfe += 1
             progress.update(block.step(start, new_block=True), nfe)

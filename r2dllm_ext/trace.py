@@ -23,8 +23,8 @@ class Trace:
         confidence: [S, B, L] float32.
         masked: [S, B, L] bool, cells masked before the step.
         rule: [S, B, L] uint8, values of `Rule`.
-        commit_step: [B, G] int64, step that committed a position; -1 = never (filled with
-            `stop_id` once its row was finished).
+        commit_step: [B, G] int64, the last step that gave a position its token, by a commit or an
+            edit; -1 = none did (filled with `stop_id` once its row was finished).
         commit_rule: [B, G] uint8, its rule.
         sequences: [B, P + G] int64, the result.
     """
@@ -46,12 +46,17 @@ class Trace:
         """S, the number of forwards."""
         return len(self.block)
 
+    def is_active(self) -> torch.Tensor:
+        """[S, B] bool: steps at which a row had cells to decide, masked or editable ones."""
+        return (self.masked | (self.prediction >= 0)).any(-1)
+
     def row_nfe(self) -> torch.Tensor:
-        """[B] int64: forwards at which a row had masked cells, what a decode of it alone takes."""
-        return self.masked.any(-1).sum(0)
+        """[B] int64: forwards at which a row had cells to decide, what a decode of it alone
+        takes."""
+        return self.is_active().sum(0)
 
     def rule_counts(self) -> dict[Rule, int]:
-        """Positions committed by each rule, over all rows."""
+        """Positions by the rule that gave them their token, over all rows."""
         counts = torch.bincount(self.commit_rule.flatten().long(), minlength=len(Rule))
         return {rule: int(counts[rule]) for rule in Rule if rule is not Rule.NONE}
 

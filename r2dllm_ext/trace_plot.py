@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Transform
 
 # The base rule in cool colours, the three rules of R2-dLLM in warm ones; told apart by every eye.
+# An edit, which is no commit of a masked cell, is red.
 RULE_COLORS = {
     Rule.THRESHOLD: "#3b82c4",
     Rule.FORCED: "#6d7a8f",
@@ -29,6 +30,8 @@ RULE_COLORS = {
     Rule.AMBIGUITY: "#cc6fa8",
     Rule.STABILITY: "#e69a00",
     Rule.BASE: "#3f8f8b",
+    Rule.NEIGHBOUR: "#8fb339",
+    Rule.EDIT: "#c8413b",
 }
 _INK, _MUTED, _PAPER = "#22262e", "#6b7280", "#ffffff"
 _UNREACHED, _UNSURE, _SURE = "#fbfbfb", "#faf6ee", "#cfb98f"
@@ -43,7 +46,8 @@ def plot_trace(
     config: DecodeConfig | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draw one row of a trace: x = generated position, y = step, colour = rule of the commit.
+    """Draw one row of a trace: x = generated position, y = step, colour = rule of the commit, from
+    the step of an edit on that of the edit.
 
     A masked cell is the darker the surer its prediction. Three marks show the cells that
     `redundant_cells` finds, each in the colour of the rule that removes them: a dot where the
@@ -118,7 +122,7 @@ class _History:
 
 def _history(trace: Trace, redundant: RedundantCells, row: int) -> _History:
     positions, length = trace.commit_step.shape[1], trace.block_length
-    own = trace.masked[:, row].any(-1)
+    own = trace.is_active()[:, row]
     block = trace.block[own].numpy()
     cells = block[:, None] * length + np.arange(length)
 
@@ -221,11 +225,8 @@ def _draw_cells(axes: Axes, history: _History) -> None:
     sure = history.confidence[..., None]
     masked = sure * _rgb(_SURE) + (1 - sure) * _rgb(_UNSURE)
     image[history.masked] = masked[history.masked]
-    for position, (step, rule) in enumerate(
-        zip(history.commit_step.tolist(), history.commit_rule.tolist(), strict=True)
-    ):
-        if step < 0:
-            continue
+    for step, position in np.argwhere(history.rule != Rule.NONE):  # by step: an edit comes later
+        rule = history.rule[step, position]
         color = RULE_COLORS[Rule(rule)]
         in_block = history.block[step:] == history.block[step]
         image[step:, position] = np.where(
@@ -400,6 +401,7 @@ def _draw_head(figure: Figure, history: _History, layout: _Layout, title: str) -
     commits: list[Artist] = [
         Patch(facecolor=color, label=f"{rule.name.lower()} {counts[rule]}")
         for rule, color in RULE_COLORS.items()
+        if counts[rule] or rule not in (Rule.NEIGHBOUR, Rule.EDIT)
     ]
     waiting = {rule: f"({int(cells.sum())} cells)" for rule, cells in history.redundant.items()}
     redundancies: list[Artist] = [

@@ -70,6 +70,13 @@ inline void* bytes_of(const Tensor& workspace) {
   return workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
 }
 
+// The op has written `t`: each argument that the schema marks with "!" comes by here. torch counts
+// the writes of its own in-place ops; views and their base have one count, so that a backward that
+// saved any of them notices. Inference tensors have none.
+inline void bump(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
 template <class T>
 const T* data_or_null(const Tensor& t) {
   return t.defined() ? t.const_data_ptr<T>() : nullptr;

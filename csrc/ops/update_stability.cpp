@@ -46,6 +46,7 @@ Tensor update_stability_(const Tensor& streak_count, const Tensor& streak_id,
                   .mode = static_cast<TemporalEval>(mode)},
       .stable = stable.mutable_data_ptr<bool>()};
   R2D_CALL_BACKEND(confidence, update_stability, params);
+  for (const Tensor& written : {streak_count, streak_id, streak_sum, streak_max}) bump(written);
   return stable;
 }
 

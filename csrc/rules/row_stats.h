@@ -105,28 +105,4 @@ R2D_HOST_DEVICE double target_gradient(const RowGradient& row, double logit, dou
   return d_nll * expm1(-nll) + entropy_gradient(row, logit);
 }
 
-// One number per row: float64 for float64 logits, else float32.
-struct RowValues {
-  const void* data;
-  bool is_double;
-
-  R2D_HOST_DEVICE double get(int64_t i) const {
-    return is_double ? static_cast<const double*>(data)[i]
-                     : static_cast<double>(static_cast<const float*>(data)[i]);
-  }
-};
-
-struct WritableRowValues {
-  void* data;
-  bool is_double;
-
-  R2D_HOST_DEVICE void set(int64_t i, double value) const {
-    if (is_double) {
-      static_cast<double*>(data)[i] = value;
-    } else {
-      static_cast<float*>(data)[i] = static_cast<float>(value);
-    }
-  }
-};
-
 }  // namespace r2dllm

@@ -20,7 +20,7 @@ __all__ = ["main"]
 _EXAMPLES = """\
 examples:
   r2dllm demo
-  r2dllm generate --file prompts.txt --preset budget --error-budget 0.2 --json
+  r2dllm generate --file prompts.txt --preset budget --error-budget 0.02 --json
   r2dllm generate --model GSAI-ML/LLaDA-8B-Instruct --device cuda --chat 'Why is the sky blue?'
   r2dllm trace --preset fast_dllm --out fast.png
   r2dllm sft --out run --learning-rate 1e-4 --steps 200

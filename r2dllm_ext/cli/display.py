@@ -27,6 +27,8 @@ _MARKS = {
     Rule.AMBIGUITY: "&",
     Rule.STABILITY: "~",
     Rule.BASE: "+",
+    Rule.NEIGHBOUR: "-",
+    Rule.EDIT: "*",
 }
 _MEANINGS = {
     Rule.THRESHOLD: "confident by itself",
@@ -35,6 +37,8 @@ _MEANINGS = {
     Rule.AMBIGUITY: "best of equal neighbours",
     Rule.STABILITY: "stopped changing",
     Rule.BASE: "picked by the base rule",
+    Rule.NEIGHBOUR: "near a confident one",
+    Rule.EDIT: "another token before",
 }
 # For terminals of 16 colours, where the nearest of the above would be one and the same.
 _ANSI_COLORS = {
@@ -44,6 +48,8 @@ _ANSI_COLORS = {
     Rule.AMBIGUITY: "magenta",
     Rule.STABILITY: "yellow",
     Rule.BASE: "cyan",
+    Rule.NEIGHBOUR: "bright_green",
+    Rule.EDIT: "red",
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from ..config import DecodeConfig
 from ..model_driver import CACHES
 
-PRESETS = ("vanilla", "fast_dllm", "r2", "budget")
+PRESETS = ("vanilla", "fast_dllm", "r2", "budget", "entropy")
 _DTYPES = ("float32", "bfloat16", "float16")
 _NUMBERS = {int: ("an integer", "N"), float: ("a number", "X"), str: ("a name", "NAME")}
 
@@ -139,8 +139,8 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         choices=PRESETS,
         default="r2",
         help="vanilla: one token a step; fast_dllm: "
-        "the threshold alone; r2: threshold and the three rules; budget: a bound on the expected "
-        "errors of a step (default: %(default)s)",
+        "the threshold alone; r2: threshold and the three rules; budget, entropy: a bound on the "
+        "expected errors or the entropy of a step (default: %(default)s)",
     )
     _add_config_fields(parser)
 

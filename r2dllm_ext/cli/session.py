@@ -114,13 +114,15 @@ class Session:
         Raises UnfinishedError if the model can't finish some of them.
         """
         ids, attention_mask = self._left_padded([prompt.ids for prompt in prompts])
+        config = config or self.config
         try:
             generation = generate(
                 self.model,
                 ids,
                 gen_length=self.gen_length,
                 block_length=self.block_length,
-                config=config or self.config,
+                config=config,
+                edit=config.edit_threshold is not None,
                 cache=self.cache,
                 logits_shift=self.logits_shift,
                 attention_mask=attention_mask,
@@ -150,7 +152,7 @@ class Session:
             length=words + ended,
             text=answer,
             pieces=text.pieces(self.codec, ids[:words]),
-            nfe=int(trace.masked[:, row].any(-1).sum()),
+            nfe=int(trace.row_nfe()[row]),
             verdict=self._verdict(prompt.text, answer),
             part="" if self.task is None else self.task.part,
         )

@@ -354,9 +354,17 @@ def _linear_sft_loss(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(
-        hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, entropy_temperature,
+        hidden,
+        head,
+        targets,
+        bias,
+        rows,
+        max_rows,
+        chunk_rows,
+        dtype,
+        entropy_temperature,
         ignore_index,
-    )  # fmt: skip
+    )
     head_read, bias_read = head.to(dtype), None if bias is None else bias.to(dtype)
     index = _computed_rows(targets, rows, max_rows, ignore_index)
     counted = torch.full_like(targets, ignore_index).index_copy_(0, index, targets[index])
@@ -367,9 +375,17 @@ def _linear_sft_loss(
 
     def reduced(nll: Tensor, entropy: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.r2dllm.sft_reduce(
-            nll, entropy, prediction, counted, weight, normalizer, entropy_weight, entropy_gate,
-            ignore_index, "linear_sft_loss",
-        )  # fmt: skip
+            nll,
+            entropy,
+            prediction,
+            counted,
+            weight,
+            normalizer,
+            entropy_weight,
+            entropy_gate,
+            ignore_index,
+            "linear_sft_loss",
+        )
 
     nll = hidden.new_zeros(len(targets), dtype=_wide(dtype))
     entropy, prediction = torch.zeros_like(nll), torch.full_like(targets, -1)
@@ -386,8 +402,14 @@ def _linear_sft_loss(
         for whole, part in zip((nll, entropy, prediction), (*stats[:2], stats[3]), strict=True):
             whole.index_copy_(0, positions, part)
         if with_the_loss:
-            rows_here = _Rows(chosen, state, d_nll[positions], d_entropy[positions],
-                              entropy_temperature, ignore_index)  # fmt: skip
+            rows_here = _Rows(
+                chosen,
+                state,
+                d_nll[positions],
+                d_entropy[positions],
+                entropy_temperature,
+                ignore_index,
+            )
             gradients.add(
                 positions, states, logits, head_read, rows_here, len(positions) == len(index)
             )
@@ -419,15 +441,31 @@ def _linear_sft_loss_backward(
     for positions, states, logits in _chunks(hidden, head_read, bias_read, index, buffer):
         chosen = targets[positions]
         state = torch.ops.r2dllm.row_stats(logits, chosen, entropy_temperature, ignore_index)[-1]
-        rows_here = _Rows(chosen, state, d_nll[positions], d_entropy[positions],
-                          entropy_temperature, ignore_index)  # fmt: skip
+        rows_here = _Rows(
+            chosen, state, d_nll[positions], d_entropy[positions], entropy_temperature, ignore_index
+        )
         gradients.add(positions, states, logits, head_read, rows_here, len(positions) == len(index))
     return gradients.finished(hidden, head_read, bias_read, index, buffer)
 
 
 @_linear_sft_loss.register_fake
-def _(hidden, head, targets, weight, bias, normalizer, rows, max_rows, chunk_rows, dtype,
-      entropy_weight, entropy_temperature, entropy_gate, ignore_index, needs):  # fmt: skip
+def _(
+    hidden,
+    head,
+    targets,
+    weight,
+    bias,
+    normalizer,
+    rows,
+    max_rows,
+    chunk_rows,
+    dtype,
+    entropy_weight,
+    entropy_temperature,
+    entropy_gate,
+    ignore_index,
+    needs,
+):
     same_device(
         "linear_sft_loss",
         hidden=hidden,
@@ -445,8 +483,21 @@ def _(hidden, head, targets, weight, bias, normalizer, rows, max_rows, chunk_row
 
 
 @_linear_sft_loss_backward.register_fake
-def _(hidden, head, targets, bias, d_nll, d_entropy, rows, max_rows, chunk_rows, dtype,
-      entropy_temperature, ignore_index, needs):  # fmt: skip
+def _(
+    hidden,
+    head,
+    targets,
+    bias,
+    d_nll,
+    d_entropy,
+    rows,
+    max_rows,
+    chunk_rows,
+    dtype,
+    entropy_temperature,
+    ignore_index,
+    needs,
+):
     return _empty(hidden, head, dtype, needs)
 
 
@@ -481,9 +532,17 @@ def _backward(ctx, d_loss, *_):
         *tensors, d_nll, d_entropy, rows = ctx.saved_tensors
         max_rows, chunk_rows, dtype, _, temperature, _, ignore_index = ctx.options
         gradients = torch.ops.r2dllm.linear_sft_loss_backward(
-            *tensors, d_nll * d_loss, d_entropy * d_loss, rows, max_rows, chunk_rows, dtype,
-            temperature, ignore_index, ctx.needs,
-        )  # fmt: skip
+            *tensors,
+            d_nll * d_loss,
+            d_entropy * d_loss,
+            rows,
+            max_rows,
+            chunk_rows,
+            dtype,
+            temperature,
+            ignore_index,
+            ctx.needs,
+        )
     d_hidden, d_head, d_bias = (
         gradient.to(dtype) if needed else None
         for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True)

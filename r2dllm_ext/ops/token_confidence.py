@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import integer, is_tensor, same_device
+from .._checks import integer, is_tensor, logits_tensor, tensor
 
 
 def token_confidence(
@@ -46,7 +46,10 @@ def token_confidence(
 
 @torch.library.register_fake("r2dllm::token_confidence")
 def _(logits, candidates=None, exclude_id=None):
-    same_device("token_confidence", logits=logits, candidates=candidates)
+    logits_tensor("token_confidence", logits)
+    if candidates is not None:
+        like = ("logits", logits)
+        tensor("token_confidence", "candidates", candidates, "[B, L]", torch.bool, like=like)
     shape = logits.shape[:2]
     return (
         logits.new_empty(shape, dtype=torch.int64),

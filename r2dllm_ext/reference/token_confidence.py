@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-1 token of a row of logits and its softmax probability."""
+"""What a row of logits says: its likeliest token, probabilities, entropy."""
 
 import torch
 from torch import Tensor
@@ -42,3 +42,46 @@ def token_confidence(
     prediction[candidates] = torch.where(valid, lowest, -1)
     confidence[candidates] = torch.where(valid, probability, torch.nan)
     return prediction, confidence
+
+
+def token_entropy(
+    logits: Tensor, *, candidates: Tensor | None = None, exclude_id: int | None = None
+) -> Tensor:
+    """[B, L] float64, entropy of the softmax in nats.
+
+    0 where a cell is no candidate, NaN where the row is invalid, as in `token_confidence`.
+    """
+    entropy = torch.zeros(logits.shape[:-1], dtype=torch.float64, device=logits.device)
+    if candidates is None:
+        candidates = torch.ones_like(entropy, dtype=torch.bool)
+    if not candidates.any():
+        return entropy
+    rows = without_column(logits[candidates], exclude_id)  # [n, V]
+    log_p = rows.log_softmax(-1)
+    surprise = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+    valid = rows.amax(-1).isfinite()
+    entropy[candidates] = torch.where(valid, surprise.clamp_min(0), torch.nan)
+    return entropy
+
+
+def probability_of(
+    logits: Tensor, ids: Tensor, *, candidates: Tensor, exclude_id: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Given tokens and their probabilities at the candidate cells.
+
+    Args:
+        logits: [B, L, V] floating point.
+        ids: [B, L] int64.
+
+    Returns:
+        token [B, L] int64 and probability [B, L] float64, -1 / 0 where a cell is no candidate;
+        -1 / NaN where the id is none of [0, V) or the row is invalid.
+    """
+    token = torch.full_like(ids, -1)
+    probability = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+    for b, i in candidates.nonzero().tolist():
+        z, given = without_column(logits[b, i], exclude_id), int(ids[b, i])
+        probability[b, i] = torch.nan
+        if 0 <= given < len(z) and z.max().isfinite():
+            token[b, i], probability[b, i] = given, z.softmax(-1)[given]
+    return token, probability

@@ -163,7 +163,7 @@ def _check(
 ) -> None:
     if not prompts:
         raise ValueError("there is no prompt to roll out")
-    mask_id = recipe.rollout.config.mask_id
+    mask_id = recipe.rollout.mask_id
     if mask_id >= model.config.embedding_size:
         raise ValueError(
             f"mask_id: token id {mask_id}, the model takes 0..{model.config.embedding_size - 1}"
@@ -204,7 +204,7 @@ def _train(
         trained,
         examples,
         training,
-        mask_id=recipe.rollout.config.mask_id,
+        mask_id=recipe.rollout.mask_id,
         block_length=recipe.rollout.block_length,
         logits_shift=recipe.rollout.logits_shift,
         pad_id=trained.config.pad_id or 0,

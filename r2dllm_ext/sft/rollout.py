@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import integer
+from .._checks import integer, refuse
 from ..config import DecodeConfig, Rule
 from ..generation import NoProgressError, generate
 from ..redundancy import redundancy_score
@@ -57,6 +57,13 @@ class Rollout:
                 f"Rollout: samples takes 1 without temperature, got {self.samples}: all samples of "
                 "a prompt are the same"
             )
+
+    @property
+    def mask_id(self) -> int:
+        """Of the config, which has one."""
+        if self.config.mask_id is None:
+            refuse(ValueError, "Rollout", "config.mask_id", "the model's mask token", None)
+        return self.config.mask_id
 
 
 def roll_out(

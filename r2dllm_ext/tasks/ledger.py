@@ -211,6 +211,14 @@ class Ledger(Task):
     def weights(self, answers: Tensor) -> Tensor:
         return 1 + (DIGIT_WEIGHT - 1) * self.serial(answers).float()
 
+    def posterior(
+        self, prompts: list[str], answers: Tensor, hidden: Tensor, *, strict: bool = True
+    ) -> Tensor:
+        from .ledger_posterior import posterior
+
+        problems = [parse_prompt(prompt) for prompt in prompts]
+        return posterior(problems, answers, hidden, self.tokenizer, strict=strict)
+
     def serial(self, answers: Tensor) -> Tensor:
         return torch.isin(answers, torch.tensor(self.tokenizer.digit_ids, device=answers.device))
 

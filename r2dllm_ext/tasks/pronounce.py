@@ -151,23 +151,32 @@ def read_answer(answer: str) -> list[Pronunciation]:
     return [tuple(one) for one in found]
 
 
-def make_sample(seed: int, index: int, *, split: str = "train") -> Sample:
+def make_sample(
+    seed: int,
+    index: int,
+    *,
+    split: str = "train",
+    fewest: int = FEWEST,
+    most: int = MOST,
+    prompt_length: int = PROMPT_LENGTH,
+    answer_length: int = ANSWER_LENGTH,
+) -> Sample:
     """The `index`-th sample of a seed: the same wherever the dictionary is the same.
 
     Words are drawn alike from the split; where prompt or answer would not fit, the last ones are
-    left out, and fewer than six drawn anew. The answer has the first pronunciation listed.
+    left out, and fewer than `fewest` drawn anew. The answer has the first pronunciation listed.
     """
     if split not in ("train", "test"):
         raise ValueError(f"make_sample: split is {split!r}, takes 'train' or 'test'")
     pool, listed = words_of(split), dictionary()
     rng = Random(f"pronounce {split} {seed} {index}")
     while True:
-        number = FEWEST + int(rng.random() * (MOST - FEWEST + 1))
+        number = fewest + int(rng.random() * (most - fewest + 1))
         words = [pool[int(rng.random() * len(pool))] for _ in range(number)]
-        while len(words) >= FEWEST:
+        while len(words) >= fewest:
             letters = sum(1 + len(word) for word in words)
             phonemes = sum(1 + len(listed[word][0]) for word in words)
-            if letters <= PROMPT_LENGTH and phonemes < ANSWER_LENGTH:
+            if letters <= prompt_length and phonemes < answer_length:
                 return Sample(" ".join(words), write_answer([listed[word][0] for word in words]))
             words.pop()
 
@@ -231,17 +240,31 @@ def edit_distance(a: Pronunciation, b: Pronunciation) -> int:
 
 
 class Pronounce(Task):
-    """The task as the trainers and commands see it."""
+    """The task as the trainers and commands see it.
+
+    `short` prompts, of two or three words in half the slots, are what training begins with: which
+    letter a phoneme belongs to is found far sooner among few.
+    """
 
     name, part = "pronounce", "word"
-    answer_length, prompt_length = ANSWER_LENGTH, PROMPT_LENGTH
     tokenizer: Tokenizer
 
-    def __init__(self) -> None:
+    def __init__(self, *, short: bool = False) -> None:
         self.tokenizer = Tokenizer()
+        self.fewest, self.most = (2, 3) if short else (FEWEST, MOST)
+        self.prompt_length = PROMPT_LENGTH // (2 if short else 1)
+        self.answer_length = ANSWER_LENGTH // (2 if short else 1)
 
     def sample(self, seed: int, index: int, *, split: str = "train") -> Sample:
-        return make_sample(seed, index, split=split)
+        return make_sample(
+            seed,
+            index,
+            split=split,
+            fewest=self.fewest,
+            most=self.most,
+            prompt_length=self.prompt_length,
+            answer_length=self.answer_length,
+        )
 
     def verify(self, prompt: str, answer: str) -> Verdict:
         return verify(prompt, answer)

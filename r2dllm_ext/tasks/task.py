@@ -71,6 +71,16 @@ class Task:
         """
         raise NotImplementedError
 
+    def posterior(
+        self, prompts: list[str], answers: Tensor, hidden: Tensor, *, strict: bool = True
+    ) -> Tensor | None:
+        """Exact distribution [B, A, V] of each cell of answer ids given those not `hidden`.
+
+        None where nobody can say: then a sampled answer is all there is to learn from. A row whose
+        visible cells belong to no answer raises ValueError, or is NaN if not `strict`.
+        """
+        return None
+
     def encode(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Prompt ids, and answer ids filled up to `answer_length` with the end token."""
         answer = self.tokenizer.encode(sample.answer)

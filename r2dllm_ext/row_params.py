@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RowParams`: options of a step that differ between the rows of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ._checks import is_tensor
+from .state import Rows, row_index, taken
+
+
+@dataclass(frozen=True, eq=False)
+class RowParams:
+    """Options of each row of a batch, in place of those of `DecodeConfig`.
+
+    Row b is decided, to the bit, as a call on that row alone with
+    `config.replace(field=value of row b)` would decide it.
+
+    Args:
+        threshold, error_budget, entropy_budget, spatial_threshold, temporal_threshold,
+            edit_threshold, temperature, top_p, min_p: [B] float32 or float64.
+        quota, top_k: [B] int32 or int64.
+        seed: [B] int64.
+
+    All are contiguous and on the device of the logits; None = the config's value for all rows.
+    Where a config says None, a tensor says 0 (`top_k`, `min_p`) or 1 (`top_p`).
+    `spatial_threshold` serves windows and runs. `edit_threshold` takes a config whose own is not
+    None: the rule has to be on.
+
+    A row with a value out of range is left alone: it commits nothing, its state does not change,
+    and the step reports the argmax of its cells. Out of range is what `DecodeConfig` refuses:
+    thresholds outside [0, 1] or NaN, a budget or quota < 0 or NaN, a temperature < 0, NaN or
+    infinite, `top_k` < 0, `top_p` or `min_p` outside [0, 1].
+
+    The step reads the tensors on the device and never on the host. A captured graph reads them
+    where they lie: write into them, and the next replay sees it. Under `torch.compile` new values
+    are no reason to compile again, as another config would be.
+
+    Raises:
+        TypeError: a field is no tensor. Dtype, shape and device are checked by the step, which
+            names the field "rows.threshold".
+
+    >>> rows = RowParams(threshold=torch.tensor([0.9, 0.3]))
+    >>> tokens, config = torch.full((2, 2), 3), DecodeConfig.fast_dllm(3)
+    >>> decode_step(torch.zeros(2, 2, 4), tokens, None, config, rows=rows).rule
+    tensor([[2, 0],
+            [1, 1]], dtype=torch.uint8)
+    """
+
+    # In the order of the op.
+    threshold: Tensor | None = None
+    quota: Tensor | None = None
+    error_budget: Tensor | None = None
+    entropy_budget: Tensor | None = None
+    spatial_threshold: Tensor | None = None
+    temporal_threshold: Tensor | None = None
+    edit_threshold: Tensor | None = None
+    temperature: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    seed: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tensors = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        for field, tensor in zip(dataclasses.fields(self), tensors, strict=True):
+            is_tensor("RowParams", optional=True, **{field.name: tensor})
+        is_empty = all(tensor is None for tensor in tensors)
+        object.__setattr__(self, "_op_args", [] if is_empty else tensors)
+
+    def replace(self, **changes: Tensor | None) -> RowParams:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def take(self, rows: Rows) -> RowParams:
+        """New parameters of some rows, which `DecodeState.reset` describes.
+
+        >>> RowParams(quota=torch.tensor([1, 2, 3])).take([2, 0]).quota
+        tensor([3, 1])
+        """
+        given = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is not None
+        }
+        if not given:
+            return self
+        first = next(iter(given.values()))
+        index = row_index("RowParams.take", rows, len(first), first.device)
+        return RowParams(**{name: taken(tensor, index) for name, tensor in given.items()})
