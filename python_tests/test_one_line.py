@@ -38,16 +38,6 @@ def ledger(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*arguments: object) -> SimpleNamespace:
-        status = main(list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
-
-    return call
-
-
 def fails(result: SimpleNamespace, *words: str) -> None:
     """Status 2 and one line on stderr that says these words."""
     assert result.status == 2

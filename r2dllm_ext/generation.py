@@ -166,7 +166,8 @@ def generate(
                     continue
                 for row, stop in zip(rows, ends, strict=True):
                     if stop >= 0:
-                        sequences[row].masked_fill_(sequences[row] == config.mask_id, stop)
+                        answer = sequences[row, prompt_length:]
+                        answer.masked_fill_(answer == config.mask_id, stop)
                 state = state.take(torch.tensor(kept, dtype=torch.int64, device=device))
                 rows = [rows[i] for i in kept]
                 driver.keep_rows(kept)

@@ -159,11 +159,13 @@ class _BlockStep:
         self,
         driver: ModelDriver,
         sequences: Tensor,
+        prompt_length: int,
         state: DecodeState,
         config: DecodeConfig,
         stops: Sequence[int],
     ) -> None:
         self._driver, self._sequences, self._state = driver, sequences, state
+        self._answers = sequences[:, prompt_length:]
         self._config, self._stops = config, stops
         self._rows = list(range(len(sequences)))
         self._columns = torch.arange(state.block_length, device=sequences.device)
@@ -187,8 +189,8 @@ class _BlockStep:
         if not self._stops:
             return step
         ends = ending(tokens, self._stops, self._config.mask_id)[:, None]
-        undecided = (ends >= 0) & (self._sequences == self._config.mask_id)
-        self._sequences.copy_(torch.where(undecided, ends, self._sequences))
+        undecided = (ends >= 0) & (self._answers == self._config.mask_id)
+        self._answers.copy_(torch.where(undecided, ends, self._answers))
         return step._replace(remaining=step.remaining.masked_fill(ends[:, 0] >= 0, 0))
 
     def all_done(self, start: int, stuck: Container[int]) -> bool:
@@ -220,7 +222,7 @@ def generate_by_graph(
     rows, length, nfe = list(range(len(sequences))), state.block_length, 0
     if not rows:
         return nfe
-    block = _BlockStep(driver, sequences, state, config, stops)
+    block = _BlockStep(driver, sequences, prompt_length, state, config, stops)
     pool = torch.cuda.graph_pool_handle() if sequences.is_cuda else None
     counters = LoopCounters(len(rows), sequences.device)
     replayed: StepGraph | None = None
