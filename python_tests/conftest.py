@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -92,3 +92,16 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line; returns its status, stdout and stderr."""
+
+    def call(*arguments: object) -> SimpleNamespace:
+        main = importlib.import_module("r2dllm_ext.cli").main
+        status = main(list(map(str, arguments)))
+        captured = capsys.readouterr()
+        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
+
+    return call

@@ -101,18 +101,6 @@ def plain_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs a command line; returns its status, stdout and stderr."""
-
-    def call(*arguments: object) -> SimpleNamespace:
-        status = main(list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
-
-    return call
-
-
 def fails(result: SimpleNamespace, *words: str) -> None:
     """Status 2, nothing on stdout, one line on stderr that says these words."""
     assert (result.status, result.out) == (2, "")

@@ -80,6 +80,16 @@ def test_a_row_finishes_inside_a_block_once_everything_before_the_stop_is_decide
     assert [call.ids.shape[0] for call in model.calls] == [2, 2, 1, 1]
 
 
+@pytest.mark.parametrize("kind", [False, True, "loop"])
+def test_a_mask_token_of_the_prompt_stays_where_a_row_is_finished(graphs_on_cpu, kind):
+    model = Capturable([[1, STOP, 3, 4]])
+    prompt = torch.tensor([[0, MASK]])
+    model.table = torch.cat([model.table[:, :1], model.table], dim=1)  # a prompt of two
+    config = r2.DecodeConfig.vanilla(MASK)
+    result = run(model, prompt, gen_length=4, stop_id=STOP, config=config, cuda_graph=kind)
+    assert result.sequences.tolist() == [[0, MASK, 1, STOP, STOP, STOP]]
+
+
 def test_the_stop_token_alone_does_not_finish_a_row():
     model = Scripted([[1, 2, STOP, STOP]], 1, logit=3.0)
     seen = []

@@ -38,16 +38,6 @@ def ledger(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*arguments: object) -> SimpleNamespace:
-        status = main(list(map(str, arguments)))
-        captured = capsys.readouterr()
-        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
-
-    return call
-
-
 def fails(result: SimpleNamespace, *words: str) -> None:
     """Status 2 and one line on stderr that says these words."""
     assert result.status == 2
@@ -256,6 +246,11 @@ def test_with_stderr_closed_stdout_is_json_alone(ledger):
     assert json.loads(result.stdout)["prompt"] == PROMPT
 
 
+def heed_interrupts():
+    """In the child: a job in the background of a script starts with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("script", ["-m r2dllm_ext", "r2dllm"])
 def test_an_interrupt_during_the_import(tmp_path, script):
     """A torch that is interrupted while it is imported stands in for a user who is quick."""
@@ -270,13 +265,16 @@ def test_an_interrupt_during_the_import(tmp_path, script):
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
+        preexec_fn=heed_interrupts,
     )
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_importing_the_package_leaves_the_interrupt_alone():
     code = "import r2dllm_ext, signal; print(signal.getsignal(signal.SIGINT).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=heed_interrupts
+    )
     assert done.stdout == f"{signal.default_int_handler.__name__}\n"
 
 

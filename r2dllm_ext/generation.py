@@ -200,7 +200,8 @@ def generate(
                     continue
                 for row, stop in zip(active, ends, strict=True):
                     if stop >= 0:
-                        sequences[row].masked_fill_(sequences[row] == config.mask_id, stop)
+                        answer = sequences[row, prompt_length:]
+                        answer.masked_fill_(answer == config.mask_id, stop)
                 active = [active[i] for i in kept]
                 index = torch.tensor(kept, dtype=torch.int64, device=device)
                 state = state.take(index)

@@ -161,6 +161,7 @@ class _BlockStep:
         self,
         driver: ModelDriver,
         sequences: Tensor,
+        prompt_length: int,
         state: DecodeState,
         config: DecodeConfig,
         rows: RowParams | None,
@@ -168,6 +169,7 @@ class _BlockStep:
         stops: Sequence[int],
     ) -> None:
         self._driver, self._sequences, self._state = driver, sequences, state
+        self._answers = sequences[:, prompt_length:]
         assert config.mask_id is not None  # checked by `generate`
         self._config, self._mask_id, self._rows = config, config.mask_id, rows
         self._edits, self._stops = edits, stops
@@ -209,8 +211,8 @@ class _BlockStep:
         if edits is not None:
             ends = ends.masked_fill(edits.goes_on, -1)
             edits.settle(ends >= 0)
-        undecided = (ends >= 0)[:, None] & (self._sequences == self._mask_id)
-        self._sequences.copy_(torch.where(undecided, ends[:, None], self._sequences))
+        undecided = (ends >= 0)[:, None] & (self._answers == self._mask_id)
+        self._answers.copy_(torch.where(undecided, ends[:, None], self._answers))
         return step._replace(remaining=step.remaining.masked_fill(ends >= 0, 0))
 
     def all_done(self, start: int, stuck: Container[int]) -> bool:
@@ -244,7 +246,7 @@ def generate_by_graph(
     batch, length, nfe = list(range(len(sequences))), state.block_length, 0
     if not batch:
         return nfe
-    block = _BlockStep(driver, sequences, state, config, rows, edits, stops)
+    block = _BlockStep(driver, sequences, prompt_length, state, config, rows, edits, stops)
     pool = torch.cuda.graph_pool_handle() if sequences.is_cuda else None
     counters = LoopCounters(len(batch), sequences.device)
     replayed: StepGraph | None = None

@@ -34,6 +34,7 @@ StepOptions no_rules() {
 // One row with its state; `step` runs the rules once.
 struct Block {
   std::vector<int64_t> ids;
+  std::vector<int64_t> drawn;  // in place of the argmax; none by default
   std::vector<float> confidence;
   std::vector<int64_t> tokens, prediction, streak_id, counters{0, 0, 0, -1, 0};
   std::vector<float> judged, streak_sum, streak_max, entropy;
@@ -68,7 +69,7 @@ struct Block {
     for (int64_t i = 0; i < length; ++i) {
       masked[i] = tokens[i] == kMask;
       editable[i] = !decided.empty() && decided[static_cast<size_t>(i)];
-      prediction[i] = ids[i];
+      prediction[i] = drawn.empty() ? ids[i] : drawn[static_cast<size_t>(i)];
       judged[i] = confidence[i];
     }
     const StepRow row{.length = length,
@@ -156,6 +157,38 @@ TEST(schedule_shares_the_cells_among_the_steps) {
   CHECK(block.remaining == 0);
 }
 
+TEST(a_schedule_commits_while_a_cell_may_be) {
+  StepOptions options = no_rules();
+  options.base = BaseRule::kSchedule;
+  options.steps_per_block = 2;
+  Block block(4);
+  block.ids = {1, 2, 3, 4};
+  block.confidence = {0.2f, 0.4f, 0.3f, 0.1f};
+  block.tokens = {9, kMask, 9, 9};
+  block.step(options);
+  CHECK(block.rule == Rules{0, 6, 0, 0});  // the only candidate of the block so far
+  block.tokens = {kMask, 9, kMask, 9};
+  block.step(options);
+  CHECK(block.rule == Rules{0, 0, 2, 0});  // a share of 0, but something goes
+  block.tokens = {kMask, kMask, kMask, kMask};
+  block.step(options);
+  CHECK(block.rule == Rules{6, 6, 6, 6});  // past the end all that is there, not one
+}
+
+TEST(the_best_cell_goes_where_a_budget_allows_none) {
+  StepOptions options = no_rules();
+  options.base = BaseRule::kBudget;
+  options.error_budget = 0.25;
+  Block block(2);
+  block.ids = {1, 2};
+  block.confidence = {0.5f, 0.625f};
+  block.step(options);
+  CHECK(block.rule == Rules{0, 2});
+  block.confidence = {0.75f, 0.0f};
+  block.step(options);
+  CHECK(block.rule == Rules{6, 0});
+}
+
 TEST(factor_commits_the_last_cell_with_all_others) {
   const double confidence[] = {0.9, 0.7, 0.3};
   const auto of = [&](int64_t j) { return confidence[j]; };
@@ -213,6 +246,16 @@ TEST(a_window_with_a_cell_that_has_no_prediction_is_skipped) {
   CHECK(window_passes(2, options, all, confidence));
 }
 
+TEST(a_window_may_hold_as_many_decided_cells_as_its_limit) {
+  const bool masked[] = {true, false, false};
+  const float confidence[] = {0.9f, 0.0f, 0.0f};
+  WindowOptions options{
+      .window = 3, .max_unmasked = 2, .min_confidence = 0.5f, .rounding = Rounding::kNone};
+  CHECK(window_passes(0, options, masked, confidence));
+  options.max_unmasked = 1;
+  CHECK(!window_passes(0, options, masked, confidence));
+}
+
 TEST(a_run_commits_one_cell) {
   StepOptions options = no_rules();
   options.threshold = 1.0f;
@@ -229,6 +272,50 @@ TEST(a_run_commits_one_cell) {
   options.run.min_confidence = 0.82f;  // strict
   block.step(options);
   CHECK(block.remaining == 4);
+}
+
+TEST(a_run_counts_from_its_least_length) {
+  StepOptions options = no_rules();
+  options.run.mode = TokenCluster::kConfidence;
+  Block block(4);
+  block.ids = {7, 5, 5, 6};
+  block.confidence = {0.89f, 0.85f, 0.81f, 0.2f};
+  Block longer = block;
+  block.step(options);
+  CHECK(block.rule == Rules{2, 4, 0, 0});
+  options.run.min_run = 3;
+  longer.step(options);
+  CHECK(longer.rule == Rules{2, 0, 0, 0});
+}
+
+TEST(runs_and_streaks_commit_the_argmax_where_another_token_was_drawn) {
+  for (const bool by_run : {true, false}) {
+    StepOptions options = no_rules();
+    options.run.mode = by_run ? TokenCluster::kConfidence : TokenCluster::kOff;
+    options.stability.steps = by_run ? 0 : 1;
+    Block block(3);
+    block.ids = {7, 5, 5};
+    block.drawn = {1, 2, 3};
+    block.confidence = {0.89f, 0.85f, 0.2f};
+    block.step(options);
+    CHECK(block.rule == Rules{2, static_cast<uint8_t>(by_run ? 4 : 5), 0});
+    CHECK(block.tokens == Ids{1, 5, kMask});
+  }
+}
+
+TEST(a_streak_keeps_its_greatest_confidence) {
+  StepOptions options = no_rules();
+  options.threshold = 1.0f;
+  options.stability = {.steps = 2, .min_confidence = 0.8f, .mode = TemporalEval::kMax};
+  Block block(2);
+  block.ids = {1, 2};
+  block.confidence = {0.85f, 0.82f};
+  block.step(options);  // cell 0 goes as the best
+  CHECK(block.rule == Rules{2, 0} && block.streak_max == (std::vector<float>{0.0f, 0.82f}));
+  block.tokens[0] = kMask;
+  block.confidence = {0.5f, 0.3f};
+  block.step(options);
+  CHECK(block.rule == Rules{2, 5});
 }
 
 TEST(a_prediction_is_stable_after_its_steps) {
