@@ -31,48 +31,43 @@ struct Judged {
   float confidence;
 };
 
-Judged draw(const DecodeStepParams& params, const VocabPass& pass, int64_t row, int64_t b,
-            int64_t l, const SamplingOptions& sampling) {
-  const DrawnToken drawn = draw_token(pass, row, sampling, params.uniform_of(b, l));
-  const bool tempered = params.options.sampled_confidence == SampledConfidence::kTempered;
-  return {drawn.column,
-          tempered ? static_cast<float>(drawn.tempered) : pass.probability(row, drawn.column)};
-}
-
-// Of a valid row of logits, whose argmax is `top`.
-Judged judge(const DecodeStepParams& params, const VocabPass& pass, int64_t row,
-             const Judged& top) {
-  const int64_t length = params.logits.length, cell = pass.cell(row);
+// Of cell i of the pass, a candidate with a prediction, whose argmax is `top`.
+Judged judge(const DecodeStepParams& params, const VocabPass& pass, int64_t i, const Judged& top) {
+  const int64_t length = params.logits.length, cell = pass.cell(i);
   const int64_t b = cell / length, l = cell % length;
   if (params.proposed != nullptr) {
-    StepOptions own = params.options;
-    if (!params.take_row(b, own)) return top;
+    if (!in_range(params.rows, b) || params.state.slot(b) < 0) return top;
     const int64_t id = params.proposed[cell];
     const bool is_id = id >= 0 && id < params.logits.vocab;
-    return is_id ? Judged{id, pass.probability(row, id)} : Judged{-1, NAN};
+    return is_id ? Judged{id, pass.probability(i, id)} : Judged{-1, NAN};
   }
   if (!params.may_draw()) return top;
-  const SamplingOptions sampling = params.sampling_of(b);
-  return sampling.draws() ? draw(params, pass, row, b, l, sampling) : top;
+  const RowSampling sampling = params.row_sampling();
+  const SamplingOptions options = sampling(b);
+  if (!(options.temperature > 0.0)) return top;
+  const DrawnToken drawn = draw_token(pass, i, options, sampling.uniform(b, l));
+  const bool tempered = params.options.sampled_confidence == SampledConfidence::kTempered;
+  return {drawn.column,
+          tempered ? static_cast<float>(drawn.tempered) : pass.probability(i, drawn.column)};
 }
 
 void judge_logits(const DecodeStepParams& params, const bool* read, const bool* masked,
                   const Tops& top) {
   const VocabPass pass(params.logits, read, 0.0, params.entropy != nullptr);
-  const int64_t rows_worth_a_thread = params.may_draw() ? 1 : 16;
-  parallel_for(0, pass.rows(), rows_worth_a_thread, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t cell = pass.cell(row);
-      const bool valid = is_valid(pass.stats(row));
-      const int64_t id = valid ? pass.argmax(row) : -1;
-      const Judged best{id, valid ? pass.probability(row, id) : NAN};
-      const Judged judged = valid && masked[cell] ? judge(params, pass, row, best) : best;
+  const int64_t cells_worth_a_thread = params.may_draw() ? 1 : 16;
+  parallel_for(0, pass.cells(), cells_worth_a_thread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t cell = pass.cell(i);
+      const bool valid = is_valid(pass.stats(i));
+      const int64_t id = valid ? pass.argmax(i) : -1;
+      const Judged best{id, valid ? pass.probability(i, id) : NAN};
+      const Judged judged = valid && masked[cell] ? judge(params, pass, i, best) : best;
       top.id[cell] = best.id;
       top.confidence[cell] = best.confidence;
       params.prediction[cell] = judged.id;
       params.confidence[cell] = round_to(judged.confidence, params.options.rounding);
       if (params.entropy != nullptr) {
-        params.entropy[cell] = valid ? static_cast<float>(pass.entropy(row)) : NAN;
+        params.entropy[cell] = static_cast<float>(pass.entropy(i));
       }
     }
   });

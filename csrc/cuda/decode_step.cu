@@ -16,20 +16,20 @@ __global__ void __launch_bounds__(1024)
 
 template <class Format>
 __global__ void __launch_bounds__(kCutoffThreads)
-    cutoff_kernel(DecodeStepParams params, VocabWorkspace workspace) {
+    cutoff_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace,
+                  RowSampling sampling) {
   __shared__ CutoffShared shared;
   CudaLane lane;
-  cutoff_body<Format>(lane, shared, params.logits, Candidates(params), workspace,
-                      RowSampling{params});
+  cutoff_body<Format>(lane, shared, logits, is_candidate, workspace, sampling);
 }
 
 template <class Format>
 __global__ void __launch_bounds__(kSliceThreads)
-    draw_kernel(DecodeStepParams params, VocabWorkspace workspace, Drawn* drawn) {
+    draw_kernel(LogitsView logits, Candidates is_candidate, VocabWorkspace workspace,
+                RowSampling sampling, Drawn* drawn) {
   __shared__ DrawShared shared;
   CudaLane lane;
-  draw_body<Format>(lane, shared, params.logits, Candidates(params), workspace, RowSampling{params},
-                    drawn);
+  draw_body<Format>(lane, shared, logits, is_candidate, workspace, sampling, drawn);
 }
 
 // The parts of the workspace, and its size.
@@ -59,6 +59,38 @@ void allow_shared(int64_t bytes) {
                              static_cast<int>(bytes)));
 }
 
+// The pass over V of a step.
+void launch_step_slices(const DecodeStepParams& params, const VocabWorkspace& workspace) {
+  const ReadCells is_read(params);
+  const RowScale<RowSampling> row_scale{params.row_sampling()};
+  const bool with_entropy = params.entropy != nullptr;
+  if (params.may_draw() && with_entropy) {
+    launch_slices<Tempered::kMass, true>(params.logits, is_read, workspace, row_scale);
+  } else if (params.may_draw()) {
+    launch_slices<Tempered::kMass>(params.logits, is_read, workspace, row_scale);
+  } else if (with_entropy) {
+    launch_slices<Tempered::kNone, true>(params.logits, is_read, workspace);
+  } else {
+    launch_slices(params.logits, is_read, workspace);
+  }
+}
+
+void launch_draw(const DecodeStepParams& params, const VocabWorkspace& workspace, Drawn* drawn) {
+  const LogitsView& logits = params.logits;
+  const int64_t cells = logits.batch * logits.length;
+  const Candidates is_candidate(params);
+  const RowSampling sampling = params.row_sampling();
+  with_format(logits.type, [&](auto format) {
+    using Format = decltype(format);
+    if (params.may_restrict()) {
+      Launch{cells, kCutoffThreads}(cutoff_kernel<Format>, logits, is_candidate, workspace,
+                                    sampling);
+    }
+    Launch{cells, kSliceThreads}(draw_kernel<Format>, logits, is_candidate, workspace, sampling,
+                                 drawn);
+  });
+}
+
 }  // namespace
 
 int64_t decode_step_bytes(const DecodeStepParams& params) {
@@ -77,15 +109,7 @@ void decode_step(const DecodeStepParams& params) {
     workspace = parts.vocab;
     drawn = parts.drawn;
     launch_step_slices(params, workspace);
-    with_format(logits.type, [&](auto format) {
-      using Format = decltype(format);
-      if (params.may_restrict()) {
-        Launch{cells, kCutoffThreads}(cutoff_kernel<Format>, params, workspace);
-      }
-      if (params.may_draw()) {
-        Launch{cells, kSliceThreads}(draw_kernel<Format>, params, workspace, drawn);
-      }
-    });
+    if (params.may_draw()) launch_draw(params, workspace, drawn);
   }
   const int64_t shared = RowShared(nullptr, logits.length).bytes;
   allow_shared(shared);

@@ -42,13 +42,6 @@ struct ReadCells {
   }
 };
 
-// What a row draws with, and its random numbers.
-struct RowSampling {
-  const DecodeStepParams& params;
-  R2D_DEVICE SamplingOptions operator()(int64_t b) const { return params.sampling_of(b); }
-  R2D_DEVICE double uniform(int64_t b, int64_t l) const { return params.uniform_of(b, l); }
-};
-
 // A warp per cell merges the slices; of these, row_threads(L) go on with the rules.
 R2D_HOST_DEVICE int row_block_threads(int64_t length) {
   return static_cast<int>(length < 1 ? 1 : length > kMaxWarps ? kMaxWarps : length) * kWarp;
@@ -57,7 +50,7 @@ R2D_HOST_DEVICE int row_block_threads(int64_t length) {
 // Shared memory: one array per field, L cells each, and scratch.
 struct RowShared {
   StepOptions* options;  // of this row
-  bool *is_valid, *draws;
+  bool* is_valid;
   uint64_t *scratch, *keys;
   int64_t *counters, *top_id, *prediction;
   float *top_confidence, *confidence, *entropy;
@@ -88,7 +81,6 @@ struct RowShared {
     masked = carve.take<bool>(length);
     editable = carve.take<bool>(length);
     is_valid = carve.take<bool>(1);
-    draws = carve.take<bool>(1);
     bytes = carve.bytes;
   }
 };
@@ -124,18 +116,22 @@ R2D_DEVICE CellTop top_of_cell(Lane& lane, const DecodeStepParams& params,
   }
   const SlicePartial row =
       merge_slices(lane, workspace.partial + cell * workspace.slices, workspace.slices);
-  const double entropy =
-      params.entropy == nullptr ? 0.0 : merged_entropy(lane, workspace, cell, row);
+  double entropy = 0.0;
+  if (params.entropy != nullptr) {
+    entropy = entropy_of(row.mass, merge_moment(lane, workspace, cell, row));
+  }
   return {top_of(row.mass, row.argmax), row.max, row.mass, static_cast<float>(entropy)};
 }
 
-// The token that confidence alone would commit at a candidate, and its confidence.
+// The token that confidence alone would commit at a candidate with a prediction, and its
+// confidence.
 R2D_DEVICE Top judge(const DecodeStepParams& params, const CellTop& found, int64_t cell,
                      const Drawn* drawn) {
-  if (drawn != nullptr) {
+  if (drawn != nullptr && drawn[cell].id >= 0) {
     const bool tempered = params.options.sampled_confidence == SampledConfidence::kTempered;
     return {drawn[cell].id, tempered ? drawn[cell].tempered : drawn[cell].confidence};
   }
+  if (params.proposed == nullptr) return found.top;
   const int64_t id = params.proposed[cell];
   if (id < 0 || id >= params.logits.vocab) return {-1, NAN};
   const double term = weight(logit_at(params.logits, cell, id), found.max, kLog2eWide);
@@ -163,20 +159,18 @@ R2D_DEVICE void row_body(Lane& lane, unsigned char* memory, const DecodeStepPara
   if (lane.thread() == 0) {
     *row.options = params.options;
     *row.is_valid = params.take_row(b, *row.options);
-    *row.draws = drawn != nullptr && params.sampling_of(b).draws();
   }
   lane.sync(lane.threads());
   lane.await_previous();
 
   const bool valid = *row.is_valid;
-  const bool judges = *row.draws || (valid && params.proposed != nullptr);
   for (int64_t i = warp_of(lane); i < length; i += lane.threads() / kWarp) {
     CellTop found{{-1, 0.0f}, 0.0f, 0.0, 0.0f};
     if (row.masked[i] || row.editable[i]) found = top_of_cell(lane, params, workspace, cells + i);
     if (place_in_warp(lane) != 0) continue;
     Top judged = found.top;
-    if (judges && row.masked[i] && found.top.id >= 0) {
-      judged = judge(params, found, cells + i, *row.draws ? drawn : nullptr);
+    if (valid && row.masked[i] && found.top.id >= 0) {
+      judged = judge(params, found, cells + i, drawn);
     }
     row.top_id[i] = found.top.id;
     row.top_confidence[i] = found.top.confidence;

@@ -24,18 +24,6 @@ R2D_HOST_DEVICE double tempering(const SamplingOptions& options) {
   return scale < 1e30 ? scale : 1e30;
 }
 
-// A RowOptions: the same for all rows, row b of the batch with counters b.
-struct SameOptions {
-  SamplingOptions options;
-  uint64_t seed;
-  const int64_t* counters;  // [B, kCounters]
-
-  R2D_DEVICE SamplingOptions operator()(int64_t) const { return options; }
-  R2D_DEVICE double uniform(int64_t row, int64_t position) const {
-    return r2dllm::uniform(seed, counters + row * kCounters, position, Draw::kToken);
-  }
-};
-
 // The scales of a RowOptions for the pass over V.
 template <class RowOptions>
 struct RowScale {

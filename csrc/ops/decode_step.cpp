@@ -214,7 +214,7 @@ int64_t check_state(const char* op, const Evidence& evidence, const StateTensors
 }
 
 StateView view_state(int64_t rows, const StateTensors& state, const Tensor& slots) {
-  if (!state.counters) return {.rows = 0, .slots = nullptr};
+  if (!state.counters) return {};
   return {.rows = rows,
           .slots = data_or_null<int64_t>(slots),
           .streaks = {.count = state.streak_count->mutable_data_ptr<int32_t>(),

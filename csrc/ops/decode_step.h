@@ -11,16 +11,36 @@ namespace r2dllm {
 
 // The state of `rows` rows; row b of the batch has row slots[b] of it.
 struct StateView {
-  int64_t rows;
-  const int64_t* slots;  // [B]; null: b
-  Streaks streaks;       // [rows, L] contiguous, in and out; null: no state
-  int64_t* counters;     // [rows, kCounters]
-  int16_t* step_map;     // [rows, L]; null: not wanted
+  int64_t rows = 0;
+  const int64_t* slots = nullptr;  // [B]; null: b
+  Streaks streaks = {};            // [rows, L] contiguous, in and out; null: no state
+  int64_t* counters = nullptr;     // [rows, kCounters]
+  int16_t* step_map = nullptr;     // [rows, L]; null: not wanted
 
   // The row of the state, or -1: a slot outside it.
   R2D_HOST_DEVICE int64_t slot(int64_t b) const {
     const int64_t slot = slots != nullptr ? slots[b] : b;
     return counters == nullptr || (slot >= 0 && slot < rows) ? slot : -1;
+  }
+};
+
+// What each row draws with, and its random numbers: a RowOptions of cuda/sampling.h.
+struct RowSampling {
+  SamplingOptions options;
+  RowParams rows;
+  uint64_t seed;
+  StateView state;
+
+  // Temperature 0: the row draws nothing.
+  R2D_HOST_DEVICE SamplingOptions operator()(int64_t b) const {
+    SamplingOptions own = options;
+    const bool valid = take_sampling(rows, b, own) && in_range(rows, b) && state.slot(b) >= 0;
+    if (!valid) own.temperature = 0.0;
+    return own;
+  }
+  R2D_HOST_DEVICE double uniform(int64_t b, int64_t l) const {
+    return r2dllm::uniform(seed_of_row(rows, b, seed), state.counters + state.slot(b) * kCounters,
+                           l, Draw::kToken);
   }
 };
 
@@ -56,29 +76,18 @@ struct DecodeStepParams {
   R2D_HOST_DEVICE bool is_editable(int64_t b, int64_t l) const {
     return editable != nullptr && editable[b * logits.length + l] && !is_candidate(b, l);
   }
+  // May any row draw its tokens, and leave some out of the draw?
   R2D_HOST_DEVICE bool may_draw() const {
-    return proposed == nullptr && (sampling.draws() || rows.may_draw());
+    return proposed == nullptr && (sampling.temperature > 0.0 || rows.temperature);
   }
   R2D_HOST_DEVICE bool may_restrict() const {
-    return may_draw() && (sampling.restricts() || rows.may_restrict());
+    return may_draw() && (restricts(sampling) || rows.top_k || rows.top_p || rows.min_p);
   }
+  R2D_HOST_DEVICE RowSampling row_sampling() const { return {sampling, rows, options.seed, state}; }
 
   // Gives `own`, a copy of the options, the values of row b; false: the row is left alone.
   R2D_HOST_DEVICE bool take_row(int64_t b, StepOptions& own) const {
     return take_options(rows, b, own) && state.slot(b) >= 0;
-  }
-  // What row b draws with; temperature 0: it does not.
-  R2D_HOST_DEVICE SamplingOptions sampling_of(int64_t b) const {
-    StepOptions own = options;
-    SamplingOptions drawing = sampling;
-    take_sampling(rows, b, drawing);
-    if (proposed != nullptr || !take_row(b, own)) drawing.temperature = 0.0;
-    return drawing;
-  }
-  // The random number that the draw of a cell spends.
-  R2D_HOST_DEVICE double uniform_of(int64_t b, int64_t l) const {
-    return uniform(seed_of_row(rows, b, options.seed), state.counters + state.slot(b) * kCounters,
-                   l, Draw::kToken);
   }
 };
 

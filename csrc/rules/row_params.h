@@ -19,9 +19,6 @@ struct RowParams {
   RowIntegers top_k;
   RowValues top_p, min_p;
   RowIntegers seed;
-
-  R2D_HOST_DEVICE bool may_draw() const { return static_cast<bool>(temperature); }
-  R2D_HOST_DEVICE bool may_restrict() const { return top_k || top_p || min_p; }
 };
 
 // Each of these replaces `value` by that of row b, if there is one; false: it is out of range.
@@ -76,6 +73,11 @@ R2D_HOST_DEVICE bool take_options(const RowParams& rows, int64_t b, StepOptions&
   SamplingOptions sampling{.temperature = 0.0, .top_k = 0, .top_p = 1.0, .min_p = 0.0};
   valid &= take_sampling(rows, b, sampling);
   return valid;
+}
+
+R2D_HOST_DEVICE bool in_range(const RowParams& rows, int64_t b) {
+  StepOptions taken{};
+  return take_options(rows, b, taken);
 }
 
 }  // namespace r2dllm

@@ -7,7 +7,6 @@
 #include <memory>
 #include <random>
 
-#include "../cpu/row_context.h"
 #include "../cuda/decode_step.h"
 #include "../cuda/rules.h"
 #include "../cuda/token_confidence.h"
@@ -414,25 +413,33 @@ StepOptions r2_options() {
   return options;
 }
 
-// All that a step reads and writes, beside the logits.
+// All that a step reads and writes, beside the logits. The state has a row more than the batch has,
+// and holds its rows in reverse.
 struct StepMemory {
-  std::vector<int64_t> tokens, prediction, streak_id, counters;
-  std::vector<float> confidence, streak_sum, streak_max;
+  std::vector<int64_t> tokens, prediction, streak_id, counters, slots;
+  std::vector<float> confidence, entropy, streak_sum, streak_max;
   std::vector<int32_t> streak_count, remaining;
+  std::vector<int16_t> step_map;
   std::vector<uint8_t> rule;
 
   StepMemory(int64_t batch, int64_t length) {
     const auto cells = static_cast<size_t>(batch * length);
+    const auto state_cells = static_cast<size_t>((batch + 1) * length);
     tokens.assign(cells, kMask);
     prediction.assign(cells, 55);
-    streak_id.assign(cells, -1);
-    for (int64_t b = 0; b < batch; ++b) counters.insert(counters.end(), {b, 0, 0, -1, 3 * b});
     confidence.assign(cells, 55);
-    streak_sum.assign(cells, 0);
-    streak_max.assign(cells, 0);
-    streak_count.assign(cells, 0);
+    entropy.assign(cells, 55);
     remaining.assign(static_cast<size_t>(batch), 55);
     rule.assign(cells, 55);
+    streak_id.assign(state_cells, -1);
+    streak_sum.assign(state_cells, 0);
+    streak_max.assign(state_cells, 0);
+    streak_count.assign(state_cells, 0);
+    step_map.assign(state_cells, -1);
+    for (int64_t b = 0; b <= batch; ++b) {
+      counters.insert(counters.end(), {b, 0, 0, -1, 3 * b});
+      if (b > 0) slots.insert(slots.begin(), b);
+    }
   }
 
   DecodeStepParams params(const LogitsView& logits, const StepOptions& options,
@@ -441,25 +448,29 @@ struct StepMemory {
             .statistics = statistics,
             .options = options,
             .sampling = sampling,
+            .rows = {},
             .candidates = nullptr,
-            .tokens = tokens.data(),
-            .tokens_batch_stride = logits.length,
-            .tokens_length_stride = 1,
-            .written_tokens = tokens.data(),
-            .streaks = streaks(),
-            .counters = counters.data(),
+            .editable = nullptr,
+            .proposed = nullptr,
+            .tokens = {.data = tokens.data(),
+                       .written = tokens.data(),
+                       .is_wide = true,
+                       .batch_stride = logits.length,
+                       .length_stride = 1},
+            .state = {.rows = static_cast<int64_t>(slots.size()) + 1,
+                      .slots = slots.data(),
+                      .streaks = {.count = streak_count.data(),
+                                  .id = streak_id.data(),
+                                  .sum = streak_sum.data(),
+                                  .max = streak_max.data()},
+                      .counters = counters.data(),
+                      .step_map = step_map.data()},
             .prediction = prediction.data(),
             .confidence = confidence.data(),
             .rule = rule.data(),
             .remaining = remaining.data(),
+            .entropy = entropy.data(),
             .workspace = nullptr};
-  }
-
-  Streaks streaks() {
-    return {.count = streak_count.data(),
-            .id = streak_id.data(),
-            .sum = streak_sum.data(),
-            .max = streak_max.data()};
   }
 
   bool operator==(const StepMemory& other) const {
@@ -469,20 +480,12 @@ struct StepMemory {
     };
     return tokens == other.tokens && prediction == other.prediction &&
            streak_id == other.streak_id && counters == other.counters &&
-           same(confidence, other.confidence) && same(streak_sum, other.streak_sum) &&
-           same(streak_max, other.streak_max) && streak_count == other.streak_count &&
+           same(confidence, other.confidence) && same(entropy, other.entropy) &&
+           same(streak_sum, other.streak_sum) && same(streak_max, other.streak_max) &&
+           streak_count == other.streak_count && step_map == other.step_map &&
            remaining == other.remaining && rule == other.rule;
   }
 };
-
-Candidates candidates_of(const DecodeStepParams& params) {
-  return {.flags = nullptr,
-          .tokens = params.tokens,
-          .batch_stride = params.tokens_batch_stride,
-          .length_stride = params.tokens_length_stride,
-          .length = params.logits.length,
-          .mask_id = params.options.mask_id};
-}
 
 void run_rows(const DecodeStepParams& params, const VocabWorkspace& workspace, const Drawn* drawn,
               unsigned seed) {
@@ -490,85 +493,39 @@ void run_rows(const DecodeStepParams& params, const VocabWorkspace& workspace, c
   test::launch<unsigned char>(params.logits.batch, row_block_threads(length), seed,
                               static_cast<size_t>(RowShared(nullptr, length).bytes),
                               [&](FibreLane& lane, unsigned char* shared) {
-                                row_body(lane, shared, params, candidates_of(params), workspace,
-                                         drawn);
+                                row_body(lane, shared, params, workspace, drawn);
                               });
 }
 
 // One step as decode_step.cu launches it; what it drew stays in `workspace`.
 template <class Format>
-void run_step(const Logits<Format>& logits, StepMemory& memory, const StepOptions& options,
-              const SamplingOptions& sampling, const Workspace& workspace, unsigned seed) {
-  const DecodeStepParams params = memory.params(logits.view(), options, sampling);
-  const Candidates is_candidate = candidates_of(params);
-  const bool draws = sampling.temperature > 0.0;
-  const SameOptions row_options{sampling, options.seed, params.counters};
-  if (draws && workspace.view.cutoff == nullptr) {
-    run_slices<Format, Tempered::kMass>(logits, is_candidate, workspace.view, seed,
-                                        SameScale{narrow_scale(tempering(sampling))});
+void run_step(const Logits<Format>& logits, const DecodeStepParams& params,
+              const Workspace& workspace, unsigned seed) {
+  const int64_t cells = logits.batch * logits.length;
+  const ReadCells is_read(params);
+  const Candidates is_candidate(params);
+  const RowSampling sampling = params.row_sampling();
+  if (params.may_draw()) {
+    run_slices<Format, Tempered::kMass, true>(logits, is_read, workspace.view, seed,
+                                              RowScale<RowSampling>{sampling});
   } else {
-    run_slices(logits, is_candidate, workspace.view, seed);
+    run_slices<Format, Tempered::kNone, true>(logits, is_read, workspace.view, seed);
   }
-  if (workspace.view.cutoff != nullptr) {
-    test::launch<CutoffShared>(logits.batch * logits.length, kCutoffThreads, seed,
-                               sizeof(CutoffShared), [&](FibreLane& lane, CutoffShared* shared) {
+  if (params.may_restrict()) {
+    test::launch<CutoffShared>(cells, kCutoffThreads, seed, sizeof(CutoffShared),
+                               [&](FibreLane& lane, CutoffShared* shared) {
                                  cutoff_body<Format>(lane, *shared, logits.view(), is_candidate,
-                                                     workspace.view, row_options);
+                                                     workspace.view, sampling);
                                });
   }
-  if (draws) {
-    test::launch<DrawShared>(logits.batch * logits.length, kSliceThreads, seed, sizeof(DrawShared),
+  if (params.may_draw()) {
+    test::launch<DrawShared>(cells, kSliceThreads, seed, sizeof(DrawShared),
                              [&](FibreLane& lane, DrawShared* shared) {
                                draw_body<Format>(lane, *shared, logits.view(), is_candidate,
-                                                 workspace.view, row_options,
-                                                 workspace.drawn.get());
+                                                 workspace.view, sampling, workspace.drawn.get());
                              });
   }
   run_rows(params, workspace.view, workspace.drawn.get(), seed);
-}
-
-// The CPU back end's way from the same judgements: `top` of every cell, `drawn` or the argmax.
-void run_rules_on_cpu(StepMemory& memory, const LogitsView& logits, const StepOptions& options,
-                      const std::vector<int64_t>& top_id, const std::vector<float>& top_confidence,
-                      const Drawn* drawn) {
-  const auto length = static_cast<size_t>(logits.length);
-  for (size_t b = 0; b < static_cast<size_t>(logits.batch); ++b) {
-    const size_t cell = b * length;
-    const std::unique_ptr<bool[]> masked(new bool[length]);
-    std::vector<uint64_t> keys(length);
-    std::vector<uint8_t> selected(length);
-    std::vector<int32_t> order(length);
-    std::vector<int64_t> ids(length, -1);
-    std::vector<float> confidences(length, 0.0f);
-    for (size_t i = 0; i < length; ++i) {
-      masked[i] = memory.tokens[cell + i] == kMask;
-      if (masked[i]) {
-        ids[i] = top_id[cell + i];
-        confidences[i] = top_confidence[cell + i];
-      }
-      const bool draws = masked[i] && drawn != nullptr && ids[i] >= 0;
-      memory.prediction[cell + i] = draws ? drawn[cell + i].id : ids[i];
-      memory.confidence[cell + i] =
-          round_to(draws ? drawn[cell + i].confidence : confidences[i], options.rounding);
-    }
-    const StepRow row{.length = logits.length,
-                      .top_id = ids.data(),
-                      .top_confidence = confidences.data(),
-                      .prediction = memory.prediction.data() + cell,
-                      .confidence = memory.confidence.data() + cell,
-                      .rule = memory.rule.data() + cell,
-                      .remaining = memory.remaining.data() + b,
-                      .tokens = memory.tokens.data() + cell,
-                      .tokens_stride = 1,
-                      .streaks = memory.streaks().from(static_cast<int64_t>(cell)),
-                      .counters = memory.counters.data() + b * kCounters,
-                      .masked = masked.get(),
-                      .keys = keys.data(),
-                      .selected = selected.data(),
-                      .order = order.data()};
-    cpu::RowContext context;
-    RowStep<cpu::RowContext>(context, row, options).run();
-  }
 }
 
 // Logits whose predictions repeat along the row, with all degrees of confidence and a bad cell.
@@ -582,45 +539,60 @@ void fill_block(Logits<Format>& logits, std::mt19937& random) {
   }
 }
 
-// From logits: all launches of a step.
+// What the pass says of every cell of `logits`, as statistics.
 template <class Format>
-void check_steps(int64_t batch, int64_t length, const SamplingOptions& sampling, unsigned seed) {
+std::vector<double> statistics_of(const Logits<Format>& logits, const VocabWorkspace& workspace) {
+  const int64_t cells = logits.batch * logits.length;
+  std::vector<double> statistics(static_cast<size_t>(cells * kStatistics));
+  const VocabStatisticsParams params{.logits = logits.view(),
+                                     .candidates = nullptr,
+                                     .first_id = 0,
+                                     .with_entropy = true,
+                                     .statistics = statistics.data(),
+                                     .workspace = nullptr};
+  test::launch<char>(
+      (cells + kCellsPerBlock - 1) / kCellsPerBlock, kCellThreads, 2, 1,
+      [&](FibreLane& lane, char*) { statistics_body(lane, params, Flagged{nullptr}, workspace); });
+  return statistics;
+}
+
+// All launches of a step against the CPU's step from the same statistics.
+template <class Format>
+void check_steps(int64_t batch, int64_t length, unsigned seed) {
   std::mt19937 random(seed);
   const StepOptions options = r2_options();
   StepMemory got(batch, length), want(batch, length);
-  for (int step = 0; step < 3; ++step) {
+  for (unsigned step = 0; step < 3; ++step) {
     Logits<Format> logits(batch, length, 40, step, 3);
     logits.excluded = kMask;
     logits.shift = step == 1;
     fill_block(logits, random);
-    const Workspace workspace(batch * length, logits.slices(), sampling);
-    const std::vector<int64_t> tokens = got.tokens;
-    run_step(logits, got, options, sampling, workspace, seed + static_cast<unsigned>(step));
-    const std::unique_ptr<bool[]> masked(new bool[tokens.size()]);
-    for (size_t i = 0; i < tokens.size(); ++i) masked[i] = tokens[i] == kMask;
-    const Confidences top = merge_confidence(logits, masked.get(), workspace.view, seed);
-    run_rules_on_cpu(want, logits.view(), options, top.prediction, top.confidence,
-                     workspace.drawn.get());
+    const Workspace workspace(batch * length, logits.slices());
+    run_step(logits, got.params(logits.view(), options, kGreedy), workspace, seed + step);
+    run_slices<Format, Tempered::kNone, true>(logits, Flagged{nullptr}, workspace.view, seed);
+    const std::vector<double> statistics = statistics_of(logits, workspace.view);
+    cpu::decode_step(want.params(logits.view(), options, kGreedy, statistics.data()));
     CHECK(got == want);
   }
 }
 
 TEST(a_step_is_bit_equal_to_the_cpu_after_the_pass) {
   for (int64_t length : {1, 2, 33}) {
-    check_steps<BFloat16>(2, length, kGreedy, static_cast<unsigned>(length));
-    check_steps<Float32>(1, length, {1.0, 0, 1.0, 0.0}, static_cast<unsigned>(length));
+    check_steps<BFloat16>(2, length, static_cast<unsigned>(length));
+    check_steps<Float32>(1, length, static_cast<unsigned>(length));
   }
 }
 
-// From random judgements: the launch after the pass alone, several steps of a block.
-void check_rules(int64_t batch, int64_t length, const StepOptions& options, unsigned seed) {
+// From random judgements: the launch after the pass alone, several steps of a block. `change` adds
+// to the parameters of a step.
+template <class Change>
+void check_rules(int64_t batch, int64_t length, const StepOptions& options, unsigned seed,
+                 Change change) {
   std::mt19937 random(seed);
   const auto cells = static_cast<size_t>(batch * length);
   const LogitsView shape{nullptr, LogitType::kFloat, batch, length, 0, 0, 0, -1, 0};
   StepMemory got(batch, length), want(batch, length);
   std::vector<double> statistics(cells * kStatistics);
-  std::vector<int64_t> ids(cells);
-  std::vector<float> confidences(cells);
   const double levels[] = {0.05, 0.2, 0.25, 0.3, 0.5, 0.8, 0.9, 0.95, 1.0};
   for (unsigned step = 0; step < 4; ++step) {
     for (size_t i = 0; i < cells; ++i) {
@@ -629,15 +601,18 @@ void check_rules(int64_t batch, int64_t length, const StepOptions& options, unsi
       const auto id = keeps ? static_cast<int64_t>(statistics[i * kStatistics + kTokenId])
                             : static_cast<int64_t>(random() % 4);  // kMask is among them
       const double mass = random() % 23 == 0 ? NAN : 1.0 / p;
-      store_statistics(statistics.data() + i * kStatistics, 1.0, mass, id);
-      const Top top = top_of(mass, id);
-      ids[i] = top.id;
-      confidences[i] = top.confidence;
+      const double moment = random() % 23 == 0 ? NAN : -mass * levels[random() % 9];
+      store_statistics(statistics.data() + i * kStatistics, 1.0, mass, id, moment);
     }
-    run_rows(got.params(shape, options, kGreedy, statistics.data()), {}, nullptr, seed + step);
-    run_rules_on_cpu(want, shape, options, ids, confidences, nullptr);
+    run_rows(change(got.params(shape, options, kGreedy, statistics.data())), {}, nullptr,
+             seed + step);
+    cpu::decode_step(change(want.params(shape, options, kGreedy, statistics.data())));
     CHECK(got == want);
   }
+}
+
+void check_rules(int64_t batch, int64_t length, const StepOptions& options, unsigned seed) {
+  check_rules(batch, length, options, seed, [](const DecodeStepParams& params) { return params; });
 }
 
 TEST(the_rules_are_bit_equal_to_the_cpu_for_any_block_length) {
@@ -648,22 +623,46 @@ TEST(the_rules_are_bit_equal_to_the_cpu_for_any_block_length) {
 
 TEST(the_rules_are_bit_equal_to_the_cpu_in_every_mode) {
   unsigned seed = 0;
-  for (BaseRule base : {BaseRule::kThreshold, BaseRule::kSchedule, BaseRule::kFactor,
-                        BaseRule::kFirst, BaseRule::kBudget}) {
+  for (int base = 0; base < static_cast<int>(BaseRule::kCount); ++base) {
     for (TokenCluster cluster : {TokenCluster::kOff, TokenCluster::kConfidence, TokenCluster::kMid,
                                  TokenCluster::kRandom}) {
       for (Rounding rounding : {Rounding::kNone, Rounding::kBFloat16}) {
         StepOptions options = r2_options();
-        options.base = base;
+        options.base = static_cast<BaseRule>(base);
         options.run.mode = cluster;
         options.rounding = rounding;
         options.steps_per_block = 4;
         options.stability.mode = static_cast<TemporalEval>(seed % 3);
         options.window.window = seed % 4;
+        options.quota = seed % 5;
+        options.compare = static_cast<Compare>(seed % 2);
+        options.last_free = seed % 3 != 0;
+        options.mask_prediction = static_cast<MaskPrediction>(seed % 3);
+        options.neighbour.radius = seed % 4 == 1 ? 2 : 0;
         check_rules(1, seed % 2 ? 20 : 50, options, seed);
         ++seed;
       }
     }
+  }
+}
+
+TEST(edits_and_rows_of_their_own_are_bit_equal_to_the_cpu) {
+  constexpr int64_t batch = 4, length = 20;
+  std::mt19937 random(7);
+  const std::unique_ptr<bool[]> editable(new bool[batch * length]);
+  for (int64_t i = 0; i < batch * length; ++i) editable[i] = random() % 2 != 0;
+  const float threshold[batch] = {0.2f, 0.9f, 1.5f, 0.3f};  // the third is out of range
+  const int32_t quota[batch] = {0, 3, 1, 2};
+  const double edit_threshold[batch] = {0.25, 0.9, 0.5, 0.0};
+  for (int64_t outside : {int64_t{-1}, batch + 1}) {
+    check_rules(batch, length, r2_options(), 9, [&](DecodeStepParams params) {
+      params.editable = editable.get();
+      params.rows.threshold = {.data = threshold, .is_double = false};
+      params.rows.quota = {.data = quota, .is_wide = false};
+      params.rows.edit_threshold = {.data = edit_threshold, .is_double = true};
+      const_cast<int64_t*>(params.state.slots)[3] = outside;
+      return params;
+    });
   }
 }
 
@@ -672,7 +671,7 @@ TEST(a_row_without_cells) {
   const LogitsView shape{nullptr, LogitType::kFloat, 1, 0, 0, 0, 0, -1, 0};
   run_rows(memory.params(shape, r2_options(), kGreedy), {}, nullptr, 1);
   CHECK(memory.remaining[0] == 0);
-  CHECK(memory.counters[kStep] == 1);
+  CHECK(memory.counters[kCounters + kStep] == 1);  // of slot 1
 }
 
 TEST(a_step_from_statistics_of_shards) {
@@ -682,7 +681,8 @@ TEST(a_step_from_statistics_of_shards) {
   fill_block(logits, random);
   logits.excluded = kMask;
   StepMemory got(batch, length), want(batch, length);
-  run_step(logits, want, r2_options(), kGreedy, Workspace(batch * length, logits.slices()), 1);
+  run_step(logits, want.params(logits.view(), r2_options(), kGreedy),
+           Workspace(batch * length, logits.slices()), 1);
 
   const int64_t bounds[] = {0, 100, 101, 300};
   constexpr int64_t parts = 3, cells = batch * length;
@@ -695,9 +695,9 @@ TEST(a_step_from_statistics_of_shards) {
       }
     }
     const Workspace workspace(cells, shard.slices());
-    run_slices(shard, Flagged{nullptr}, workspace.view, 2);
+    run_slices<Float32, Tempered::kNone, true>(shard, Flagged{nullptr}, workspace.view, 2);
     const VocabStatisticsParams params{
-        shard.view(), nullptr, bounds[part], false, statistics.data() + part * cells * kStatistics,
+        shard.view(), nullptr, bounds[part], true, statistics.data() + part * cells * kStatistics,
         nullptr};
     test::launch<char>((cells + kCellsPerBlock - 1) / kCellsPerBlock, kCellThreads, 2, 1,
                        [&](FibreLane& lane, char*) {
@@ -783,12 +783,14 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
   options.threshold = 0.0f;
   options.seed = seed;
   StepMemory memory(batch, length);
-  for (int64_t b = 0; b < batch; ++b) memory.counters[b * kCounters + kStep] = 9;
+  const auto row_of = [&](int64_t b) { return memory.slots[static_cast<size_t>(b)]; };
+  for (int64_t b = 0; b < batch; ++b) memory.counters[row_of(b) * kCounters + kStep] = 9;
   const Workspace workspace(batch * length, logits.slices(), sampling);
-  run_step(logits, memory, options, sampling, workspace, seed);
+  run_step(logits, memory.params(logits.view(), options, sampling), workspace, seed);
   for (int64_t cell = 0; cell < batch * length; ++cell) {
     const double u =
-        uniform(seed + 3 * (cell / length), cell / length, 9, cell % length, Draw::kToken);
+        uniform(seed + 3 * row_of(cell / length), row_of(cell / length), 9, cell % length,
+                Draw::kToken);
     const ExactDraw want = exact_draw(logits, cell, sampling, u);
     const int64_t got = memory.tokens[static_cast<size_t>(cell)];
     CHECK(got == want.id || want.margin < kDrawError);
@@ -898,11 +900,13 @@ TEST(rows_with_options_of_their_own_draw_as_if_alone) {
     }
     std::vector<int64_t> counters;
     for (int64_t i = 0; i < batch; ++i) counters.insert(counters.end(), {i, 9, 0, -1, 0});
-    const int64_t* counter = counters.data();
-    const SameOptions same{options[b], seeds[b], counter};
+    StateView state;
+    state.rows = batch;
+    state.counters = counters.data();
+    const RowSampling same{options[b], {}, seeds[b], state};
     CHECK(same.uniform(b, 1) == of_rows.uniform(b, 1));
     const Workspace alone(batch * length, logits.slices(), options[b]);
-    draw(alone.view, SameScale{narrow_scale(tempering(options[b]))}, same, alone.drawn.get());
+    draw(alone.view, RowScale<RowSampling>{same}, same, alone.drawn.get());
     for (int64_t l = 0; l < length; ++l) {
       const Drawn& want = alone.drawn[static_cast<size_t>(b * length + l)];
       CHECK(got[l].id == want.id && want.id >= 0);
