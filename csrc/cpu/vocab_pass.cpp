@@ -69,8 +69,7 @@ TemperedSums VocabPass::tempered(int64_t i) const {
 }
 
 OnlineSoftmax VocabPass::token_stats(int64_t i, int64_t column) const {
-  return column == logits_.excluded ? OnlineSoftmax::empty()
-                                    : kernels_.stats(logit(i, column), 1);
+  return column == logits_.excluded ? OnlineSoftmax::empty() : kernels_.stats(logit(i, column), 1);
 }
 
 float VocabPass::probability(int64_t i, int64_t column) const {

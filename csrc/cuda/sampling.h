@@ -66,6 +66,9 @@ R2D_DEVICE int choose_lane(Lane& lane, double mass, double& target) {
 }
 
 struct DrawShared {
+  double scale;  // log2(e) / temperature of the cell's row; 0: nothing is drawn
+  double uniform;
+  double total;        // mass of the row at the temperature; here since registers are full
   double mass[kWarp];  // of 512 bytes each, in the order of the vocabulary
 };
 
@@ -120,6 +123,7 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
     const double of_warp = warp_sum(lane, static_cast<double>(sum_of_terms<Format>(vector, term)));
     if (place_in_warp(lane) == 0) shared.mass[g * kWarps + warp_of(lane)] = of_warp;
   }
+  if (lane.thread() == 0) shared.total = total;
   lane.sync(kSliceThreads);
   const int run = choose_lane(lane, shared.mass[place_in_warp(lane)], target);
   const int64_t column = mine + run / kWarps * kStep;
@@ -145,7 +149,7 @@ R2D_DEVICE Drawn draw(Lane& lane, DrawShared& shared, const VocabRow<Format>& ro
   }
   return {static_cast<int32_t>(column + chosen),
           static_cast<float>(weight(logit, merged.max, kLog2eWide) / merged.mass),
-          static_cast<float>(weight(logit, merged.max, scale) / total)};
+          static_cast<float>(weight(logit, merged.max, scale) / shared.total)};
 }
 
 // Block = cell.
@@ -156,18 +160,25 @@ R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logi
   const int64_t cell = lane.block(), slices = workspace.slices;
   if (!is_candidate(cell)) return;
   const int64_t b = row_number(logits, cell);
-  if (!(row_options(b).temperature > 0.0)) {
-    if (lane.thread() == 0) drawn[cell].id = -1;
-    return;
+  if (lane.thread() == 0) {
+    const SamplingOptions options = row_options(b);
+    const bool draws = options.temperature > 0.0;
+    shared.scale = draws ? tempering(options) : 0.0;
+    if (draws) {
+      shared.uniform = row_options.uniform(b, cell - b * logits.length);
+    } else {
+      drawn[cell].id = -1;
+    }
   }
-  const double u = row_options.uniform(b, cell - b * logits.length);
+  lane.sync(kSliceThreads);
+  if (!(shared.scale > 0.0)) return;
   const SlicePartial* partial = workspace.partial + cell * slices;
   const SlicePartial merged = merge_slices(lane, partial, slices);
   if (!(merged.mass > 0.0)) return;
   const Drawn result = draw<Format>(lane, shared, row_of<Format>(logits, cell), merged, partial,
                                     workspace.tempered + cell * slices, slices,
                                     workspace.cutoff != nullptr ? workspace.cutoff[cell] : -FLT_MAX,
-                                    tempering(row_options(b)), u);
+                                    shared.scale, shared.uniform);
   if (result.id >= 0) drawn[cell] = result;
 }
 
@@ -176,6 +187,7 @@ R2D_DEVICE void draw_body(Lane& lane, DrawShared& shared, const LogitsView& logi
 constexpr int kCutoffThreads = 1024;
 
 struct CutoffShared {
+  SamplingOptions options;  // of the cell's row
   double part[kCutoffThreads / kWarp];
 };
 
@@ -202,14 +214,15 @@ R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& 
                             const RowOptions& row_options) {
   const int64_t cell = lane.block(), slices = workspace.slices;
   if (!is_candidate(cell)) return;
-  // Asked where they are needed: to keep them takes more registers than there are.
-  const auto options = [&] { return row_options(row_number(logits, cell)); };
-  if (!(options().temperature > 0.0)) return;
-  if (!restricts(options())) {
+  if (lane.thread() == 0) shared.options = row_options(row_number(logits, cell));
+  lane.sync(kCutoffThreads);
+  const SamplingOptions& options = shared.options;
+  if (!(options.temperature > 0.0)) return;
+  if (!restricts(options)) {
     if (lane.thread() == 0) workspace.cutoff[cell] = -FLT_MAX;
     return;
   }
-  const float narrow = narrow_scale(tempering(options()));
+  const float narrow = narrow_scale(tempering(options));
   const SlicePartial* partial = workspace.partial + cell * slices;
   const SlicePartial merged = merge_slices(lane, partial, slices);
   if (!(merged.mass > 0.0)) return;
@@ -244,12 +257,12 @@ R2D_DEVICE void cutoff_body(Lane& lane, CutoffShared& shared, const LogitsView& 
   };
 
   float lowest = -FLT_MAX;
-  if (options().top_k > 0) lowest = least_of(lowest, static_cast<double>(options().top_k), one);
-  if (options().top_p < 1.0) {
-    lowest = least_of(lowest, options().top_p * total(0, row.vocab, lowest, term), term);
+  if (options.top_k > 0) lowest = least_of(lowest, static_cast<double>(options.top_k), one);
+  if (options.top_p < 1.0) {
+    lowest = least_of(lowest, options.top_p * total(0, row.vocab, lowest, term), term);
   }
-  if (options().min_p > 0.0) {
-    lowest = fmaxf(lowest, least_float(min_p_cutoff(merged.max, options())));
+  if (options.min_p > 0.0) {
+    lowest = fmaxf(lowest, least_float(min_p_cutoff(merged.max, options)));
   }
   if (lane.thread() == 0) workspace.cutoff[cell] = lowest;
   for (int64_t slice = 0; slice < slices; ++slice) {

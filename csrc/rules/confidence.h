@@ -65,11 +65,12 @@ R2D_HOST_DEVICE double scale_by_exponent(double sum, double exponent_difference)
 
 // Not commutative in the last bit of `sum`: always merge in slice order.
 R2D_HOST_DEVICE OnlineSoftmax merge(const OnlineSoftmax& a, const OnlineSoftmax& b) {
-  if (a.sum != a.sum || b.sum != b.sum) return {a.max, 0.0, NAN};
+  const double max = a.max > b.max ? a.max : b.max;
+  if (a.sum != a.sum || b.sum != b.sum) return {max, 0.0, NAN};
   if (!(b.max > -INFINITY)) return a;
   if (!(a.max > -INFINITY)) return b;
   const double exponent = a.exponent > b.exponent ? a.exponent : b.exponent;
-  return {a.max > b.max ? a.max : b.max, exponent,
+  return {max, exponent,
           scale_by_exponent(a.sum, a.exponent - exponent) +
               scale_by_exponent(b.sum, b.exponent - exponent)};
 }

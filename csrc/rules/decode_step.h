@@ -131,8 +131,7 @@ class RowStep {
   // Takes the cells that MaskPrediction::kSkip leaves out from the candidates; returns how many.
   R2D_HOST_DEVICE int64_t begin() {
     const StepRow& row = row_;
-    const bool skips =
-        options_.mask_prediction == MaskPrediction::kSkip && options_.mask_id >= 0;
+    const bool skips = options_.mask_prediction == MaskPrediction::kSkip && options_.mask_id >= 0;
     const bool begins_block = row.counters != nullptr && row.counters[kBlockMasked] < 0;
     if (!skips && !begins_block) return 0;
     const int64_t given = count_masked();

@@ -788,9 +788,8 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
   const Workspace workspace(batch * length, logits.slices(), sampling);
   run_step(logits, memory.params(logits.view(), options, sampling), workspace, seed);
   for (int64_t cell = 0; cell < batch * length; ++cell) {
-    const double u =
-        uniform(seed + 3 * row_of(cell / length), row_of(cell / length), 9, cell % length,
-                Draw::kToken);
+    const double u = uniform(seed + 3 * row_of(cell / length), row_of(cell / length), 9,
+                             cell % length, Draw::kToken);
     const ExactDraw want = exact_draw(logits, cell, sampling, u);
     const int64_t got = memory.tokens[static_cast<size_t>(cell)];
     CHECK(got == want.id || want.margin < kDrawError);
