@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/vocab_kernels.h"
+#include "ops/torch_python.h"
 
 namespace py = pybind11;
 
@@ -35,4 +36,7 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info);
+  r2dllm::add_calls(m.ptr());
+}

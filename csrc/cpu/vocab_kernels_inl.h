@@ -215,6 +215,16 @@ inline OnlineSoftmax statistics(const void* logits, int64_t n, double* moment) {
 
 template <class Loader>
 OnlineSoftmax stats(const void* logits, int64_t n) {
+  const float first =
+      n == 1 ? Loader::to_float(*static_cast<const typename Loader::Element*>(logits)) : NAN;
+  if (is_narrow(first)) {
+    // A token's own: what is padded with -inf leaves no trace beside the only term.
+    const float exponent = rintf(first * kLog2e);
+    Floats fraction, power;
+    Term(first, exponent)(Simd::set(first), fraction, power);
+    const double term = Simd::greatest(Simd::mul(fraction, power));
+    return {first, exponent, term * log2e_factor(first)};
+  }
   return statistics<Loader, false>(logits, n, nullptr);
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "step_arguments.h"
 #include "torch_op.h"
 #include "torch_vocab_pass.h"
 
@@ -37,7 +38,7 @@ struct StepInputs {
 
 constexpr double kNone = -1.0;  // in place of a probability
 
-// What an option takes: f(op, name, value) raises.
+// What an option of the table takes: f(op, name, value) raises.
 const auto anything = [](auto&&...) {};
 const auto probability = [](auto... args) { check_probability(args...); };
 const auto maybe_probability = [](const char* op, const char* name, double value) {
@@ -55,50 +56,10 @@ const auto at_least = [](auto... args) { check_at_least(args..., kLeast); };
 template <auto kCount>
 const auto choice = [](auto... args) { check_choice(args..., kCount); };
 
-// X(type, type in the schema, name, default, what it takes): one row per option, in the order of
-// the schema and of DecodeConfig. Those that published settings change come first: parsing an
-// argument costs a call half a microsecond, leaving out the ones at the end next to nothing.
-#define R2D_STEP_OPTIONS(X)                                                      \
-  X(int64_t, "int", mask_id, "", at_least<-1>)                                   \
-  X(int64_t, "int", mask_prediction, "=0", choice<MaskPrediction::kCount>)       \
-  X(bool, "bool", confidence_in_logits_dtype, "=False", anything)                \
-  X(double, "float", temperature, "=0.0", not_negative)                          \
-  X(int64_t, "int", base, "=0", choice<BaseRule::kCount>)                        \
-  X(double, "float", threshold, "=0.9", maybe_probability)                       \
-  X(int64_t, "int", quota, "=1", at_least<0>)                                    \
-  X(int64_t, "int", compare, "=0", choice<Compare::kCount>)                      \
-  X(double, "float", error_budget, "=0.005", not_negative)                       \
-  X(bool, "bool", last_free, "=True", anything)                                  \
-  X(int64_t, "int", steps_per_block, "=0", at_least<0>)                          \
-  X(double, "float", entropy_budget, "=0.05", not_negative)                      \
-  X(double, "float", factor, "=1.0", positive)                                   \
-  X(bool, "bool", report_entropy, "=False", anything)                            \
-  X(double, "float", edit_threshold, "=-1.0", maybe_probability)                 \
-  X(int64_t, "int", confidence_cluster_size, "=3", at_least<0>)                  \
-  X(double, "float", spatial_threshold, "=0.8", probability)                     \
-  X(int64_t, "int", confidence_cluster_unmasked, "=1", at_least<-1>)             \
-  X(int64_t, "int", neighbour_radius, "=0", at_least<0>)                         \
-  X(double, "float", neighbour_threshold, "=0.75", probability)                  \
-  X(int64_t, "int", token_cluster, "=1", choice<TokenCluster::kCount>)           \
-  X(int64_t, "int", token_cluster_size, "=2", at_least<1>)                       \
-  X(int64_t, "int", temporal_steps, "=3", at_least<0>)                           \
-  X(double, "float", temporal_threshold, "=0.8", probability)                    \
-  X(int64_t, "int", temporal_eval, "=0", choice<TemporalEval::kCount>)           \
-  X(int64_t, "int", sampled_confidence, "=0", choice<SampledConfidence::kCount>) \
-  X(int64_t, "int", top_k, "=0", at_least<0>)                                    \
-  X(double, "float", top_p, "=1.0", probability)                                 \
-  X(double, "float", min_p, "=0.0", probability)                                 \
-  X(int64_t, "int", seed, "=0", anything)
-
-#define R2D_FIELD(type, schema, name, value, takes) type name;
 #define R2D_PARAMETER(type, schema, name, value, takes) , type name
 #define R2D_ARGUMENT(type, schema, name, value, takes) .name = name,
 #define R2D_SCHEMA(type, schema, name, value, takes) ", " schema " " #name value
 #define R2D_CHECK(type, schema, name, value, takes) takes(op, "config." #name, options.name);
-
-struct StepArguments {
-  R2D_STEP_OPTIONS(R2D_FIELD)
-};
 
 Rounding rounding_of(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? Rounding::kBFloat16
@@ -436,6 +397,10 @@ R2D_REGISTER("decode_step", &of_logits<true>)
 R2D_REGISTER("select", &of_logits<false>)
 R2D_REGISTER("decode_step.statistics", &of_statistics<true>)
 R2D_REGISTER("select.statistics", &of_statistics<false>)
+R2D_NOT_DIFFERENTIABLE("decode_step")
+R2D_NOT_DIFFERENTIABLE("select")
+R2D_NOT_DIFFERENTIABLE("decode_step.statistics")
+R2D_NOT_DIFFERENTIABLE("select.statistics")
 
 }  // namespace
 }  // namespace r2dllm

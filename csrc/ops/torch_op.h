@@ -20,6 +20,11 @@
   TORCH_LIBRARY_IMPL(r2dllm, CPU, m) { m.impl(op, function); } \
   TORCH_LIBRARY_IMPL(r2dllm, CUDA, m) { m.impl(op, R2D_ON_CUDA(function)); }
 
+// Nothing that the op returns has a gradient, and it refuses logits that want one: autograd's box
+// round the call, which costs as much as the checks, is left out.
+#define R2D_NOT_DIFFERENTIABLE(op) \
+  TORCH_LIBRARY_IMPL(r2dllm, Autograd, m) { m.impl(op, torch::CppFunction::makeFallthrough()); }
+
 #if defined(R2DLLM_WITH_CUDA) && !defined(R2DLLM_EMULATED_CUDA)
 #define R2D_ON_CUDA(function) function
 #else
@@ -59,12 +64,6 @@ inline Tensor new_bytes(const Tensor& beside, int64_t bytes) {
   return at::empty({bytes}, beside.options().dtype(at::kByte));
 }
 
-// Tells autograd that an op has written `t`: what was saved of it, of its views and of its base for
-// a backward is stale.
-inline void bump(const std::optional<Tensor>& t) {
-  if (t && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
-}
-
 // Null for no tensor.
 inline void* bytes_of(const Tensor& workspace) {
   return workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
@@ -73,8 +72,8 @@ inline void* bytes_of(const Tensor& workspace) {
 // The op has written `t`: each argument that the schema marks with "!" comes by here. torch counts
 // the writes of its own in-place ops; views and their base have one count, so that a backward that
 // saved any of them notices. Inference tensors have none.
-inline void bump(const Tensor& t) {
-  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+inline void bump(const std::optional<Tensor>& t) {
+  if (t && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
 }
 
 template <class T>

@@ -15,6 +15,7 @@ from .._checks import (
     sized,
     tensor,
 )
+from .._library import _C
 from ..config import BASE_RULES, DecodeConfig, op_options
 from ..row_params import RowParams
 from ..state import Counter, DecodeState, DecodeStep
@@ -91,7 +92,7 @@ def decode_step(
     >>> tokens, step.rule, step.remaining
     (tensor([[1, 3]]), tensor([[1, 0]], dtype=torch.uint8), tensor([1], dtype=torch.int32))
     """
-    op = torch.ops.r2dllm.decode_step
+    op = _DECODE_STEP
     given = (candidates, editable, proposed, slots)
     return _step(op, logits, tokens, state, config, given, rows, logits_shift)
 
@@ -119,11 +120,13 @@ def select(
     >>> tokens, step.rule
     (tensor([[3, 3]]), tensor([[2, 0]], dtype=torch.uint8))
     """
-    op = torch.ops.r2dllm.select
+    op = _SELECT
     given = (candidates, editable, proposed, slots)
     return _step(op, logits, tokens, state, config, given, rows, logits_shift)
 
 
+_DECODE_STEP, _SELECT = torch.ops.r2dllm.decode_step, torch.ops.r2dllm.select
+_short_step = _C.step  # None for what torch.ops has to look at (csrc/ops/torch_python.cpp)
 _NO_STATE = (None,) * len(DecodeState.__slots__)
 
 
@@ -131,7 +134,7 @@ def _step(op, logits, tokens, state, config, given, rows, logits_shift) -> Decod
     """`given`: candidates, editable, proposed, slots."""
     # A call is meant to cost microseconds: types are checked where one is found to be wrong.
     try:
-        options, has_entropy = config._op_args, config._has_entropy
+        options, has_entropy = config._all_args, config._has_entropy
         held = _NO_STATE
         if state is not None:
             streaks = (state.streak_count, state.streak_id, state.streak_sum, state.streak_max)
@@ -140,22 +143,27 @@ def _step(op, logits, tokens, state, config, given, rows, logits_shift) -> Decod
     except AttributeError:
         _reject(op.__name__, state, config, rows)
         raise
-    for value in given:
-        if value is not None and not isinstance(value, torch.Tensor):
-            names = ("candidates", "editable", "proposed", "slots")
-            is_tensor(op.__name__, optional=True, **dict(zip(names, given, strict=True)))
-    if type(logits_shift) is not int or not 0 <= logits_shift <= 1:
-        logits_shift = integer(op.__name__, "logits_shift", logits_shift, 0, 1)
-    if isinstance(logits, VocabStatistics):
-        is_tensor(op.__name__, tokens=tokens)
-        _check_statistics(op.__name__, logits, logits_shift, has_entropy)
-        step = op.statistics(logits.values, tokens, *held, *given, own, logits.dtype, *options)
-    else:
-        if not (isinstance(logits, torch.Tensor) and isinstance(tokens, torch.Tensor)):
-            is_tensor(op.__name__, logits=logits, tokens=tokens)
-        step = op.default(logits, tokens, *held, *given, own, logits_shift, *options)
+    step = None
+    if not torch.compiler.is_compiling():
+        writes = op is _DECODE_STEP
+        step = _short_step(writes, logits, tokens, held, given, own, logits_shift, options)
+    if step is None:
+        step = _checked_step(op, logits, tokens, held, given, own, logits_shift, config)
     prediction, confidence, rule, remaining, entropy = step
     return DecodeStep(prediction, confidence, rule, remaining, entropy if has_entropy else None)
+
+
+def _checked_step(op, logits, tokens, held, given, own, logits_shift, config):
+    name, options = op.__name__, config._op_args
+    names = ("candidates", "editable", "proposed", "slots")
+    is_tensor(name, optional=True, **dict(zip(names, given, strict=True)))
+    logits_shift = integer(name, "logits_shift", logits_shift, 0, 1)
+    is_tensor(name, tokens=tokens)
+    if isinstance(logits, VocabStatistics):
+        _check_statistics(name, logits, logits_shift, config._has_entropy)
+        return op.statistics(logits.values, tokens, *held, *given, own, logits.dtype, *options)
+    is_tensor(name, logits=logits)
+    return op.default(logits, tokens, *held, *given, own, logits_shift, *options)
 
 
 def _reject(op: str, state: object, config: object, rows: object) -> None:
