@@ -16,11 +16,12 @@ from r2dllm_ext.tasks import TASKS, get_task, task_of
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import train_base  # noqa: E402
 from muon import Muon, orthogonalized  # noqa: E402
-from train_base import Batch, Plan, Shape, Stage, Trainer, collate, draw, hide, reveal  # noqa: E402
+from own_decodes import OwnDecodes  # noqa: E402
+from train_base import Plan, Shape, Stage, Trainer, draw  # noqa: E402
 
 LEDGER = get_task("ledger")
 SHAPE = Shape(width=16, layers=1, heads=2, mlp_width=16)
-TINY = Stage("a", seed=0, steps=6, batch_size=4, learning_rate=1e-3, warmup=2, own_share=0.4)
+TINY = Stage("a", seed=0, steps=6, batch_size=4, learning_rate=1e-3, warmup=2)
 QUICK = argparse.Namespace(eval_every=3, eval_samples=2, save_every=2, log_every=1)
 
 
@@ -38,12 +39,11 @@ def flat(model):
 
 def test_masks_follow_their_modes():
     blocks = torch.arange(96) // 32
-    iid = draw(LEDGER, stage(batch_size=200, iid_share=1.0, own_share=0.0), 0)
+    iid = draw(LEDGER, stage(batch_size=200, iid_share=1.0), 0)
     assert iid.ids.shape == (200, 32 + 96) and torch.equal(iid.hidden, iid.learned)
     assert iid.hidden.float().mean().item() == pytest.approx(0.5, abs=0.06)
-    for share in ({"own_share": 0.0}, {"frontier_share": 1.0}, {"own_share": 1.0}):
-        batch = draw(LEDGER, stage(batch_size=200, iid_share=0.0, **share), 0)
-        assert batch.own.all() == (share == {"own_share": 1.0})
+    for share in (0.0, 1.0):
+        batch = draw(LEDGER, stage(batch_size=200, iid_share=0.0, frontier_share=share), 0)
         for hidden, learned in zip(batch.hidden, batch.learned, strict=True):
             touched = blocks[learned].unique()
             assert len(touched) <= 1, "one active block"
@@ -54,7 +54,7 @@ def test_masks_follow_their_modes():
 
 
 def test_digits_far_behind_the_front_are_hidden_but_not_learned():
-    every = stage(batch_size=100, iid_share=0.0, frontier_share=1.0, own_share=0.0)
+    every = stage(batch_size=100, iid_share=0.0, frontier_share=1.0)
     whole, few = (
         draw(LEDGER, s, 0) for s in (every, dataclasses.replace(every, frontier_digits=2))
     )
@@ -76,32 +76,71 @@ def test_blocks_behind_the_end_can_be_left_out():
     assert ended(1.0) > 10 and ended(0.0) == 0
 
 
-class Surest(torch.nn.Module):
-    """Surer of a cell the further right it stands; reads no target."""
-
-    def forward(self, ids, *, attention_mask, logits_positions):
-        first, last = logits_positions
-        logits = torch.zeros(len(ids), last - first, 64)
-        logits[..., 5] = torch.arange(last - first) / 10
-        return argparse.Namespace(logits=logits)
+# ---- rows that the model decodes ---------------------------------------------------------------
 
 
-def test_own_rows_show_what_the_model_is_surest_of():
-    ids = collate([LEDGER.encode(LEDGER.sample(0, i)) for i in range(50)], LEDGER)
-    learned = torch.zeros(50, 96, dtype=torch.bool)
-    learned[:, 32:64] = True
-    hidden = learned.clone()
-    hidden[:, 64:] = True
-    own = torch.arange(50) % 2 == 0
-    shown = reveal(Surest(), Batch(ids, hidden, learned, own), LEDGER, torch.Generator())
-    assert torch.equal(shown.hidden[~own], hidden[~own])
-    left = shown.learned[own].sum(1)
-    assert left.min() >= 1 and left.min() < 8 and left.max() > 24  # never none: one is left
-    for row, n in zip(shown.learned[own], left, strict=True):
-        assert row[32 : 32 + n].all() and row.sum() == n
-    assert shown.hidden[:, 64:].all()
-    visible = hide(shown.ids, shown.hidden, LEDGER)[:, 32:]
-    assert torch.equal(visible == LEDGER.tokenizer.mask_id, shown.hidden)
+def knowing(decodes):
+    """What a model that knows the truth says of the states: confidence, prediction, the truth."""
+    hidden, _ = decodes.masks()
+    answers = decodes.answers().masked_fill(hidden, LEDGER.tokenizer.end_id)
+    exact = LEDGER.posterior(decodes.prompts, answers, hidden, strict=False)
+    return (*exact.max(-1), exact)
+
+
+def test_a_model_that_knows_the_truth_decodes_right_answers():
+    decodes = OwnDecodes(LEDGER, 6, 3, 32)
+    finished = []
+    for _ in range(140):
+        before, prompts = decodes.answers().clone(), list(decodes.prompts)
+        hidden, active = decodes.masks()
+        assert active.any(1).all() and not (active & ~hidden).any()
+        assert decodes.advance(*knowing(decodes)) == 0
+        for row in range(6):
+            if decodes.prompts[row] != prompts[row]:
+                finished.append((prompts[row], before[row]))
+            else:
+                kept = ~hidden[row]
+                assert torch.equal(decodes.answers()[row][kept], before[row][kept])
+    assert len(finished) > 6 and decodes.drawn == 6 + len(finished)
+    for prompt, answer in finished:
+        # All but what the last commits of the last block added is there.
+        hidden = answer == LEDGER.tokenizer.mask_id
+        answer = answer.masked_fill(hidden, LEDGER.tokenizer.end_id)[None]
+        assert not LEDGER.posterior([prompt], answer, hidden[None], strict=False).isnan().any()
+
+
+def test_a_wrong_token_is_not_committed():
+    decodes = OwnDecodes(LEDGER, 6, 4, 32)
+    for _ in range(40):
+        _, _, exact = knowing(decodes)
+        sure = torch.rand(6, 96, generator=torch.Generator().manual_seed(1))
+        wrong = exact.argmin(-1)  # of probability 0
+        assert decodes.advance(sure, wrong, exact) == 6
+        assert not knowing(decodes)[2].isnan().any()
+
+
+def test_a_row_without_an_answer_begins_anew():
+    decodes = OwnDecodes(LEDGER, 3, 5, 32)
+    decodes.answers()[0, :2] = LEDGER.tokenizer.encode("1")[0]
+    confidence, prediction, exact = knowing(decodes)
+    assert exact[0].isnan().any() and not exact[1:].isnan().any()
+    prompt = decodes.prompts[0]
+    decodes.advance(confidence, prediction, exact)
+    assert decodes.prompts[0] != prompt and decodes.masks()[0][0].all()
+
+
+OWN = stage(exact=True, own_decodes=3, front_weight=2.0)
+
+
+def test_own_decodes_are_learned_on_and_go_on():
+    run = trainer(OWN)
+    ids, targets, weight = run.batch(0)
+    assert ids.shape == (4 + 3, 128) and targets.shape[:2] == weight.shape == (7, 96)
+    assert torch.equal(ids[4:], run.decodes.ids)
+    assert torch.equal(weight[4:] > 0, run.decodes.masks()[1])
+    before = run.decodes.ids.clone()
+    run.train_step()
+    assert not torch.equal(run.decodes.ids, before)
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
@@ -146,16 +185,17 @@ class Killed(Exception):
     pass
 
 
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    whole = trainer()
+@pytest.mark.parametrize("settings", [TINY, OWN], ids=["texts", "own decodes"])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, settings):
+    whole = trainer(settings)
     train_base.run(whole, tmp_path / "whole", QUICK)
-    cut = trainer()
+    cut = trainer(settings)
     step = cut.train_step
     cut.train_step = lambda: step() if cut.step < 5 else (_ for _ in ()).throw(Killed)
     with pytest.raises(Killed):
         train_base.run(cut, tmp_path / "parts", QUICK)
     torch.manual_seed(123)
-    resumed = trainer()
+    resumed = trainer(settings)
     resumed.load(tmp_path / "parts" / "checkpoint.pt")
     assert resumed.step == 4  # the log has 5 lines
     train_base.run(resumed, tmp_path / "parts", QUICK)
@@ -216,9 +256,9 @@ def test_an_exact_stage_learns_what_the_task_knows(monkeypatch):
     assert (weight[hidden] >= 0.5 - 1e-4).all() and weight.max() > 3.9  # digits weigh 4
     know = (targets + 1e-9).log()
     monkeypatch.setattr(train_base, "_answer_logits", lambda *_: know)
-    assert abs(float(run._loss_of(ids, targets, weight))) < 1e-5
+    assert abs(float(run._loss_of(ids, targets, weight)[0])) < 1e-5
     monkeypatch.setattr(train_base, "_answer_logits", lambda *_: know * 0)
-    assert float(run._loss_of(ids, targets, weight)) > 1
+    assert float(run._loss_of(ids, targets, weight)[0]) > 1
     monkeypatch.undo()
     words = Trainer(get_task("pronounce"), SHAPE, run.stage, compiled=False)
     with pytest.raises(ValueError, match="pronounce has no exact distribution"):
