@@ -110,3 +110,27 @@ def test_inductor(r2, device):
     shape = (2, 8, 33)
     want = run(step, CONFIGS["r2"], shape, device)
     assert_same(run(compiled(step, "inductor"), CONFIGS["r2"], shape, device), want)
+
+
+def test_export_of_a_dynamic_batch(r2):
+    """With a state made inside: neither batch nor block length becomes a constant."""
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(16, 16)
+
+        def forward(self, tokens):
+            state = r2.DecodeState(*tokens.shape)
+            tokens = tokens.clone()
+            step = r2.decode_step(self.table(tokens), tokens, state, r2.DecodeConfig(3))
+            return tokens, step.rule, state.counters
+
+    dims = {0: torch.export.Dim("rows", max=64), 1: torch.export.Dim("length", max=64)}
+    with torch.no_grad():
+        model = Step().eval()
+        exported = torch.export.export(model, (torch.full((2, 8), 3),), dynamic_shapes=(dims,))
+        for shape in ((1, 8), (2, 8), (5, 3)):
+            tokens = torch.full(shape, 3)
+            for got, want in zip(exported.module()(tokens), model(tokens), strict=True):
+                assert torch.equal(got, want)

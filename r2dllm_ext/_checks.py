@@ -68,7 +68,8 @@ def integer(where, name, value, low=None, high=None, *, optional=False):
 
 
 def _index(value: Any) -> int | None:
-    if type(value) is int:
+    # A size that is being traced stays what it is: its index would make it a constant.
+    if type(value) is int or isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool) or getattr(value, "ndim", 0) != 0:
         return None
