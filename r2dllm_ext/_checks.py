@@ -67,7 +67,7 @@ def integer(where, name, value, low=None, high=None, *, optional=False):
     return number
 
 
-def _index(value: Any) -> int | None:
+def _index(value: Any) -> int | torch.SymInt | None:
     # A size that is being traced stays what it is: its index would make it a constant.
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
