@@ -23,6 +23,7 @@ __all__ = [
     "DecodeConfig",
     "DecodeState",
     "DecodeStep",
+    "Evidence",
     "Generation",
     "NoProgressError",
     "RedundancyScore",
@@ -37,6 +38,7 @@ __all__ = [
     "build_info",
     "corrupt",
     "decode_step",
+    "evidence",
     "generate",
     "ledger",
     "linear_sft_loss",
@@ -61,6 +63,7 @@ __all__ = [
 if find_spec("._built_with", __name__) is not None:
     from ._library import build_info
     from .decode_progress import NoProgressError
+    from .evidence import Evidence, evidence
     from .generation import Generation, StepEvent, generate
     from .ops import (
         DecodeStep,

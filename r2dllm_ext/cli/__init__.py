@@ -23,6 +23,7 @@ examples:
   r2dllm generate --file prompts.txt --preset budget --error-budget 0.02 --json
   r2dllm generate --model GSAI-ML/LLaDA-8B-Instruct --device cuda --chat 'Why is the sky blue?'
   r2dllm trace --preset fast_dllm --out fast.png
+  r2dllm evidence --samples 64 --out calibration.png
   r2dllm sft --out run --learning-rate 1e-4 --steps 200
 
 exit status: 0; 2 after an error, which is one line on stderr; 130 when interrupted (Ctrl-C); 141
@@ -125,7 +126,7 @@ def _settle_stdout() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import demo, generate, sft, trace
+    from . import demo, evidence, generate, sft, trace
 
     parser = _Parser(
         prog="r2dllm",
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"r2dllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in (demo, generate, trace, sft):
+    for command in (demo, generate, trace, evidence, sft):
         command.add_parser(commands)
     return parser
 
