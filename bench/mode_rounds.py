@@ -139,7 +139,7 @@ def make_batch(
             (weight, weight[twice]),
         )
     )
-    return Batch(ids, hidden, learned, torch.zeros(len(ids), dtype=torch.bool)), weight
+    return Batch(ids, hidden, learned), weight
 
 
 def train(
