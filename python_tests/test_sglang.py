@@ -223,6 +223,17 @@ def test_a_block_without_finite_logits_does_not_stay(name):
     assert served[1][0] == [MASK] * (SIZE - 1)
 
 
+@pytest.mark.parametrize("name", ["R2DLLM", "R2JointThreshold"])
+def test_a_model_that_insists_on_the_mask_id_does_not_stay(name):
+    stubborn = Request(1)
+    stubborn.logits = lambda tokens: (
+        torch.nn.functional.one_hot(torch.full((SIZE,), MASK), VOCAB) * 9.0
+    )
+    rules = {"R2DLLM": "low_confidence", "R2JointThreshold": "joint_threshold"}[name]
+    served = serve(algorithm(name, fdfo=True, rules=rules), [stubborn], at_once=1)
+    assert served[1][0] == run_together(algorithm(name, rules=rules), [stubborn])[0][0]
+
+
 # ---- options -----------------------------------------------------------------------------------
 
 

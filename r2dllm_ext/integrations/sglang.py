@@ -41,23 +41,20 @@ class R2DLLM(DllmAlgorithm):
     takes the same steps under both schedulers, whatever other requests are in its batch; what is
     drawn (`temperature` > 0) depends on the block's slot and on the steps that the slot has seen.
 
-    Under first-done-first-out a block that no step has changed for more than `max_steps` steps (no
+    Under first-done-first-out a block that more than `max_steps` steps on end have not changed (no
     finite logits; nothing but the mask id where the config allows it) is emitted as it is. The
     synchronous scheduler does so with any block after `max_steps`.
 
-    A step reads two flags of each request, in one copy; nothing else waits for the device.
+    The host reads two flags of each request a step, in one copy, and waits for nothing else.
     """
 
-    _rules: NamedRules = {
-        **PRESETS,
-        "low_confidence": partial(engine_config, "sglang.LowConfidence"),
-    }
+    _own = {"low_confidence": partial(engine_config, "sglang.LowConfidence")}
+    _rules: NamedRules = {**PRESETS, **_own}
     _kept: dict[str, tuple[str, torch.dtype]] = {}  # of a block, by slot, beside its DecodeState
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        options = dict(config.algorithm_config)
-        options.pop("block_size", None)  # SGLang has read it
+        options = {k: v for k, v in config.algorithm_config.items() if k != "block_size"}
         self.config = self._decode_config(options)
         self._slots = BlockSlots(self.block_size, config.max_running_requests, self._kept)
 
@@ -82,20 +79,14 @@ class R2DLLM(DllmAlgorithm):
         masked = tokens == self.mask_id
         if forward_batch.dllm_prompt_mask is not None:
             masked &= ~forward_batch.dllm_prompt_mask
-        step = decode_step(
-            full_logits.view(*tokens.shape, -1),
-            tokens,
-            self._slots.state,
-            self.config,
-            candidates=masked,
-            slots=slots,
-        )
+        logits, state = full_logits.view(*tokens.shape, -1), self._slots.state
+        step = decode_step(logits, tokens, state, self.config, candidates=masked, slots=slots)
         # Done is what had no masks before the step: the forward has seen its last tokens.
         waits, changes = torch.stack((masked, step.rule != 0)).any(-1).tolist()
         return self._done(states, [not wait for wait in waits], changes)
 
     def _done(self, blocks: list[Block], done: list[bool], changes: list[bool]) -> list[bool]:
-        """Of each block, whether it may be emitted: done, or given up."""
+        """Whether a block may be emitted: done, or given up."""
         for block, changed in zip(blocks, changes, strict=True):
             block.still = 0 if changed else block.still + 1
         most = self.max_steps(self.block_size) if self.fdfo else float("inf")
@@ -107,16 +98,13 @@ class R2JointThreshold(R2DLLM):
 
     That is SGLang's JointThreshold, tokens and forwards, with its options: `threshold` (0.5),
     `edit_threshold` (0), `max_post_edit_steps` (16: steps of a block without masks) and
-    `penalty_lambda` (0: taken off a cell's logit of the token to its left). With other rules the
-    defaults are the same, `threshold` aside. With `mask_prediction: allow`, as it is there, an edit
-    may write the mask id. `vectorized_decoding` chooses between loops of SGLang's that decide the
-    same, and says nothing here.
+    `penalty_lambda` (0: taken off a cell's logit of the token to its left); other rules have these
+    defaults too, `threshold` aside. With `mask_prediction: allow`, as there, an edit may write the
+    mask id. `vectorized_decoding` chooses between SGLang's loops, which decide alike: no effect.
     """
 
-    _rules: NamedRules = {
-        "joint_threshold": partial(engine_config, "sglang.JointThreshold"),
-        **PRESETS,
-    }
+    _own = {"joint_threshold": partial(engine_config, "sglang.JointThreshold")}
+    _rules: NamedRules = {**_own, **PRESETS}
     _kept = {"answer": ("cells", torch.bool), "edits": ("block", torch.int32)}
 
     def _decode_config(self, options: dict[str, Any]) -> DecodeConfig:
@@ -149,9 +137,9 @@ class R2JointThreshold(R2DLLM):
         logits = full_logits.view(*tokens.shape, -1)
         if self._penalty > 0:
             left = tokens[:, :-1, None]
-            penalties = logits.new_full(left.shape, -self._penalty)
-            logits[:, 1:].scatter_add_(2, left, penalties)
-        step = decode_step(
+            logits[:, 1:].scatter_add_(2, left, logits.new_full(left.shape, -self._penalty))
+        before = tokens.clone()
+        decode_step(
             logits,
             tokens,
             self._slots.state,
@@ -160,7 +148,7 @@ class R2JointThreshold(R2DLLM):
             editable=answer,
             slots=slots,
         )
-        changes = (step.rule != 0).any(1)
+        changes = (tokens != before).any(1)  # what commits the mask id changes nothing
         # Done is what no step will change any more: the forward has seen its last tokens.
         done = ~(goes_on & (waits | changes))
         self._slots["edits"][slots] = edits.masked_fill(done, self._most_edits + 1)
