@@ -120,19 +120,20 @@ def test_sglang_low_confidence(r2, device, dtype, threshold):
 def test_sglang_joint_threshold(r2, device, dtype, threshold, edit):
     """Mask to token as above; token to token in the same step, outside the prompt."""
     name, edited = "sglang.JointThreshold", 0
-    config = engine_config(name, MASK, threshold=threshold, edit_threshold=edit)
+    config = engine_config(name, None, threshold=threshold, edit_threshold=edit)
     for seed, shape in blocks():
         tokens = tokens_of(seed, shape)
-        prompt = tokens != MASK
+        answer = tokens == MASK
         for z in steps_of(tokens, dtype, seed):
             z = z.float()
-            z[..., MASK] = torch.where(tokens == MASK, z[..., MASK], -1e4)  # see `differs`
             x0, p = top(z)
-            masked = tokens == MASK
+            masked = answer & (tokens == MASK)
+            decided = answer & ~masked
             chosen = each(lambda q, m: low_confidence(q, m, threshold), p, masked)
-            edits = ~masked & ~prompt & (p > edit) & (x0 != tokens)
-            want = torch.where(chosen | edits, x0, tokens)
-            is_equal(r2, device, name, config, tokens, z, want, editable=~masked & ~prompt)
+            edits = decided & (p > edit) & (x0 != tokens)
+            want = torch.where((chosen & masked) | edits, x0, tokens)
+            cells = {"candidates": masked, "editable": decided}
+            is_equal(r2, device, name, config, tokens, z, want, **cells)
             edited += int(edits.sum())
             tokens = want
     assert edited > 50

@@ -7,7 +7,7 @@ torch, by `python_tests/test_rules_of_engines.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -51,8 +51,8 @@ ENGINE_RULES: Mapping[str, EngineRule] = MappingProxyType(
             fields={"compare": ">", "mask_prediction": "allow"},
             options={"threshold": "threshold", "edit_threshold": "edit_threshold"},
             defaults={"threshold": 0.5, "edit_threshold": 0.0},
-            call="editable=decided cells of the answer; `penalty_lambda` has to be 0",
-            differs="an edit may write the mask id there",
+            call="mask_id=None, as an edit may write the mask id; candidates=masked cells of the "
+            "answer, editable=its decided ones; logits less the penalty",
         ),
         # ---- diffusers 0.42.1 ----
         "diffusers.BlockRefinementScheduler": EngineRule(
@@ -156,3 +156,47 @@ def engine_config(rule: str, mask_id: int | None, **options: Any) -> DecodeConfi
             refuse(TypeError, "engine_config", f"{rule}: options", takes, name)
         fields[target] = value
     return DecodeConfig.fast_dllm(mask_id, **fields)
+
+
+# What a name stands for: called with the mask id and fields of DecodeConfig.
+NamedRules = Mapping[str, Callable[..., DecodeConfig]]
+
+PRESETS: NamedRules = MappingProxyType(
+    {
+        "r2": DecodeConfig.r2,
+        "fast_dllm": DecodeConfig.fast_dllm,
+        "vanilla": DecodeConfig.vanilla,
+        "budget": DecodeConfig.budget,
+        "entropy": DecodeConfig.entropy,
+    }
+)
+
+
+def named_config(
+    where: str,
+    rules: NamedRules,
+    mask_id: int | None,
+    options: Mapping[str, Any],
+) -> DecodeConfig:
+    """The configuration that a user's table of options, a yaml file say, stands for.
+
+    Args:
+        where: whose options they are, for errors.
+        rules: what the option "rules" may be -> a preset, or `engine_config` of an engine's rule;
+            the first is the default.
+        mask_id: of the model; no option.
+        options: "rules", and fields of `DecodeConfig` in place of those of the rules.
+
+    Raises:
+        ValueError, TypeError: an unknown option or a value that DecodeConfig refuses; names it.
+
+    >>> named_config("here", PRESETS, 3, {"rules": "fast_dllm", "threshold": 0.8}).threshold
+    0.8
+    """
+    fields = dict(options)
+    name = choice(where, "rules", fields.pop("rules", next(iter(rules))), tuple(rules))
+    known = [name for name in DecodeConfig.__dataclass_fields__ if name != "mask_id"]
+    for option in fields:
+        if option not in known:
+            refuse(ValueError, where, "an option", f"one of rules, {', '.join(known)}", option)
+    return rules[name](mask_id, **fields)
