@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,8 +17,12 @@ from ..config import DecodeConfig
 from ..generation import generate
 from .rules import engine_config
 
-LOOPS = {"generate": "none", "generate_with_prefix_cache": "prefix"}
-LOOPS["generate_with_dual_cache"] = "dual"
+# Loop -> cache of `generate`.
+LOOPS = {
+    "generate": "none",
+    "generate_with_prefix_cache": "prefix",
+    "generate_with_dual_cache": "dual",
+}
 _WINDOW = ("confidence_cluster_size", "confidence_cluster_unmasked", "token_cluster")
 _RELEASE = ("spatial_threshold", *_WINDOW, "temporal_steps", "temporal_threshold", "temporal_eval")
 _RECORD = ("record_decode", "decode_events_dir")
@@ -98,3 +103,9 @@ def seed() -> int:
 def check_remasking(where: str, remasking: str) -> None:
     if remasking != "low_confidence":
         refuse(NotImplementedError, where, "remasking", "'low_confidence'", remasking)
+
+
+def check_arguments(module: ModuleType, name: str, known: Collection[str]) -> None:
+    for argument in inspect.signature(getattr(module, name)).parameters:
+        if argument not in known:
+            refuse(TypeError, "patch", f"module.{name}", "arguments that are known", argument)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast-dLLM (v1), its forks and R2-dLLM's own release: their loops, decided by `decode_step`.
 
-    import generate                                    # their llada/generate.py
     from r2dllm_ext.integrations import fast_dllm
-    undo = fast_dllm.patch(generate)                   # same tokens and forwards, other speed
-    undo = fast_dllm.patch(generate, temporal_steps=3) # and a rule that they do not have
+    undo = fast_dllm.patch(generate)                    # their llada/generate.py, same tokens
+    undo = fast_dllm.patch(generate, temporal_steps=3)  # and a rule that they do not have
 
-Read at Fast-dLLM 24cc59e and R2-dLLM 6d06bb2. They are repositories, not packages: nothing is
-imported here, and `patch` refuses functions that take arguments it does not know.
+Written for Fast-dLLM 24cc59e and R2-dLLM 6d06bb2, which are no packages; `patch` refuses functions
+of a fork that take arguments it does not know.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .._checks import refuse
 from ..ops import select
 from ..row_params import RowParams
 from ..state import Counter, DecodeState
-from ._fast_dllm_loops import ARGUMENTS, FIELDS, LOOPS, check_remasking, loop_of, probability, seed
+from . import _fast_dllm_loops as loops
 from .rules import engine_config
 
 _engine_config = functools.lru_cache(engine_config)
@@ -44,10 +43,9 @@ def get_transfer_index(
     """Their function of this name: which masked cells get a token now, and which one.
 
     Args:
-        logits: [B, L, V] as `decode_step` takes them; L may be the whole sequence: only the rows
-            that `mask_index` names are read.
+        logits: [B, L, V] as `decode_step` takes them; only the rows of masked cells are read.
         temperature: 0 = argmax, > 0 draws; torch's random numbers (`manual_seed`) give the seed.
-        remasking: "low_confidence".
+        remasking: "low_confidence"; "random" raises NotImplementedError.
         mask_index: [B, L] bool, the cells that may get one.
         x: [B, L] int64, the tokens.
         num_transfer_tokens: [B] or [B, 1], so many best cells of each row; without `threshold`.
@@ -56,16 +54,11 @@ def get_transfer_index(
 
     Returns:
         x0 [B, L] int64 (`x` where there is no prediction) and transfer_index [B, L] bool; with
-        `return_confidence` also the confidence [B, L] float64, -inf outside `mask_index`.
-        At temperature 0 they are theirs, with ties by the lowest index (torch's topk promises
-        none) and confidences rounded to float32; a cell without a mask is never transferred (where
-        a row has fewer masks than its number, theirs writes such cells' own tokens again).
+        `return_confidence` also the confidence [B, L] float64, -inf outside `mask_index`. They are
+        theirs, in float32 and with ties by the lowest index (torch's topk promises none); a cell
+        without a mask is never transferred (theirs may write its own token again).
 
-    Raises:
-        NotImplementedError: remasking="random".
-        TypeError, ValueError: as `decode_step`; neither number nor threshold is given.
-
-    No host synchronisation.
+    Errors are those of `decode_step`. No host synchronisation.
 
     >>> x, logits = torch.full((1, 2), 3), torch.eye(4)[None, :2] * 9
     >>> x0, chosen = get_transfer_index(logits, 0.0, "low_confidence", x == 3, x, None, 0.9)
@@ -74,7 +67,7 @@ def get_transfer_index(
     """
     where, rows = "get_transfer_index", None
     if threshold is not None:
-        rule, options = f"fast_dllm.{where}.threshold", {"threshold": probability(threshold)}
+        rule, options = f"fast_dllm.{where}.threshold", {"threshold": loops.probability(threshold)}
     elif num_transfer_tokens is None:
         refuse(ValueError, where, "num_transfer_tokens", "a tensor [B] without threshold", None)
     else:
@@ -108,69 +101,47 @@ def get_transfer_index_dynamic(
 def patch(module: ModuleType, **rules: Any) -> Callable[[], None]:
     """Put the functions above in place of the module's; returns a function that undoes it.
 
-    All three loops of the module (`generate`, `generate_with_prefix_cache`,
-    `generate_with_dual_cache`) then decide through them: same tokens, same number of forwards.
-
-    Where a loop takes R2's rules as arguments (the dual cache of R2-dLLM's release) it is replaced
-    by `r2dllm_ext.generate` as a whole. So is every loop if `rules` are given: a call's own
-    arguments mean what they mean, the rules are added, a block is left as soon as nothing is
-    masked in it. A loop that was imported by name before (`from generate import ...`) stays as it
-    was: patch first.
+    `generate`, `generate_with_prefix_cache` and `generate_with_dual_cache` then decide through
+    them: same tokens, same number of forwards. A loop that takes R2's rules as arguments (dual
+    cache of R2-dLLM's release) becomes a call of `r2dllm_ext.generate`. So does every loop if
+    `rules` are given: they are added to what a call says. Replaced loops that were imported by name
+    before (`from generate import ...`) stay as they were: patch first.
 
     Args:
         module: with `get_transfer_index`, `get_transfer_index_dynamic` or both.
-        rules: fields of `DecodeConfig` for which the loops have no argument, such as
-            `temporal_steps=3`, `confidence_cluster_size=3`, `token_cluster="confidence"`.
+        rules: fields of `DecodeConfig` for which the loops have no argument.
 
     Raises:
         TypeError: neither function is there, one of them or a loop to be replaced takes an
             argument that is not known, or a rule is an argument of a loop.
     """
-    names = [f.__name__ for f in _FUNCTIONS if hasattr(module, f.__name__)]
-    if not names:
+    functions = (get_transfer_index, get_transfer_index_dynamic)
+    new: dict[str, Any] = {f.__name__: f for f in functions if hasattr(module, f.__name__)}
+    if not new:
         refuse(TypeError, "patch", "module", "one with get_transfer_index", module.__name__)
-    for function in _FUNCTIONS:
-        if function.__name__ in names:
-            _check_arguments(module, function.__name__, inspect.signature(function).parameters)
-    new: dict[str, Callable] = {f.__name__: f for f in _FUNCTIONS if f.__name__ in names}
-    for name, cache in LOOPS.items():
-        loop = getattr(module, name, None)
-        if loop is None:
-            continue
+    for name, function in new.items():
+        loops.check_arguments(module, name, inspect.signature(function).parameters)
+    for name in [name for name in loops.LOOPS if hasattr(module, name)]:
+        loop = getattr(module, name)
         arguments = inspect.signature(loop).parameters
-        if taken := [rule for rule in rules if FIELDS.get(rule, rule) in arguments]:
+        if taken := [rule for rule in rules if loops.FIELDS.get(rule, rule) in arguments]:
             refuse(TypeError, "patch", "rules", f"what is no argument of {name}", taken[0])
         if rules or "temporal_steps" in arguments:
-            _check_arguments(module, name, ARGUMENTS)
-            new[name] = loop_of(loop, cache, rules)
+            loops.check_arguments(module, name, loops.ARGUMENTS)
+            new[name] = loops.loop_of(loop, loops.LOOPS[name], rules)
     old = {name: getattr(module, name) for name in new}
-    for name, function in new.items():
-        setattr(module, name, function)
-
-    def undo() -> None:
-        for name, function in old.items():
-            setattr(module, name, function)
-
-    return undo
-
-
-_FUNCTIONS = (get_transfer_index, get_transfer_index_dynamic)
+    vars(module).update(new)
+    return lambda: vars(module).update(old)
 
 
 def _select(where, logits, config, remasking, mask_index, x, rows, return_confidence):
-    check_remasking(where, remasking)
+    loops.check_remasking(where, remasking)
     state = None
     if config.temperature > 0:
         state = DecodeState(*x.shape, device=x.device)
-        state.counters[:, Counter.ROW_SEED] = seed()
+        state.counters[:, Counter.ROW_SEED] = loops.seed()
     step = select(logits, x, state, config, candidates=mask_index, rows=rows)
     x0 = torch.where(step.prediction >= 0, step.prediction, x)
     if not return_confidence:
         return x0, step.rule != 0
     return x0, step.rule != 0, step.confidence.double().masked_fill(~mask_index, -torch.inf)
-
-
-def _check_arguments(module: ModuleType, name: str, known: Any) -> None:
-    for argument in inspect.signature(getattr(module, name)).parameters:
-        if argument not in known:
-            refuse(TypeError, "patch", f"module.{name}", "arguments that are known", argument)

@@ -19,7 +19,8 @@ import torch
 from .._checks import instance, integer, refuse
 from ..config import DecodeConfig
 from ..generation import generate
-from ._transformers_output import Answers, Finished, sampling_of, with_positions
+from ._transformers_answers import Answers, Finished
+from ._transformers_inputs import sampling_of, with_positions
 from ._versions import require
 
 CUSTOM_GENERATE = str(Path(__file__).parent / "custom_generate_repo")
