@@ -7,8 +7,8 @@ Nothing is imported to find a version: it is read from what the package's instal
 from __future__ import annotations
 
 from importlib import metadata
-from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -29,6 +29,10 @@ ENGINES = MappingProxyType(
     {
         # Its algorithms are no public interface: another release may have another base class.
         "sglang": Engine("sglang", "0.5.23", "0.5.23"),
+        # 0.43 gives schedulers another `step` (pull request 14741).
+        "diffusers": Engine("diffusers", "0.42.1", "0.42"),
+        # What `generate` hands to a callable changes between minor releases.
+        "transformers": Engine("transformers", "5.24.0", "5.24"),
         # Its strategies for dLLMs are no public interface either.
         "lmdeploy": Engine("lmdeploy", "0.18.0", "0.18.0"),
         # The package index has another package under this name, without the module.
@@ -54,14 +58,12 @@ def installed_version(engine: str) -> str | None:
 
 
 def _is_here(module: str) -> bool:
-    """Whether a module could be imported, told without importing its packages."""
-    name, _, rest = module.partition(".")
-    spec = find_spec(name)
-    while spec is not None and rest:
-        part, _, rest = rest.partition(".")
-        name = f"{name}.{part}"
-        spec = PathFinder.find_spec(name, spec.submodule_search_locations or [])
-    return spec is not None
+    """Whether the file of a module is there, told without importing its packages."""
+    package, *rest = module.split(".")
+    spec = find_spec(package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    paths = [Path(folder, *rest) for folder in folders]
+    return any(p.with_suffix(".py").is_file() or (p / "__init__.py").is_file() for p in paths)
 
 
 def is_known(engine: str, version: str) -> bool:
