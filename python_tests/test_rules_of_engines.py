@@ -227,6 +227,26 @@ def test_threshold_below_the_best(r2, device, dtype, threshold, name):
     assert skipped > 100
 
 
+@pytest.mark.parametrize("threshold", [0.01, 0.3, 0.9])
+def test_dllm_plugin_policy(r2, device, dtype, threshold):
+    """Above the threshold if these are enough, else the best; float64."""
+    name = "dllm_plugin.Llada2DefaultRemaskingPolicy"
+    for seed, shape in blocks():
+        tokens = tokens_of(seed, shape)
+        for number, z in enumerate(steps_of(tokens, dtype, seed)):
+            count = (number + seed) % 4
+            options = {"commit_confidence_threshold": threshold, "num_transfer": count}
+            x0, p = top(z.double())
+
+            def chosen_of(q, m, count=count):
+                q = q.masked_fill(~m, -INF)
+                return q > threshold if (q > threshold).sum() >= count else best(q, count)
+
+            want = torch.where(each(chosen_of, p, tokens == MASK), x0, tokens)
+            is_equal(r2, device, name, engine_config(name, MASK, **options), tokens, z, want)
+            tokens = want
+
+
 # ---- Fast-dLLM -------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ examples:
   r2dllm trace --preset fast_dllm --out fast.png
   r2dllm evidence --samples 64 --out calibration.png
   r2dllm sft --out run --learning-rate 1e-4 --steps 200
+  r2dllm engines
 
 exit status: 0; 2 after an error, which is one line on stderr; 130 when interrupted (Ctrl-C); 141
 when the reader of a pipe has gone, as if SIGPIPE had ended it.
@@ -126,7 +127,7 @@ def _settle_stdout() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import demo, evidence, generate, sft, trace
+    from . import demo, engines, evidence, generate, sft, trace
 
     parser = _Parser(
         prog="r2dllm",
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"r2dllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in (demo, generate, trace, evidence, sft):
+    for command in (demo, generate, trace, evidence, sft, engines):
         command.add_parser(commands)
     return parser
 

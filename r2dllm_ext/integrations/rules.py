@@ -82,6 +82,11 @@ ENGINE_RULES: Mapping[str, EngineRule] = MappingProxyType(
             options={"threshold": "threshold"},
             differs=_NEAR_TIES,
         ),
+        "dllm_plugin.Llada2DefaultRemaskingPolicy": EngineRule(
+            fields={"compare": ">", "mask_prediction": "allow"},
+            options={"commit_confidence_threshold": "threshold", "num_transfer": "quota"},
+            defaults={"commit_confidence_threshold": 0.01, "num_transfer": 1},
+        ),
         # ---- Fast-dLLM 24cc59e (v1) and its forks, R2's release ----
         "fast_dllm.get_transfer_index.threshold": EngineRule(
             fields={"mask_prediction": "allow"},
