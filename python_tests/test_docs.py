@@ -22,7 +22,13 @@ def modules():
 
 @pytest.mark.parametrize("name", modules())
 def test_examples(name):
-    result = doctest.testmod(importlib.import_module(name), extraglobs=NAMES)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if not (name.startswith("r2dllm_ext.integrations.") and "was tested with" in str(error)):
+            raise
+        pytest.skip(str(error))
+    result = doctest.testmod(module, extraglobs=NAMES)
     assert result.failed == 0
 
 
