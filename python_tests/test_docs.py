@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import r2dllm_ext
-from r2dllm_ext.integrations._versions import ENGINES, installed_version, is_known
 
 NAMES = {name: getattr(r2dllm_ext, name) for name in r2dllm_ext.__all__} | {"torch": torch}
 
@@ -23,10 +22,13 @@ def modules():
 
 @pytest.mark.parametrize("name", modules())
 def test_examples(name):
-    engine = name.removeprefix("r2dllm_ext.integrations.")
-    if engine in ENGINES and not is_known(engine, installed_version(engine) or ""):
-        pytest.skip(f"needs {engine} {ENGINES[engine].tested}")
-    result = doctest.testmod(importlib.import_module(name), extraglobs=NAMES)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if not (name.startswith("r2dllm_ext.integrations.") and "was tested with" in str(error)):
+            raise
+        pytest.skip(str(error))
+    result = doctest.testmod(module, extraglobs=NAMES)
     assert result.failed == 0
 
 

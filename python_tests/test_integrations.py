@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the integrations share, where no engine is installed: versions, options, slots, a plugin."""
+"""What the integrations share, where no engine is installed: options, slots, a plugin."""
 
 from __future__ import annotations
 
@@ -7,46 +7,15 @@ import gc
 import importlib
 import subprocess
 import sys
-from importlib import metadata
 
 import pytest
 import torch
 
 from r2dllm_ext import DecodeConfig
-from r2dllm_ext.integrations import _versions, rules
+from r2dllm_ext.integrations import rules
 from r2dllm_ext.integrations._slots import BlockSlots
 
 CPU = torch.device("cpu")
-
-# ---- versions ----------------------------------------------------------------------------------
-
-
-def with_version(monkeypatch, version: str | None) -> None:
-    def find(package: str) -> str:
-        if version is None:
-            raise metadata.PackageNotFoundError(package)
-        return version
-
-    monkeypatch.setattr(_versions.metadata, "version", find)
-
-
-@pytest.mark.parametrize("engine", _versions.ENGINES)
-def test_a_tested_version_is_taken(monkeypatch, engine):
-    tested = _versions.ENGINES[engine].tested
-    for version in (tested, f"{tested}.post1", f"{tested}+cpu"):
-        with_version(monkeypatch, version)
-        assert _versions.require(engine) == version
-
-
-@pytest.mark.parametrize("engine", _versions.ENGINES)
-@pytest.mark.parametrize("version", [None, "0.0.1", "99.1"])
-def test_other_versions_are_refused(monkeypatch, engine, version):
-    with_version(monkeypatch, version)
-    package, tested, _ = _versions.ENGINES[engine]
-    got = "is not installed" if version is None else f"{version} is installed"
-    error = f"{engine} was tested with {package} {tested}, but {package} {got}. Fix: pip install"
-    with pytest.raises(ImportError, match=error):
-        _versions.require(engine)
 
 
 def test_importing_the_package_imports_no_engine():

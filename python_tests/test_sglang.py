@@ -8,6 +8,7 @@ that a block has to take the same steps in any batch.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -22,8 +23,9 @@ from torch import Tensor
 pytest.importorskip("sglang", reason="SGLang is not installed")
 
 import sglang_stub  # noqa: E402, F401
-from sglang.srt.dllm.algorithm import get_algorithm, get_algorithm_cls  # noqa: E402
+from sglang.srt.dllm.algorithm import get_algorithm  # noqa: E402
 from sglang.srt.dllm.config import DllmConfig  # noqa: E402
+from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 from r2dllm_ext import DecodeConfig  # noqa: E402
 from r2dllm_ext.integrations.sglang import register  # noqa: E402
@@ -268,19 +270,29 @@ def test_options():
     assert edits.max_steps(SIZE) == SIZE + 17
 
 
-def test_a_bad_option_ends_the_server_before_it_starts(monkeypatch):
-    """SGLang calls `configure_server_args` while it reads its arguments."""
-    seen = []
-    ours = get_algorithm_cls("R2DLLM")
+MODEL = {  # whose size of block and mask id SGLang knows by its architecture
+    "architectures": ["LLaDA2MoeModelLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 157184,
+}
 
-    def from_server_args(server_args):
-        seen.append(server_args)
-        return DllmConfig("R2DLLM", {"quota": -1}, SIZE, MASK, 2)
 
-    monkeypatch.setattr(DllmConfig, "from_server_args", staticmethod(from_server_args))
-    with pytest.raises(ValueError, match="quota takes an integer in .*, got -1"):
-        ours.configure_server_args("the arguments")
-    assert seen == ["the arguments"]
+@pytest.mark.parametrize("name", ["R2DLLM", "R2JointThreshold"])
+def test_a_server_with_a_bad_option_does_not_start(tmp_path, name):
+    """SGLang's arguments, resolved as a server does before it starts a process."""
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    options = tmp_path / "options.yaml"
+    server = {"model_path": str(tmp_path), "device": "cpu", "skip_tokenizer_init": True}
+    dllm = {"dllm_algorithm": name, "dllm_algorithm_config": str(options)}
+    options.write_text("rules: r2\ntemporal_steps: 2\nblock_size: 32\n")
+    ServerArgs(**server, **dllm).resolve_once()
+    options.write_text("rules: r2\ntemporal_steps: -2\n")
+    with pytest.raises(ValueError, match="temporal_steps takes an integer in .*, got -2"):
+        ServerArgs(**server, **dllm).resolve_once()
 
 
 # ---- the plugin --------------------------------------------------------------------------------

@@ -41,9 +41,9 @@ class R2DLLM(DllmAlgorithm):
     takes the same steps under both schedulers, whatever other requests are in its batch; what is
     drawn (`temperature` > 0) depends on the block's slot and on the steps that the slot has seen.
 
-    Under first-done-first-out a block that more than `max_steps` steps on end have not changed (no
-    finite logits; nothing but the mask id where the config allows it) is emitted as it is. The
-    synchronous scheduler does so with any block after `max_steps`.
+    Under first-done-first-out a block that more than `max_steps` steps on end leave as it is (no
+    finite logits; nothing but the mask id where the config allows it) is emitted so; the
+    synchronous scheduler does that with any block after `max_steps`.
 
     The host reads two flags of each request a step, in one copy, and waits for nothing else.
     """
@@ -134,20 +134,14 @@ class R2JointThreshold(R2DLLM):
         edits = self._slots["edits"][slots] + ~waits  # steps without masks
         goes_on = edits <= self._most_edits
         answer &= goes_on[:, None]
+        masked &= answer
         logits = full_logits.view(*tokens.shape, -1)
         if self._penalty > 0:
             left = tokens[:, :-1, None]
             logits[:, 1:].scatter_add_(2, left, logits.new_full(left.shape, -self._penalty))
         before = tokens.clone()
-        decode_step(
-            logits,
-            tokens,
-            self._slots.state,
-            self.config,
-            candidates=masked & answer,
-            editable=answer,
-            slots=slots,
-        )
+        state, config = self._slots.state, self.config
+        decode_step(logits, tokens, state, config, candidates=masked, editable=answer, slots=slots)
         changes = (tokens != before).any(1)  # what commits the mask id changes nothing
         # Done is what no step will change any more: the forward has seen its last tokens.
         done = ~(goes_on & (waits | changes))
