@@ -6,7 +6,8 @@
     model.generate(**inputs, custom_generate=CUSTOM_GENERATE, trust_remote_code=True, r2_config=...)
 
 Options of `GenerationConfig` are mapped or refused. What transformers itself does before (inputs,
-padding, stopping criteria) stays its own.
+padding, stopping criteria) stays its own. A model without `GenerationMixin` (LLaDA's remote class)
+has no `generate` there: `r2dllm_ext.generate` takes it as it is.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ CUSTOM_GENERATE = str(Path(__file__).parent / "custom_generate_repo")
 def r2_generate(
     model: Any,
     input_ids: torch.Tensor,
-    logits_processor: Any = (),
-    stopping_criteria: Any = None,
-    generation_config: Any = None,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
     *,
     r2_config: DecodeConfig | None = None,
     r2_cache: str = "none",
