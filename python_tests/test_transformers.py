@@ -18,6 +18,7 @@ from transformers import (  # noqa: E402
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
     set_seed,
@@ -238,6 +239,22 @@ def test_stopping_criteria(custom, model):
     assert calls < model.calls - calls  # no forward once all rows have ended
     one = StoppingCriteriaList([AfterTokens([int(whole[0, 6])], batch_answer=False)])
     assert theirs(model, prompt[:1], stopping_criteria=one).shape[1] == ends[0]
+
+
+def test_stop_strings_with_the_folder(model):
+    """An answer ends with the token that completes one."""
+    words = pytest.importorskip("tokenizers")
+    letters = {chr(ord("A") + i): i for i in range(40)}
+    core = words.Tokenizer(words.models.WordLevel(letters | {"abcdef": 40}))  # asked for by theirs
+    core.decoder = words.decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    prompt = prompt_of(1)
+    answer = "".join(chr(ord("A") + i) for i in ours(model, prompt, 24)[0, 5:].tolist())
+    stop = answer[10:12]
+    got = theirs(model, prompt, custom=CUSTOM_GENERATE, tokenizer=tokenizer, stop_strings=stop)
+    assert got.shape[1] == 5 + answer.index(stop) + 2
+    with pytest.raises(ValueError, match="tokenizer"):  # transformers' own: it drops it here
+        theirs(model, prompt, tokenizer=tokenizer, stop_strings=stop)
 
 
 def test_time_is_looked_at_when_a_block_is_finished(model):

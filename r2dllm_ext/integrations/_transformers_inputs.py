@@ -32,11 +32,11 @@ def sampling_of(config: DecodeConfig, options: Any, processors: Any) -> DecodeCo
         if not (options.do_sample and name in _SAMPLERS):
             refuse(ValueError, where, "logits_processor", "none (cells are decided together)", name)
     neutral = options._get_default_generation_params()
+    # Of those that became no processor: what is set, and not to its default.
     for name, value in options.to_dict().items():
-        if name not in _KNOWN and not name.startswith("_") and value not in (None, False):
-            # A processor has been refused above; the parameters of one that is off say nothing.
-            if value != neutral.get(name):
-                refuse(ValueError, where, name, f"{neutral.get(name)} (its default)", value)
+        off = value is None or value is False or value == neutral.get(name)
+        if not (off or name in _KNOWN or name.startswith("_")):
+            refuse(ValueError, where, name, f"{neutral.get(name)} (its default)", value)
     if not options.do_sample:
         return config
     for name in ("temperature", "top_k", "top_p", "min_p"):

@@ -38,9 +38,8 @@ class R2BlockRefinementScheduler(BlockRefinementScheduler):
     Args:
         block_length, num_inference_steps, threshold, editing_threshold, minimal_topk: theirs.
         config: rules beyond theirs: a DecodeConfig, or fields of one as a mapping, which are added
-            to theirs. What the pipeline's call says (the mask's id, thresholds of commits
-            and edits, quota, sampling) has to be left at its default. Kept as a dict, so that it is
-            saved and loaded with the scheduler's config. Default: their own rule.
+            to theirs. The mask's id, thresholds, quota and sampling are the call's and have to be
+            left at their default. Kept as a dict, saved and loaded with the scheduler's config.
 
     Raises:
         ValueError, TypeError: `config` says what the call says, or what no DecodeConfig may say.
@@ -99,8 +98,7 @@ class R2BlockRefinementScheduler(BlockRefinementScheduler):
         `sample` and 0 at cells that could not change, which are not read. Step 0 begins a block.
 
         Raises:
-            ValueError: `mask_token_id` None (their mode without masks), or `set_timesteps` was not
-                called; and as `decode_step`.
+            ValueError: `mask_token_id` None (their mode without masks), no `set_timesteps` yet.
         """
         where = "R2BlockRefinementScheduler.step"
         if mask_token_id is None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._checks import refuse
+from ..config import Rule
 from ..ops import select
 from ..row_params import RowParams
 from ..state import Counter, DecodeState
@@ -104,8 +105,8 @@ def patch(module: ModuleType, **rules: Any) -> Callable[[], None]:
     `generate`, `generate_with_prefix_cache` and `generate_with_dual_cache` then decide through
     them: same tokens, same number of forwards. A loop that takes R2's rules as arguments (dual
     cache of R2-dLLM's release) becomes a call of `r2dllm_ext.generate`. So does every loop if
-    `rules` are given: they are added to what a call says. Replaced loops that were imported by name
-    before (`from generate import ...`) stay as they were: patch first.
+    `rules` are given: they are added to what a call says. Such a loop leaves masks in the prompt
+    alone; one that was imported by name before (`from generate import ...`) is not replaced there.
 
     Args:
         module: with `get_transfer_index`, `get_transfer_index_dynamic` or both.
@@ -141,7 +142,7 @@ def _select(where, logits, config, remasking, mask_index, x, rows, return_confid
         state = DecodeState(*x.shape, device=x.device)
         state.counters[:, Counter.ROW_SEED] = loops.seed()
     step = select(logits, x, state, config, candidates=mask_index, rows=rows)
-    x0 = torch.where(step.prediction >= 0, step.prediction, x)
+    x0, chosen = torch.where(step.prediction >= 0, step.prediction, x), step.rule != Rule.NONE
     if not return_confidence:
-        return x0, step.rule != 0
-    return x0, step.rule != 0, step.confidence.double().masked_fill(~mask_index, -torch.inf)
+        return x0, chosen
+    return x0, chosen, step.confidence.double().masked_fill(~mask_index, -torch.inf)

@@ -6,7 +6,8 @@
     model.generate(**inputs, custom_generate=CUSTOM_GENERATE, trust_remote_code=True, r2_config=...)
 
 Options of `GenerationConfig` are mapped or refused. What transformers itself does before (inputs,
-padding, stopping criteria) stays its own.
+padding, stopping criteria) stays its own. A model without `GenerationMixin` (LLaDA's remote class)
+has no `generate` there: `r2dllm_ext.generate` takes it as it is.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ CUSTOM_GENERATE = str(Path(__file__).parent / "custom_generate_repo")
 def r2_generate(
     model: Any,
     input_ids: torch.Tensor,
-    logits_processor: Any = (),
-    stopping_criteria: Any = None,
-    generation_config: Any = None,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
     *,
     r2_config: DecodeConfig | None = None,
     r2_cache: str = "none",
@@ -54,8 +55,9 @@ def r2_generate(
         block_length: of a block (32). The last one is decoded whole and cut.
         logits_shift: 1 for models whose row i - 1 predicts token i (Dream).
         max_new_tokens, max_length, eos_token_id, pad_token_id, num_return_sequences: as ever.
-        do_sample, temperature, top_k, top_p, min_p: as ever (top_k is 50 unless it is given), by a
-            seed from torch's random numbers. Without do_sample `r2_config` decides.
+        do_sample, temperature, top_k, top_p, min_p: the fields of DecodeConfig of these names
+            (top_k is 50 unless it is given), by a seed from torch's random numbers. Without
+            do_sample `r2_config` decides.
         attention_mask: batches that are padded on the left.
         stopping_criteria, stop_strings, max_time: looked at when a block is finished, at each of
             its tokens in turn: an answer ends with the first that fulfils one (max_time: with the
@@ -123,7 +125,9 @@ def generate_from_folder(model: Any, **arguments: Any) -> Any:
         criterion = StopStringCriteria(tokenizer, stop_strings)
         given = arguments.get("stopping_criteria") or ()
         arguments["stopping_criteria"] = StoppingCriteriaList([*given, criterion])
-    return model.generate(custom_generate=r2_generate, r2_streamer=streamer, **arguments)
+    if streamer is not None:
+        arguments["r2_streamer"] = streamer
+    return model.generate(custom_generate=r2_generate, **arguments)
 
 
 def _mask_id(model: Any, generation_config: Any) -> int:
