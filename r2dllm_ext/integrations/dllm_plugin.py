@@ -98,9 +98,7 @@ class R2RemaskingPolicy:
     def __init__(self, config: DecodeConfig | None = None) -> None:
         instance("R2RemaskingPolicy", "config", config, DecodeConfig, optional=True)
         if config is not None and config.mask_id is None:
-            refuse(
-                ValueError, "R2RemaskingPolicy", "config.mask_id", "the model's mask token", None
-            )
+            refuse(ValueError, "R2RemaskingPolicy", "config.mask_id", "a token id", None)
         if config is not None and config.temperature:  # blocks share no counter to draw from
             refuse(ValueError, "R2RemaskingPolicy", "config.temperature", "0", config.temperature)
         self.config = config
