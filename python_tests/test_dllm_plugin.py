@@ -255,7 +255,7 @@ def test_options(plugin):
         policy.apply(input_draft=[MASK])
     with pytest.raises(ValueError, match="decode_step: tokens takes shape"):
         policy.apply(input_draft=[MASK] * 3, logits=z)
-    with pytest.raises(ValueError, match="config.mask_id takes the mask token"):
+    with pytest.raises(ValueError, match="config.mask_id takes a token id"):
         plugin.ours.R2RemaskingPolicy(DecodeConfig(None))
     with pytest.raises(ValueError, match="config.temperature takes 0"):
         plugin.ours.R2RemaskingPolicy(DecodeConfig(MASK, temperature=0.5))

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .._checks import instance, refuse
@@ -54,10 +55,7 @@ def batched_remask(
         all_done: [B] bool, no cell is masked.
         num_transferred: [B] int64, cells that have changed.
 
-    Raises:
-        TypeError, ValueError: name the argument, what it got and what it takes.
-
-    No host synchronisation.
+    No host synchronisation. TypeError, ValueError name a bad argument.
 
     >>> draft = torch.tensor([[3, 3]])
     >>> batched_remask(torch.eye(4)[None, :2] * 9, draft, 3, 0.9)
@@ -83,9 +81,9 @@ def _replaced(config: DecodeConfig, mask_id: int, threshold: float) -> DecodeCon
 class R2RemaskingPolicy:
     """A `RemaskingPolicy` of the plugin, by the rules of a `DecodeConfig`.
 
-    What the rules remember is kept for each request, told apart by the key "request_id" of
-    `remasking_config`; without one, the policy serves one request at a time. A block whose draft is
-    not the one that the step before returned is a new one, and begins afresh.
+    What the rules remember is kept for each request, told apart by "request_id" of
+    `remasking_config`; without one, a policy serves one request. A draft that is not the one that
+    the step before returned begins a new block.
 
     Args:
         config: None is the plugin's `Llada2DefaultRemaskingPolicy`. Otherwise what a step may
@@ -100,15 +98,12 @@ class R2RemaskingPolicy:
     def __init__(self, config: DecodeConfig | None = None) -> None:
         instance("R2RemaskingPolicy", "config", config, DecodeConfig, optional=True)
         if config is not None and config.mask_id is None:
-            takes = "the mask token of the model"
-            refuse(ValueError, "R2RemaskingPolicy", "config.mask_id", takes, None)
-        if config is not None and config.temperature:
-            # Blocks share no counter from which random numbers could be drawn.
-            takes = "0, as the plugin is greedy"
-            refuse(ValueError, "R2RemaskingPolicy", "config.temperature", takes, config.temperature)
+            refuse(ValueError, "R2RemaskingPolicy", "config.mask_id", "a token id", None)
+        if config is not None and config.temperature:  # blocks share no counter to draw from
+            refuse(ValueError, "R2RemaskingPolicy", "config.temperature", "0", config.temperature)
         self.config = config
         # Of each request within a block: the draft that it was given, and what its rules remember.
-        self._blocks: dict[Hashable, tuple[tuple[int, ...], DecodeState | None]] = {}
+        self._blocks: dict[Hashable, tuple[tuple[int, ...] | None, DecodeState | None]] = {}
 
     @torch.no_grad()
     def apply(
@@ -129,26 +124,23 @@ class R2RemaskingPolicy:
             The whole block as `committed_token_ids` and masks as the next one once no cell is
             masked; until then none, and the draft of the next step.
 
-        Raises:
-            TypeError, ValueError: name the argument, what it got and what it takes.
-
-        Reads the tokens on the host, as the plugin takes them there.
+        Reads the tokens on the host, where the plugin takes them.
         """
         if logits is None:
             refuse(TypeError, "R2RemaskingPolicy.apply", "logits", "[L, V]", None)
-        logits = torch.as_tensor(logits)
+        if not isinstance(logits, torch.Tensor):  # lists: numpy reads them several times as fast
+            logits = torch.from_numpy(np.asarray(logits, dtype=np.float32))
         options = dict(remasking_config or {})
         request = options.pop("request_id", None)
         draft = tuple(input_draft)
         config = policy_config(self.config, options, len(draft))
-        before, state = self._blocks.get(request, ((), None))
+        before, state = self._blocks.pop(request, (None, None))
         if state is None or before != draft:
             state = DecodeState(1, len(draft), device=logits.device)
         tokens = torch.tensor([draft], dtype=torch.int64, device=logits.device)
         decode_step(logits[None], tokens, state, config)
         draft = tuple(tokens[0].tolist())
         if config.mask_id not in draft:
-            self.forget(request)
             return RemaskStepResult(draft, (config.mask_id,) * len(draft))
         self._blocks[request] = draft, state
         return RemaskStepResult((), draft)
