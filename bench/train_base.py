@@ -98,8 +98,8 @@ _FRONTIER = {"iid_share": 0.15, "frontier_share": 0.6, "frontier_digits": 3}
 PLANS = {
     # Stages 1 to 4 make a model that answers 90.6 % of 512 unseen prompts: where it is wrong, few
     # cells are decided, far from each other, and it is too sure of what stands between them. No
-    # mask of `mask` looks like that; stage 5 learns on such states. The bundled model had 1,500 steps
-    # of it, with the horizon moved forward twice (its train_config.json).
+    # mask of `mask` looks like that; stage 5 learns on such states. The bundled model had 1,500
+    # steps of it, with the horizon moved forward twice (its train_config.json).
     "ledger": Plan(
         Shape(width=160, layers=4, heads=5, mlp_width=448),
         (
