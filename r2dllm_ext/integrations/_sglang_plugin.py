@@ -44,11 +44,12 @@ class _WhenImported(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+            loader, run = spec.loader, spec.loader.exec_module
 
             def run_and_add(module) -> None:
+                loader.exec_module = run  # a loader may serve other modules too
                 run(module)
                 _add(module)
 
-            spec.loader.exec_module = run_and_add
+            loader.exec_module = run_and_add
         return spec
