@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Train the base model of a task on the CPU: `python bench/train_base.py --task T --out DIR`.
 
-A run goes through the stages of its task, each in a folder of its own, and ends with `DIR/model`,
-a checkpoint as it ships. Called again it goes on from where it was: from the last checkpoint of
-the first stage that is not done. Initial weights, samples and masks are functions of (seed, step)
-alone, and what the model decodes for itself is part of a checkpoint. Evaluated and exported is an
-exponential average of the weights: at a learning rate worth having, the weights of a single step
-answer far worse.
+A run goes through the stages of its task, each in a folder of its own, which ends with a checkpoint
+in 16 bits: the last `DIR/stage-NAME/model` is the base model. Called again it goes on from where it
+was: from the last checkpoint of the first stage that is not done. Initial weights, samples and
+masks are functions of (seed, step) alone, and what the model decodes for itself is part of a
+checkpoint. Evaluated and exported is an exponential average of the weights: at a learning rate
+worth having, the weights of a single step answer far worse.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ class DecodeConfig:
             object.__setattr__(self, option.name, value)
         # Once, not in every step: the call is meant to cost microseconds.
         arguments = self._all_op_args()
-        object.__setattr__(self, "_all_args", arguments)
+        object.__setattr__(self, "_all_args", arguments)  # what the short way takes
         while arguments[-1] == _OP_DEFAULTS[len(arguments) - 1]:
             arguments = arguments[:-1]
         object.__setattr__(self, "_op_args", arguments)

@@ -74,12 +74,12 @@ def evidence(traces: Iterable[Trace], *, rows: Sequence[Sequence[int]] | None = 
 
     >>> from r2dllm_ext.tasks import get_task
     >>> model, task = load_model("ledger", dtype=torch.float32), get_task("ledger")
-    >>> ids = [task.tokenizer.encode(task.sample(0, i).prompt) for i in range(4)]
+    >>> ids = [task.tokenizer.encode(task.sample(0, i).prompt) for i in range(2)]
     >>> config = DecodeConfig.vanilla(model.mask_id)
     >>> decode = lambda prompt: generate(model, prompt, gen_length=96, config=config, trace=True)
     >>> found = evidence([decode(torch.tensor([one])).trace for one in ids])
     >>> found.cells, sorted(found.judges)[0]
-    (6336, '+ equal neighbours')
+    (3168, '+ equal neighbours')
     """
     traces = list(traces)
     chosen = [range(trace.prediction.shape[1]) for trace in traces] if rows is None else rows
@@ -98,10 +98,11 @@ def evidence(traces: Iterable[Trace], *, rows: Sequence[Sequence[int]] | None = 
     confidence, stays = every[:, 1], every[:, 0]
     calibration = _calibration(confidence, stays)
     share = float(stays.mean())
+    prior = torch.full_like(judged[:, 0], share)
     return Evidence(
         cells=len(every),
         stays=share,
-        prior_bits=float(F.binary_cross_entropy(judged[:, 0] * 0 + share, judged[:, 0])) / _LN2,
+        prior_bits=float(F.binary_cross_entropy(prior, judged[:, 0])) / _LN2,
         judges={name: _judge(columns, fitted, judged) for name, columns in MODELS.items()},
         thresholds=tuple(_threshold(confidence, stays, error) for error in ERRORS),
         calibration=calibration,

@@ -655,12 +655,13 @@ TEST(edits_and_rows_of_their_own_are_bit_equal_to_the_cpu) {
   const int32_t quota[batch] = {0, 3, 1, 2};
   const double edit_threshold[batch] = {0.25, 0.9, 0.5, 0.0};
   for (int64_t outside : {int64_t{-1}, batch + 1}) {
+    const int64_t slots[batch] = {2, 0, 3, outside};
     check_rules(batch, length, r2_options(), 9, [&](DecodeStepParams params) {
       params.editable = editable.get();
       params.rows.threshold = {.data = threshold, .is_double = false};
       params.rows.quota = {.data = quota, .is_wide = false};
       params.rows.edit_threshold = {.data = edit_threshold, .is_double = true};
-      const_cast<int64_t*>(params.state.slots)[3] = outside;
+      params.state.slots = slots;
       return params;
     });
   }

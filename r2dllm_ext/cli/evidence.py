@@ -31,10 +31,7 @@ def add_parser(commands) -> None:
         epilog=_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="a prompt; '-' reads stdin, one prompt a line"
-    )
-    parser.add_argument("--file", metavar="F", help="file of prompts, one a line; '-' is stdin")
+    options.add_prompt_options(parser)
     parser.add_argument(
         "--samples",
         type=options.count,
@@ -43,7 +40,6 @@ def add_parser(commands) -> None:
         help="without prompts: training prompts of the model's task (default: %(default)s)",
     )
     parser.add_argument("--all", action="store_true", help="count wrong answers too")
-    parser.add_argument("--batch-size", type=options.count, default=16, metavar="B")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help=f"calibration curve ({', '.join(_FORMATS)})"
     )

@@ -32,18 +32,8 @@ def add_parser(commands) -> None:
         epilog=_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="a prompt; '-' reads stdin, one prompt a line"
-    )
-    parser.add_argument("--file", metavar="F", help="file of prompts, one a line; '-' is stdin")
+    options.add_prompt_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, one object a prompt")
-    parser.add_argument(
-        "--batch-size",
-        type=options.count,
-        default=8,
-        metavar="B",
-        help="prompts decoded together (default: %(default)s)",
-    )
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr (tqdm)")
     options.add_model_options(parser)
     options.add_decode_options(parser)

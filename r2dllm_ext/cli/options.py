@@ -67,6 +67,21 @@ def device(name: str) -> torch.device:
     return device
 
 
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Prompts, by place or from a file (`text.read_prompts`), and how many are a batch."""
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="a prompt; '-' reads stdin, one prompt a line"
+    )
+    parser.add_argument("--file", metavar="F", help="file of prompts, one a line; '-' is stdin")
+    parser.add_argument(
+        "--batch-size",
+        type=count,
+        default=8,
+        metavar="B",
+        help="prompts decoded together (default: %(default)s)",
+    )
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, text: bool = True) -> None:
     """Which model, where and in which precision; `text`: also how it reads and writes text."""
     group = parser.add_argument_group("model")

@@ -69,10 +69,9 @@ class R2Decoder(ParallelDecoder):
     def block_init(self, block_x: torch.Tensor, block_id: int) -> None:
         """A block [B, L] int64 begins; with block 0 a new batch of sequences does."""
         rows, block_length = block_x.shape
-        like = DecodeState(rows, block_length, device=block_x.device)
         state = self._state
-        if block_id == 0 or state is None or state.streak_count.shape != block_x.shape:
-            self._state = like
+        if block_id == 0 or state is None or (state.rows, state.block_length) != block_x.shape:
+            self._state = DecodeState(rows, block_length, device=block_x.device)
         else:
             state.reset()  # its counters go on, so that every block draws other random numbers
         self._slots = torch.arange(rows, device=block_x.device)
