@@ -7,6 +7,7 @@
 
 #include "../cpu/row_context.h"
 #include "../rules/decode_step.h"
+#include "../rules/row_params.h"
 #include "check.h"
 
 using namespace r2dllm;
@@ -434,6 +435,33 @@ TEST(entropy_orders_by_itself_and_leaves_the_last_cell_free) {
   CHECK(free.rule == (Rules{0, 6, 6, 6}));
 }
 
+TEST(a_cell_without_an_entropy_is_not_ordered_by_it) {
+  StepOptions options = no_rules();
+  options.base = BaseRule::kEntropy;
+  options.quota = 9;
+  Block block(3);
+  block.ids = {1, 2, 3};
+  block.confidence = {0.9f, 0.5f, 0.5f};
+  block.entropy = {NAN, 0.5f, 0.25f};
+  block.step(options);
+  CHECK(block.rule == (Rules{0, 2, 2}));
+}
+
+TEST(an_anchor_is_another_candidate_of_the_step) {
+  StepOptions options = no_rules();
+  options.base = BaseRule::kFirst;
+  options.quota = 0;
+  options.neighbour = {.radius = 2, .threshold = 0.75f};
+  CHECK(rules_of(options, {0.95f, 0.3f}) == (Rules{0, 0}));
+  CHECK(rules_of(options, {0.95f, 0.8f}) == (Rules{0, 7}));
+  Block block(2);
+  block.tokens = {5, kMask};
+  block.ids = {5, 1};
+  block.confidence = {0.95f, 0.8f};
+  block.step(options);
+  CHECK(block.rule == (Rules{0, 0}));
+}
+
 TEST(cells_beside_an_anchor_need_less) {
   StepOptions options = no_rules();
   options.neighbour = {.radius = 2, .threshold = 0.75f};
@@ -460,17 +488,74 @@ TEST(a_cell_that_predicts_the_mask_id_may_be_skipped) {
 
 TEST(a_decided_cell_takes_another_token_that_is_sure) {
   StepOptions options = no_rules();
-  options.edit_threshold = 0.9f;
-  Block block(5);
-  block.tokens = {1, 2, 3, kMask, 5};
-  block.decided = {true, true, false, false, true};
-  block.ids = {1, 7, 8, 4, kMask};
-  block.confidence = {0.99f, 0.9f, 0.99f, 0.2f, 0.99f};
+  options.edit_threshold = 0.7f;
+  Block block(6);
+  block.tokens = {1, 2, 3, kMask, 5, 6};
+  block.decided = {true, true, false, false, true, true};
+  block.ids = {1, 7, 8, 4, kMask, 9};
+  block.confidence = {0.99f, 0.7f, 0.99f, 0.2f, 0.99f, 0.69f};
   block.step(options);
-  CHECK(block.rule == (Rules{0, 8, 0, 2, 0}));
-  CHECK(block.tokens == (Ids{1, 7, 3, 4, 5}));
-  CHECK(block.step_map == (std::vector<int16_t>{-1, 0, -1, 0, -1}));
+  CHECK(block.rule == (Rules{0, 8, 0, 2, 0, 0}));
+  CHECK(block.tokens == (Ids{1, 7, 3, 4, 5, 6}));
+  CHECK(block.step_map == (std::vector<int16_t>{-1, 0, -1, 0, -1, -1}));
   CHECK(block.remaining == 0);
+}
+
+TEST(the_step_map_ends_at_the_greatest_number_that_it_holds) {
+  Block block(2);
+  block.ids = {1, 2};
+  block.confidence = {0.5f, 0.25f};
+  block.counters[kBlockStep] = 32766;
+  block.step(no_rules());
+  CHECK(block.step_map == (std::vector<int16_t>{32766, -1}));
+  block.counters[kBlockStep] = 40000;
+  block.step(no_rules());
+  CHECK(block.step_map == (std::vector<int16_t>{32766, 32767}));
+}
+
+// ---- parameters of rows ----------------------------------------------------------------------
+
+template <class Number, class Array>
+bool takes(Array RowParams::*field, Number value) {
+  RowParams rows;
+  rows.*field = {&value, true};
+  StepOptions options = no_rules();
+  return take_options(rows, 0, options) && in_range(rows, 0);
+}
+
+TEST(a_row_takes_what_a_config_takes) {
+  const double infinity = INFINITY, nan = NAN;
+  for (auto field :
+       {&RowParams::threshold, &RowParams::spatial_threshold, &RowParams::temporal_threshold,
+        &RowParams::edit_threshold, &RowParams::top_p, &RowParams::min_p}) {
+    for (double value : {0.0, 0.5, 1.0}) CHECK(takes(field, value));
+    for (double value : {-0.01, 1.01, infinity, nan}) CHECK(!takes(field, value));
+  }
+  for (auto field :
+       {&RowParams::error_budget, &RowParams::entropy_budget, &RowParams::temperature}) {
+    for (double value : {0.0, 1e300}) CHECK(takes(field, value));
+    for (double value : {-0.01, infinity, nan}) CHECK(!takes(field, value));
+  }
+  for (auto field : {&RowParams::quota, &RowParams::top_k}) {
+    for (int64_t value : {0, 7}) CHECK(takes(field, value));
+    CHECK(!takes(field, int64_t{-1}));
+  }
+}
+
+TEST(a_row_has_its_own_values_and_the_config_s) {
+  const float threshold[] = {0.25f, 0.5f}, spatial[] = {0.75f, 0.125f};
+  const int32_t quota[] = {3, 4};
+  const int64_t seed[] = {5, -6};
+  RowParams rows;
+  rows.threshold = {.data = threshold, .is_double = false};
+  rows.spatial_threshold = {.data = spatial, .is_double = false};
+  rows.quota = {.data = quota, .is_wide = false};
+  rows.seed = {.data = seed, .is_wide = true};
+  StepOptions options = no_rules();
+  CHECK(take_options(rows, 1, options));
+  CHECK(options.threshold == 0.5f && options.quota == 4);
+  CHECK(options.window.min_confidence == 0.125f && options.run.min_confidence == 0.125f);
+  CHECK(options.seed == static_cast<uint64_t>(-6) && options.error_budget == 0.1);
 }
 
 TEST(a_row_that_is_left_alone_keeps_its_state) {
