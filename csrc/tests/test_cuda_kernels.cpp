@@ -76,6 +76,7 @@ struct Workspace {
     if (sampling.temperature == 0.0) return;
     tempered.reset(new double[static_cast<size_t>(rows * slices)]);
     drawn.reset(new Drawn[static_cast<size_t>(rows)]);
+    std::fill_n(drawn.get(), rows, Drawn{77, 77.0f, 77.0f});  // which nobody drew
     view.tempered = tempered.get();
     if (restricts(sampling)) {
       cutoff.reset(new float[static_cast<size_t>(rows)]);
@@ -581,6 +582,37 @@ TEST(a_step_is_bit_equal_to_the_cpu_after_the_pass) {
     check_steps<BFloat16>(2, length, static_cast<unsigned>(length));
     check_steps<Float32>(1, length, static_cast<unsigned>(length));
   }
+}
+
+TEST(proposed_tokens_are_judged_by_their_own_logits) {
+  std::mt19937 random(8);
+  for_each_format([&](auto format) {
+    using Format = decltype(format);
+    constexpr int64_t length = 6, vocab = 40;
+    Logits<Format> logits(1, length, vocab, 1, 2);
+    logits.fill(random, 2.0f);
+    logits.set(5, 1, NAN);
+    logits.excluded = kMask;
+    const int64_t proposed[length] = {5, vocab - 1, kMask, vocab, -1, 5};
+    StepOptions options{};
+    options.mask_id = kMask;
+    options.threshold = kNoThreshold;
+    StepMemory memory(1, length);
+    DecodeStepParams params = memory.params(logits.view(), options, kGreedy);
+    params.proposed = proposed;
+    run_step(logits, params, Workspace(length, logits.slices()), 3);
+    CHECK(memory.prediction == (std::vector<int64_t>{5, vocab - 1, kMask, -1, -1, -1}));
+    for (size_t i = 0; i < 2; ++i) {
+      const auto cell = static_cast<int64_t>(i);
+      const Exact top = exact(logits, cell);
+      const long double below = static_cast<long double>(logits.get(cell, proposed[i])) -
+                                static_cast<long double>(top.max);
+      CHECK(close(memory.confidence[i], top.confidence * std::exp(below)));
+    }
+    CHECK(memory.confidence[2] == 0.0f);
+    for (size_t i = 3; i < 6; ++i) CHECK(std::isnan(memory.confidence[i]));
+    CHECK(memory.remaining[0] == length);
+  });
 }
 
 // From random judgements: the launch after the pass alone, several steps of a block. `change` adds

@@ -59,6 +59,17 @@ const LogitType kTypes[] = {LogitType::kFloat, LogitType::kBFloat16, LogitType::
 
 // ---- entropy -------------------------------------------------------------------------------
 
+TEST(an_excluded_column_has_no_probability) {
+  for (LogitType type : kTypes) {
+    const Block block({{1.0, 30.0, 2.0}, {1.0, -3.0, 1.0}}, type, 1);
+    const VocabPass pass = block.pass(false);
+    for (int64_t i = 0; i < 2; ++i) {
+      CHECK(pass.probability(i, 1) == 0.0f && pass.token_stats(i, 1).max == -INFINITY);
+    }
+    CHECK(pass.probability(1, 0) == 0.5f && pass.argmax(0) == 2);
+  }
+}
+
 TEST(entropies_of_long_rows_are_within_the_documented_bound) {
   std::mt19937 random(1);
   for (LogitType type : kTypes) {
