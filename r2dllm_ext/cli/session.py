@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import DecodeConfig, Rule
-from ..generation import NoProgressError, generate
+from ..generation import Generation, NoProgressError, generate
 from ..models import load_model
 from ..stop_ids import StopId, answer_length, stop_ids
 from ..tasks import Verdict, task_of
@@ -98,12 +98,12 @@ class Session:
             return self.task.tokenizer
         return text.Pretrained(args.model, chat=args.chat, trust_remote_code=args.trust_remote_code)
 
-    def read(self, texts: list[str]) -> list[Prompt]:
-        """Tokenizes prompts; ValueError for what the model does not know."""
+    def read(self, texts: list[str], *, gen_length: int | None = None) -> list[Prompt]:
+        """Tokenizes prompts; ValueError for what the model does not know or has no room for."""
         prompts = [Prompt(words, self.codec.encode(words)) for words in texts]
         for i in {i for prompt in prompts for i in prompt.ids}:
             self._check_id(i, "prompt")
-        self._check_lengths(prompts)
+        self._check_lengths(prompts, gen_length or self.gen_length)
         return prompts
 
     def decode(
@@ -113,23 +113,8 @@ class Session:
 
         Raises UnfinishedError if the model can't finish some of them.
         """
-        ids, attention_mask = self._left_padded([prompt.ids for prompt in prompts])
-        config = config or self.config
         try:
-            generation = generate(
-                self.model,
-                ids,
-                gen_length=self.gen_length,
-                block_length=self.block_length,
-                config=config,
-                edit=config.edit_threshold is not None,
-                cache=self.cache,
-                logits_shift=self.logits_shift,
-                attention_mask=attention_mask,
-                stop_id=self.stop_id,
-                progress=progress,
-                trace=True,
-            )
+            generation = self.generate(prompts, config, progress=progress)
         except NoProgressError as error:
             trace = error.generation.trace
             assert trace is not None  # asked for
@@ -137,6 +122,32 @@ class Session:
             raise UnfinishedError(self._answers(prompts, trace, rows), error) from error
         assert generation.trace is not None  # asked for
         return self._answers(prompts, generation.trace, range(len(prompts))), generation.trace
+
+    def generate(
+        self,
+        prompts: list[Prompt],
+        config: DecodeConfig | None = None,
+        *,
+        gen_length: int | None = None,
+        progress: bool = False,
+    ) -> Generation:
+        """The same as ids, with a trace; raises what `r2dllm_ext.generate` does."""
+        ids, attention_mask = self._left_padded([prompt.ids for prompt in prompts])
+        config = config or self.config
+        return generate(
+            self.model,
+            ids,
+            gen_length=gen_length or self.gen_length,
+            block_length=self.block_length,
+            config=config,
+            edit=config.edit_threshold is not None,
+            cache=self.cache,
+            logits_shift=self.logits_shift,
+            attention_mask=attention_mask,
+            stop_id=self.stop_id,
+            progress=progress,
+            trace=True,
+        )
 
     def _answers(self, prompts: list[Prompt], trace: Trace, rows: Iterable[int]) -> list[Answer]:
         return [self._answer(prompts[row], trace, row) for row in rows]
@@ -202,10 +213,10 @@ class Session:
         if not 0 <= i < rows:
             raise ValueError(f"{name}: token id {i}, the model takes 0..{rows - 1}")
 
-    def _check_lengths(self, prompts: list[Prompt]) -> None:
+    def _check_lengths(self, prompts: list[Prompt], gen_length: int) -> None:
         longest, positions = max(len(p.ids) for p in prompts), self.model.config.max_length
-        if longest + self.gen_length > positions:
+        if longest + gen_length > positions:
             raise ValueError(
-                f"a prompt of {longest} tokens and {self.gen_length} to decode (--gen-length) are "
+                f"a prompt of {longest} tokens and {gen_length} to decode (--gen-length) are "
                 f"more than the {positions} positions of the model"
             )

@@ -13,7 +13,7 @@ class Codec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int], *, skip_special: bool = False) -> str: ...
 
 
 class PlainIds:
@@ -26,7 +26,7 @@ class PlainIds:
                 raise ValueError(f"--ids: a prompt takes token ids, got {word!r}")
         return [int(word) for word in words]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
         return " ".join(map(str, ids))
 
 
@@ -52,15 +52,28 @@ class Pretrained:
         self._chat = chat
 
     def encode(self, text: str) -> list[int]:
-        if not self._chat:
-            return self._tokenizer(text)["input_ids"]
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self._chat:
+            text = self.chat_text([{"role": "user", "content": text}])
+        # A chat template writes the tokens itself that the tokenizer would put in front.
+        bos = self._tokenizer.bos_token
+        templated = self._chat or bool(bos and text.startswith(bos))
+        return self._tokenizer(text, add_special_tokens=not templated)["input_ids"]
 
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
+    def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._tokenizer.chat_template
+
+    def chat_text(self, messages: list[dict[str, str]], *, answer_begun: bool = False) -> str:
+        """Messages in the chat template; `answer_begun`: the last one is an answer to go on."""
+        return self._tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=not answer_begun,
+            continue_final_message=answer_begun,
+            tokenize=False,
+        )
 
 
 def pieces(codec: Codec, ids: list[int]) -> list[str]:

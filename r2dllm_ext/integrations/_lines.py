@@ -80,6 +80,14 @@ USES: Mapping[str, Use] = MappingProxyType(
             "the decision after each forward; rows outside the block are not read",
             commit="24cc59e",
         ),
+        "lm_eval": Use(
+            "LM evaluation harness",
+            (
+                "python -m r2dllm_ext.integrations.lm_eval --model r2dllm --tasks gsm8k \\",
+                "--model_args pretrained=FOLDER_OR_ID,preset=r2,cache=dual,answers=a.jsonl",
+            ),
+            "generation tasks of LLaDA and Dream; forwards and tokens a second beside the scores",
+        ),
     }
 )
 

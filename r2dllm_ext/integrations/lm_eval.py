@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LM evaluation harness: `--model r2dllm`, LLaDA and Dream checkpoints on generation tasks.
+
+    python -m r2dllm_ext.integrations.lm_eval --model r2dllm --tasks gsm8k --batch_size 8 \\
+        --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,preset=r2,cache=dual,answers=a.jsonl
+
+is the harness's own command line with one model more. Releases after 0.4.13 will find it by
+themselves, by an entry point (their pull request 4013): there it is `lm_eval --model r2dllm ...`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import torch
+
+from .._checks import refuse
+from .._command import INTERRUPTED
+from .._version import __version__
+from ..cli.session import Session
+from ..cli.text import Pretrained
+from ..sft.artefacts import write_json
+from ._lm_eval_answers import AnswersFile, summary
+from ._lm_eval_decode import batches, decode
+from ._lm_eval_options import WHERE, as_arguments, batch_rows, session_options
+from ._lm_eval_requests import read_requests, settings_of
+from ._versions import require
+
+require("lm_eval")
+
+from lm_eval.api.model import LM  # noqa: E402  (after our own error)
+from lm_eval.utils import simple_parse_args_string  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+class R2DLLM(LM):
+    """The harness's model `r2dllm`: `generate_until` by the rules of a `DecodeConfig`.
+
+    Args (each as `--model_args name=value`):
+        pretrained: folder or hub id of a LLaDA or Dream checkpoint, or a bundled model's name.
+        preset: "r2" (default), "fast_dllm", "vanilla", "budget" or "entropy"; and any field of
+            `DecodeConfig`, `temperature` and `seed` among them.
+        cache, block_length, logits_shift, stop_id, dtype, trust_remote_code, ids: as the options of
+            `r2dllm generate`, with its defaults. `device` ("cpu") and `batch_size` (1) are options
+            of the harness too.
+        gen_length: most tokens of an answer, for all tasks. Default: what a task asks for
+            (`max_gen_toks`), else 256 (bundled models: their task's length). The last block is
+            decoded whole and cut.
+        answers: file of JSON lines that keeps the answers (default: none). The same command goes on
+            where a killed one stopped; `NAME.summary.json` beside it is what the answers cost.
+
+    An answer's text ends before its stop token and before the first text of `until`; special tokens
+    are dropped. A task with `do_sample` draws as it says, by a seed of request and batch: only then
+    do answers depend on the batch. Forwards, tokens a forward and tokens a second are printed, and
+    stand in the harness's results under config.r2dllm.
+
+    Raises:
+        ValueError: an argument, a request, or a file of answers that is not of these settings.
+        NotImplementedError: tasks that ask for likelihoods (multiple choice, perplexity).
+
+    One process. `R2DLLM(pretrained="ledger-base")` is what `lm_eval.simple_evaluate(model=...)`
+    takes.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        batch_size: int | str = 1,
+        answers: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        self._batch_size = batch_rows(batch_size)
+        args = session_options(pretrained, arguments)
+        with as_arguments():
+            self._session = Session(args)
+            self._codec = self._session.codec
+        self._name, self._gen_length = args.model, args.gen_length
+        self._device = self._session.model.device
+        self._settings = settings_of(self._session, self._gen_length)
+        self._answers = AnswersFile(answers, self._settings)
+        self._costs: dict[str, Any] = {}
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict, additional_config=None):
+        """A model's arguments go before the harness's options, which have values unless asked."""
+        given = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        # So has --device, "cuda:0" on all machines; its other models fall back too.
+        device = given.get("device") if "device" not in arg_dict else None
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            warnings.warn(f"{WHERE}: this torch sees no {device}: on the CPU", stacklevel=2)
+            del given["device"]
+        return cls(**{**given, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string, additional_config=None):
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        asked = read_requests(self._session, requests, self._settings, self._gen_length)
+        with (
+            self._answers.open() as answers,
+            tqdm(total=len(asked), disable=disable_tqdm, desc="r2dllm", unit="answer") as bar,
+        ):
+            todo = [request for request in asked if request.key not in answers.found]
+            bar.update(len(asked) - len(todo))
+            for batch in batches(self._session, todo, self._batch_size):
+                records = decode(self._session, batch)
+                answers.add(records)
+                for request, record in zip(batch, records, strict=True):
+                    self.cache_hook.add_partial("generate_until", request.arguments, record["text"])
+                bar.update(len(batch))
+            found = [answers.found[request.key] for request in asked]
+        self._costs = summary(found)
+        self._report()
+        return [record["text"] for record in found]
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> NoReturn:
+        self._refuse_likelihood("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> NoReturn:
+        self._refuse_likelihood("loglikelihood_rolling", requests)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        if not isinstance(self._codec, Pretrained) or self._codec.chat_template is None:
+            takes = "a checkpoint whose tokenizer has a chat template"
+            refuse(ValueError, WHERE, "--apply_chat_template", takes, self._name)
+        return self._codec.chat_text(chat_history, answer_begun=not add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return getattr(self._codec, "chat_template", None) if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._name.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness adds to "config" of its results."""
+        size = sum(weight.numel() for weight in self._session.model.parameters())
+        dtype = self._settings["dtype"]
+        return {"model_num_parameters": size, "model_dtype": dtype, "r2dllm": self._summary()}
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "pretrained": self._name,
+            "device": str(self._device),
+            "batch_size": self._batch_size,
+            "settings": self._settings,
+            "tasks": self._costs,
+        }
+
+    def _report(self) -> None:
+        for task, costs in self._costs.items():
+            print(
+                f"r2dllm: {task}: {costs['answers']} answers of {costs['forwards']} forwards (NFE) "
+                f"and {costs['tokens']} tokens: {costs['tokens_per_forward']} tokens a forward, "
+                f"{costs['tokens_per_second']} a second"
+            )
+        if self._answers.path is not None:
+            path = self._answers.path.with_suffix(".summary.json")
+            write_json(path, self._summary())
+            print(f"r2dllm: {path}")
+
+    def _refuse_likelihood(self, kind: str, requests: list[Any]) -> NoReturn:
+        tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
+        raise NotImplementedError(
+            f"{WHERE}: takes tasks of output_type generate_until, got {kind} requests of {tasks}: "
+            "a masked-diffusion model has no likelihood in closed form"
+        )
+
+
+def register() -> None:
+    """Make `r2dllm` a name of `--model` where it is none yet."""
+    import lm_eval.models  # noqa: F401  (the harness's own: it fills an empty registry alone)
+    from lm_eval.api.registry import MODEL_REGISTRY, register_model
+
+    # By the module's own name, which is not __main__: there is one class of this name.
+    from r2dllm_ext.integrations.lm_eval import R2DLLM
+
+    if "r2dllm" not in MODEL_REGISTRY:
+        register_model("r2dllm")(R2DLLM)
+
+
+def main() -> int:
+    """The harness's command line with the model `r2dllm`; returns the exit status.
+
+    An error is one line on stderr and status 2 (with `--traceback` it is raised), Ctrl-C 130.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    shown = "--traceback" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
+    register()
+    try:
+        cli_evaluate()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        if shown:
+            raise
+        print(f"r2dllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
