@@ -156,14 +156,24 @@ def test_a_text_ends_at_the_first_of_its_stops(tiny):
 
 
 def test_the_length_is_the_tasks_where_the_arguments_name_none(tiny):
-    lm = R2DLLM(tiny["llada"], block_length=8, stop_id="none")
+    lm = R2DLLM(tiny["llada"], block_length=8, stop_id=[46])  # which it does not say
     requests = ask(PROMPTS[:1], max_gen_toks=11) + ask(PROMPTS[:1], max_new_tokens=8)
     eleven, eight = answers(lm, requests)
     assert [len(text.split()) for text in (eleven, eight)] == [11, 8]
     assert lm.get_model_info()["r2dllm"]["tasks"]["t"]["tokens"] == 9.5
-    lm = R2DLLM(tiny["llada"], block_length=8, stop_id=None, gen_length=16)
+    lm = R2DLLM(tiny["llada"], block_length=8, stop_id=[46], gen_length=16)
     (sixteen,) = answers(lm, ask(PROMPTS[:1], max_gen_toks=11))
     assert len(sixteen.split()) == 16 and sixteen.startswith(eleven)
+
+
+def test_without_a_stop_token_all_blocks_are_decoded(capsys):
+    prompts, costs = [sample.prompt for sample in SAMPLES[:1]], []
+    for stop in (1, None):  # the ledger's end token
+        lm = R2DLLM("ledger-base", preset="fast_dllm", stop_id=stop)
+        costs.append((*answers(lm, ask(prompts)), lm.get_model_info()["r2dllm"]["tasks"]["t"]))
+    (text, early), (same, whole) = costs
+    assert text == same and early["tokens"] == whole["tokens"] < 96
+    assert early["forwards"] <= whole["forwards"]
 
 
 def test_a_task_that_draws_says_how(tiny):
@@ -238,9 +248,11 @@ def test_a_file_of_something_else_is_refused(tiny, tmp_path):
             R2DLLM(tiny["llada"], **options)
     assert path.read_text() == kept
     R2DLLM(tiny["llada"], batch_size=7, **options)  # no setting of an answer
-    path.write_text('{"prompt": "w7"}\n')
-    with pytest.raises(ValueError, match="a.jsonl is no file of answers"):
-        R2DLLM(tiny["llada"], **options)
+    for other in ('{"prompt": "w7"}\n', "a letter\nof two lines", kept + '{"prompt": "w7"}\n'):
+        path.write_text(other)
+        with pytest.raises(ValueError, match="a.jsonl is no file of answers"):
+            R2DLLM(tiny["llada"], **options)
+        assert path.read_text() == other
     path.write_text(kept.replace('{"key"', "key", 1))
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         R2DLLM(tiny["llada"], **options)
@@ -289,13 +301,17 @@ def test_bad_requests(tiny):
         ValueError, match="task t, document 1: a prompt of 41 tokens and 32 .*gen_le"
     ):
         answers(lm, ask(["w7", "w7 " * 40]))
-    with pytest.raises(ValueError, match="max_gen_toks takes an integer >= 1, got 0"):
+    with pytest.raises(
+        ValueError, match="generation_kwargs: max_gen_toks takes an integer >= 1, got 0"
+    ):
         answers(R2DLLM(tiny["llada"]), ask(PROMPTS[:1], max_gen_toks=0))
     for kind in ("loglikelihood", "loglikelihood_rolling"):
         with pytest.raises(
             NotImplementedError, match=f"generate_until, got {kind} requests of arc"
         ):
             getattr(lm, kind)(ask(PROMPTS, task="arc"))
+    with pytest.raises(ValueError, match="--apply_chat_template takes no name.*, got 'rag'"):
+        lm.chat_template("rag")
     with pytest.raises(ValueError, match="--apply_chat_template takes .*, got 'ledger-base'"):
         R2DLLM("ledger-base").apply_chat_template([])
 
@@ -343,15 +359,21 @@ def test_a_killed_evaluation_goes_on(command, tmp_path, monkeypatch, capsys):
     assert f"r2dllm: sums: 4 answers of {costs['forwards']} forwards" in capsys.readouterr().out
 
 
-def test_the_command_says_errors_in_one_line(command, monkeypatch, capsys):
-    words = [word.replace("fast_dllm", "r3") for word in command]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
+def test_the_command_says_errors_in_one_line(monkeypatch, capsys):
+    def harness():
+        R2DLLM("ledger-base", preset="r3")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", harness)
+    monkeypatch.setattr(sys, "argv", ["lm_eval"])
     assert adapter.main() == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err
     assert error.startswith("r2dllm: error: lm_eval: model r2dllm: preset: invalid choice: 'r3'")
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--traceback"])
+    assert error.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "--traceback"])
     with pytest.raises(ValueError, match="invalid choice: 'r3'"):
         adapter.main()
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: os.kill(os.getpid(), 2))
+    assert adapter.main() == 130
 
 
 def test_the_entry_point_is_the_class():

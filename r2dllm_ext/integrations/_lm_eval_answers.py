@@ -49,18 +49,23 @@ class AnswersFile:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{self.path}: another process writes its answers here") from None
-            _drop_half_line(file)
             yield Answers(self._read(file), file)
 
     def _read(self, file: BinaryIO) -> dict[str, dict[str, Any]]:
         assert self.path is not None  # opened
-        lines = read_lines(self.path, hint="; delete it to have all answers made anew")
-        if not lines:
+        file.seek(0)
+        data = file.read()
+        if not data:
             file.write(json.dumps({"settings": self._settings}).encode() + b"\n")
             return {}
-        before = lines[0].get("settings")
-        if not isinstance(before, dict) or not all(_FIELDS <= line.keys() for line in lines[1:]):
-            raise ValueError(f"{self.path} is no file of answers: name another one")
+        no_answers = f"{self.path} is no file of answers: name another one, or delete it"
+        if not data.startswith(b'{"settings": {') or b"\n" not in data:
+            raise ValueError(no_answers)
+        file.truncate(data.rfind(b"\n") + 1)
+        lines = read_lines(self.path, hint="; delete it to have all answers made anew")
+        before = lines[0]["settings"]
+        if not all(_FIELDS <= line.keys() for line in lines[1:]):
+            raise ValueError(no_answers)
         names = sorted(before.keys() | self._settings.keys())
         pairs = ((name, before.get(name), self._settings.get(name)) for name in names)
         differences = [f"{name} was {a!r}, is {b!r}" for name, a, b in pairs if a != b]
@@ -120,10 +125,3 @@ def _costs(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 3) if seconds else None,
         "seconds": round(seconds, 3),
     }
-
-
-def _drop_half_line(file: BinaryIO) -> None:
-    file.seek(0)
-    data = file.read()
-    if not data.endswith(b"\n"):
-        file.truncate(data.rfind(b"\n") + 1)

@@ -57,7 +57,11 @@ def decode(session: Session, batch: Sequence[Request]) -> list[dict[str, Any]]:
     seconds = (time.perf_counter() - start) / len(batch)
     trace = generation.trace
     assert trace is not None  # a session asks for it
-    nfe, stops = trace.row_nfe().tolist(), stop_ids(session.stop_id, where=WHERE)
+    nfe = trace.row_nfe().tolist()
+    # Where no token ends the decode early, an answer still ends at the model's own.
+    stops = stop_ids(
+        session.model.eos_id if session.stop_id is None else session.stop_id, where=WHERE
+    )
     answers = []
     for row, request in enumerate(batch):
         ids = trace.sequences[row, trace.prompt_length :][: request.most].tolist()

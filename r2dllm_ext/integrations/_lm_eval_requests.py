@@ -19,6 +19,7 @@ from ._lm_eval_options import as_arguments
 
 # What backends of the harness call it, in its own order of precedence.
 _MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_WHERE = "generation_kwargs"  # of a task, or --gen_kwargs
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -72,7 +73,7 @@ def read_requests(
             until = given.pop("until", None) or []
             until = [t for t in ([until] if isinstance(until, str) else until) if t]
             asked = [given.pop(name) for name in _MOST if given.get(name) is not None]
-            most = gen_length or integer("", _MOST[0], (asked or [session.gen_length])[0], 1)
+            most = gen_length or integer(_WHERE, _MOST[0], (asked or [session.gen_length])[0], 1)
             config = _config(session.config, given)
             (prompt,) = session.read([context], gen_length=whole_blocks(session, most))
         parts = [settings, prompt.ids, until, most, dataclasses.asdict(config)]
@@ -92,9 +93,9 @@ def _config(config: DecodeConfig, options: dict[str, Any]) -> DecodeConfig:
     """A task that draws (`do_sample`) says how; otherwise the model's arguments do."""
     sampling = {name: options.pop(name) for name in _SAMPLING if name in options}
     draws = options.pop("do_sample", None)
-    for name in options:
-        known = ("until", _MOST[0], "do_sample", *_SAMPLING)
-        refuse(ValueError, "generation_kwargs", "an option", f"one of {', '.join(known)}", name)
+    if options:
+        known = ", ".join(("until", _MOST[0], "do_sample", *_SAMPLING))
+        refuse(ValueError, _WHERE, "an option", f"one of {known}", next(iter(options)))
     if draws is None:
         draws = bool(sampling.get("temperature"))
     if not draws:

@@ -43,8 +43,9 @@ class R2DLLM(LM):
         preset: "r2" (default), "fast_dllm", "vanilla", "budget" or "entropy"; and any field of
             `DecodeConfig`, `temperature` and `seed` among them.
         cache, block_length, logits_shift, stop_id, dtype, trust_remote_code, ids: as the options of
-            `r2dllm generate`, with its defaults. `device` ("cpu") and `batch_size` (1) are options
-            of the harness too.
+            `r2dllm generate`, with its defaults. With stop_id=none all blocks are decoded, and the
+            answer still ends at the model's end token. `device` ("cpu") and `batch_size` (1) are
+            options of the harness too.
         gen_length: most tokens of an answer, for all tasks. Default: what a task asks for
             (`max_gen_toks`), else 256 (bundled models: their task's length). The last block is
             decoded whole and cut.
@@ -133,6 +134,9 @@ class R2DLLM(LM):
         return self._codec.chat_text(chat_history, answer_begun=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
+        if isinstance(chat_template, str):
+            takes = "no name: it is the tokenizer's template"
+            refuse(ValueError, WHERE, "--apply_chat_template", takes, chat_template)
         return getattr(self._codec, "chat_template", None) if chat_template else None
 
     @property
