@@ -112,10 +112,11 @@ PLANS = {
         ),
     ),
     "pronounce": Plan(
-        Shape(width=160, layers=5, heads=5, mlp_width=448),
+        Shape(width=224, layers=4, heads=4, mlp_width=608),
         (
-            Stage("1", 0, 3000, 64, 2e-3, warmup=100, ema_decay=0.995, iid_share=0.6,
-                  behind_weight=0.3, short=True),
+            Stage("1", 0, 1500, 128, 3e-3, warmup=100, iid_share=0.6, behind_weight=0.3,
+                  short=True),
+            Stage("2", 1, 7000, 64, 2e-3, warmup=100, iid_share=0.6, behind_weight=0.3),
         ),
     ),
 }  # fmt: skip
@@ -224,7 +225,7 @@ def hide(ids: Tensor, hidden: Tensor, task: Task) -> Tensor:
 def _answer_logits(model: Transformer, ids: Tensor, task: Task) -> Tensor:
     T, A = ids.shape[1], task.answer_length
     keys = ids != task.tokenizer.pad_id
-    logits = model(ids, attention_mask=keys, logits_positions=(T - A, T)).logits
+    logits = model(ids, attention_mask=keys, logits_positions=(T - A, T)).logits.float()
     logits[..., task.tokenizer.mask_id] = -torch.inf
     return logits
 
@@ -273,8 +274,11 @@ def evaluate(model: Transformer, task: Task, samples: list, batch: int = 64) -> 
 class Trainer:
     """Model, optimizers and step counter of a stage; `run` goes on from any checkpoint."""
 
-    def __init__(self, task: Task, shape: Shape, stage: Stage, *, compiled: bool) -> None:
+    def __init__(
+        self, task: Task, shape: Shape, stage: Stage, *, compiled: bool, bfloat16: bool = False
+    ) -> None:
         self.task, self.shape, self.stage, self.step = task, shape, stage, 0
+        self.bfloat16 = bfloat16
         self.model = Transformer(model_config(shape, task)).init_weights(stage.seed)
         average = get_ema_multi_avg_fn(stage.ema_decay)
         self.average = AveragedModel(self.model, multi_avg_fn=average)
@@ -350,7 +354,8 @@ class Trainer:
                 group["lr"] = lr
         ids, targets, weight = self.batch(self.step)
         known = targets.nan_to_num(0.0) if stage.exact else targets
-        loss, confidence, prediction = self._loss(ids, known, weight)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            loss, confidence, prediction = self._loss(ids, known, weight)
         self.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -459,10 +464,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--log-every", type=int, default=25)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of matrix products; auto: bfloat16 where the CPU multiplies it in hardware",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     if (args.from_stage is None) != (args.init is None):
         parser.error("--from-stage and --init go together")
     torch.set_num_threads(args.threads)
+    bfloat16 = args.precision == "bfloat16"
+    if args.precision == "auto":
+        bfloat16 = torch.cpu.get_capabilities().get("amx_bf16", False)
     plan = PLANS[args.task]
     names = [stage.name for stage in plan.stages]
     if args.from_stage is not None and args.from_stage not in names:
@@ -472,7 +484,7 @@ def main(arguments: list[str] | None = None) -> None:
         if number < first:
             continue
         task = Pronounce(short=True) if stage.short else get_task(args.task)
-        trainer = Trainer(task, plan.shape, stage, compiled=not args.no_compile)
+        trainer = Trainer(task, plan.shape, stage, compiled=not args.no_compile, bfloat16=bfloat16)
         if (folder / "checkpoint.pt").is_file():
             trainer.load(folder / "checkpoint.pt")
         elif number == first and args.init:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -373,14 +374,16 @@ def test_help_and_version(arguments, capsys):
 
 
 def test_demo(run, ledger):
-    result = run("demo", "--model", ledger, "--prompts", 2, "--decoders", "vanilla", "r2", "r2")
+    options = ["--model", ledger, "--prompts", 2, "--decoders", "vanilla", "r2", "r2"]
+    result = run("demo", *options)
     assert (result.status, result.err) == (0, "")
-    assert result.out.count("\nr2: NFE ") == 2 == result.out.count("\n> ")
+    assert result.out.count(", r2: NFE ") == 1 == result.out.count("\n> ")
     table = [line.split() for line in result.out[result.out.index("2 prompts") :].splitlines()]
-    assert table[2] == ["decoder", "NFE", "accuracy", "tokens", "/", "forward", "seconds"]
-    rows = {row[0]: row[1:] for row in table if row[:1] in (["vanilla"], ["r2"])}
-    assert rows["vanilla"][:4] == ["96.0", "0", "of", "2"]
-    assert 1 <= float(rows["r2"][0]) <= 96 and len(table) == 7
+    names = ["model", "decoder", "NFE", "right", "tokens", "/", "forward", "seconds"]
+    assert table[2] == names
+    rows = {row[1]: row for row in table if row[:1] == [Path(ledger).name]}
+    assert rows["vanilla"][2:6] == ["96.0", "0", "of", "2"]
+    assert 1 <= float(rows["r2"][2]) <= 96 and len(table) == 7
 
 
 def test_demo_shows_other_prompts_for_another_seed(run, ledger):
@@ -389,9 +392,15 @@ def test_demo_shows_other_prompts_for_another_seed(run, ledger):
     assert f"> {make_sample(1, 0, split='test').prompt}\n" in result.out
 
 
-def test_bundled_model_answers(run):
-    result = run("demo", "--decoders", "fast_dllm")
+def test_bundled_models_answer(run):
+    """One row per decoder and model, on prompts of both tasks."""
+    result = run("demo", "--decoders", "fast_dllm", "budget")
     assert result.status == 0 and ", correct\n" in result.out
+    rows = [line.split()[:2] for line in result.out.splitlines() if "of" in line.split()]
+    models = ("ledger-base", "ledger", "pronounce")
+    assert [row for row in rows if row[0] in models] == [
+        [model, decoder] for model in models for decoder in ("fast_dllm", "budget")
+    ]
 
 
 # trace

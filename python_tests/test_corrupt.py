@@ -36,6 +36,18 @@ def run(tokens, answers, **options):
     return corrupt(tokens, answers, **(defaults | options))
 
 
+def for_mode(mode, commit):
+    """The options of a mode; every other cell is serial."""
+    return {
+        "mode": mode,
+        "commit_step": commit if mode == "trajectory" else None,
+        "serial": commit % 2 == 0 if mode == "frontier" else None,
+    }
+
+
+MODES = ["block", "iid", "trajectory", "frontier"]
+
+
 # ---- random numbers --------------------------------------------------------------------------
 
 
@@ -133,6 +145,24 @@ def test_trajectory_mode_gives_states_of_the_decode(device):
     assert seen == {0, 1}
 
 
+def test_frontier_mode_hides_serial_cells_from_one_on():
+    tokens, answers = sequences([18] * 3000)
+    serial = torch.zeros_like(answers)
+    serial[:, 2:20:3] = True
+    options = {"mode": "frontier", "serial": serial, "block_length": 9, "ratio": 0.6}
+    views, targets, _ = run(tokens, answers, **options)
+    learned = targets[0] != IGNORED
+    begins = (views[0] == MASK).sum(1) - learned.sum(1)
+    assert set(begins.tolist()) == {0, 9}  # hidden behind the active block, and not learned
+    own = torch.where((begins == 9)[:, None], learned[:, 2:11], learned[:, 11:20])
+    serials = own[:, ::3].int()
+    assert (serials.diff(dim=1) >= 0).all()  # once one is hidden, so are all behind it
+    # The front lies evenly in the block: a cell at place i is behind it with (i + 1) / 9.
+    assert serials.double().mean(0).tolist() == pytest.approx([1 / 9, 4 / 9, 7 / 9], abs=0.04)
+    others = own.double().mean(0)[[1, 2, 4, 5, 7, 8]]
+    assert others.tolist() == pytest.approx([0.36] * 6, abs=0.04)  # the ratio squared
+
+
 class Largest(TorchDispatchMode):
     """Notes the most bytes of a tensor made inside."""
 
@@ -148,11 +178,11 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("length", [40, 4000])
 @pytest.mark.parametrize("block_length", [1, 32, 4000, 10**6, 2**63 - 1])
-@pytest.mark.parametrize("mode", ["block", "iid", "trajectory"])
+@pytest.mark.parametrize("mode", MODES)
 def test_memory_grows_with_the_tokens_alone(mode, block_length, length):
     tokens, answers = sequences([length - 2] * 3, total=length)
     commit = torch.randint(0, 9, tokens.shape, generator=torch.Generator().manual_seed(0))
-    options = {"mode": mode, "commit_step": commit if mode == "trajectory" else None}
+    options = for_mode(mode, commit)
     with Largest() as largest:
         got = run(tokens, answers, block_length=block_length, **options)
     assert largest.bytes <= 2 * 8 * 3 * length  # two views of int64
@@ -208,12 +238,13 @@ def test_weightings():
 
 
 @pytest.mark.parametrize("weighting", ["elbo", "mean", "flat"])
-@pytest.mark.parametrize("mode", ["block", "iid", "trajectory"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_an_empty_view_weighs_nothing(mode, weighting, ratio):
     tokens, answers = sequences([6, 0])
-    commit = torch.zeros_like(tokens) if mode == "trajectory" else None
-    options = {"mode": mode, "weighting": weighting, "ratio": ratio, "commit_step": commit}
+    # No cell is serial: at ratio 1 a frontier hides the whole block then.
+    options = {"weighting": weighting, "ratio": ratio}
+    options |= for_mode(mode, torch.ones_like(tokens) if mode == "frontier" else tokens * 0)
     views, targets, weights = run(tokens, answers, **options)
     full, empty = (0, 1) if ratio else (1, 0)
     assert weights.isfinite().all()
@@ -230,19 +261,20 @@ def test_no_rows():
 # ---- what a row depends on -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["block", "iid", "trajectory"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_row_depends_on_itself_alone(mode):
     tokens, answers = sequences([18, 9, 14])
     commit = torch.randint(-1, 9, tokens.shape, generator=torch.Generator().manual_seed(0))
-    trajectory = mode == "trajectory"
-    options = {"mode": mode, "ratio": (0.1, 0.9), "row": torch.tensor([70, 5, 11]), "step": 8}
-    together = run(tokens, answers, **options, commit_step=commit if trajectory else None)
+    options = {"ratio": (0.1, 0.9), "row": torch.tensor([70, 5, 11]), "step": 8}
+    options |= for_mode(mode, commit)
+    together = run(tokens, answers, **options)
     shift = 5  # padded on the left
     for b in range(3):
         padded = torch.nn.functional.pad(tokens[b : b + 1], (shift, 0))
         own = {"row": options["row"][b : b + 1]}
-        if trajectory:
-            own["commit_step"] = torch.nn.functional.pad(commit[b : b + 1], (shift, 0))
+        for name in ("commit_step", "serial"):
+            if options[name] is not None:
+                own[name] = torch.nn.functional.pad(options[name][b : b + 1], (shift, 0))
         mask = torch.nn.functional.pad(answers[b : b + 1], (shift, 0))
         alone = run(padded, mask, **(options | own))
         for one, all_rows in zip(alone, together, strict=True):
@@ -268,9 +300,8 @@ def test_no_host_synchronisation(cuda):
     commit = torch.zeros_like(tokens)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for mode in ("block", "iid", "trajectory"):
-            step = commit if mode == "trajectory" else None
-            run(tokens, answers, mode=mode, ratio=(0.1, 0.9), commit_step=step)
+        for mode in MODES:
+            run(tokens, answers, ratio=(0.1, 0.9), **for_mode(mode, commit))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -319,6 +350,12 @@ def test_devices_agree(cuda):
         ({"ratio": torch.tensor([2.0])}, ValueError, "ratio takes numbers in [0, 1]"),
         ({"ratio": torch.tensor([0.5, 0.5])}, ValueError, "ratio takes shape [B] = [1]"),
         ({"row": torch.zeros(2, dtype=torch.int64)}, ValueError, "row takes shape [B] = [1]"),
+        ({"mode": "frontier"}, ValueError, "serial belongs to mode 'frontier' and only there, got"),
+        (
+            {"serial": torch.zeros(1, 20, dtype=torch.bool)},
+            ValueError,
+            "serial belongs to mode 'frontier' and only there, got one with 'block'",
+        ),
         ({"mode": "trajectory"}, ValueError, "commit_step belongs to mode 'trajectory'"),
         (
             {"commit_step": torch.zeros(1, 20, dtype=torch.int64)},

@@ -25,6 +25,17 @@ def test_samples_fit_and_are_fixed_by_seed_and_index():
         assert verify(sample.prompt, sample.answer).right == len(words)
 
 
+def test_words_of_the_demo_are_those_of_the_dictionary(monkeypatch):
+    drawn = tuple(make_sample(0, i, split="test").prompt for i in range(4))
+    assert pronounce.PROMPTS == drawn and list(pronounce.WORDS) == " ".join(drawn).split()
+    assert all(pronounce.dictionary()[word] == forms for word, forms in pronounce.WORDS.items())
+    assert TASK.unseen(0, 6) == [make_sample(0, i, split="test").prompt for i in range(6)]
+    assert TASK.unseen(1, 1) == [make_sample(1, 0, split="test").prompt]
+    monkeypatch.setattr(pronounce, "dictionary", None)  # not asked
+    assert TASK.unseen(0, 4) == list(drawn)
+    assert verify("nimbus patt", "1 N IH M B AH S 2 P AE D").right == 1
+
+
 def test_no_word_is_in_both_splits():
     train, test = map(pronounce.words_of, ("train", "test"))
     assert not set(train) & set(test)

@@ -168,21 +168,31 @@ def test_rank_correlation_with_ties():
 # ---- batches and loss ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["block", "trajectory"])
+SHARES = ("trajectory", "iid", "frontier")
+
+
+def masking_of(mode: str = "block", **changes):
+    shares = {f"{name}_share": float(name == mode) for name in SHARES}
+    return sft.Training(**{**shares, **changes}).masking(MASK, L)
+
+
+@pytest.mark.parametrize("mode", ["block", "iid"])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_batch(shift, mode):
     data = examples(4)
-    masking = sft.Training(mode=mode, iid_share=0.25, ratio=(0.5, 0.5)).masking(MASK, L)
-    batch = sft.make_batch(data, range(4), 7, masking, logits_shift=shift, pad_id=0)
+    data = [example._replace(commit_step=None) for example in data]
+    batch = sft.make_batch(
+        data, range(4), 7, masking_of(mode, ratio=(0.5, 0.5)), logits_shift=shift, pad_id=0
+    )
     assert batch.ids.shape == (8, 5 + 16) and batch.keys.shape == batch.ids.shape
     place = batch.rows + shift
     assert (batch.ids.flatten()[place] == MASK).all() and (batch.weights == 1).all()
-    # The last of four is masked all over; pairs of views complement each other.
+    # Pairs of views complement each other: in one block, or all over.
     by_view = [place[place // 21 == view] % 21 for view in range(8)]
     for b, example in enumerate(data):
         cells = sorted(by_view[b].tolist() + by_view[b + 4].tolist())
-        start = 5 + (16 if b == 3 else L) * (cells[0] != 5)
-        assert cells == list(range(5, 21) if b == 3 else range(start, start + L))
+        start = 5 + L * (cells[0] != 5)
+        assert cells == list(range(5, 21) if mode == "iid" else range(start, start + L))
         for view in (b, b + 4):
             learned = batch.targets[place // 21 == view].tolist()
             assert learned == [example.answer_ids[i - 5] for i in by_view[view].tolist()]
@@ -190,6 +200,59 @@ def test_batch(shift, mode):
             assert batch.keys[view].tolist() == [
                 i >= 5 - len(example.prompt_ids) for i in range(21)
             ]
+
+
+def test_modes_have_their_shares():
+    masking = sft.Training(
+        trajectory_share=0.3, iid_share=0.25, frontier_share=0.15
+    ).masking(MASK, L)  # fmt: skip
+    for step in range(5):
+        modes = masking.modes(torch.arange(400), step)
+        for mode, share in zip((*SHARES, "block"), (0.3, 0.25, 0.15, 0.3), strict=True):
+            assert abs(modes.count(mode) - 400 * share) <= 4
+            for i in range(0, 400, 20):  # in any few of them
+                assert abs(modes[i : i + 20].count(mode) - 20 * share) <= 2
+    assert modes != masking.modes(torch.arange(400), 5)
+
+
+def test_states_of_a_decode_have_no_complement_and_far_tokens_weigh_less():
+    data = [example._replace(commit_step=list(range(16))) for example in examples(4)]
+    masking = masking_of("trajectory", ratio=(0.7, 0.7), near=3, far_weight=0.25)
+    batch = sft.make_batch(data, range(4), 0, masking, logits_shift=0, pad_id=0)
+    assert len(batch.ids) == 4
+    for view in range(4):
+        own = batch.rows // 21 == view
+        cells = batch.rows[own] % 21 - 5
+        # Of a block of 8 the last 6, in the order of their commits.
+        assert cells.tolist() == list(range(2, 8) if cells[0] < 8 else range(10, 16))
+        assert batch.weights[own].tolist() == [1.0] * 3 + [0.25] * 3
+
+
+def test_what_a_decode_never_reached_is_hidden_and_not_learned():
+    steps = [0, 1, 2, 3, 4, 5, 6, 7, *[-1] * 8]
+    data = [example._replace(commit_step=steps) for example in examples(4)]
+    for mode in ("block", "iid", "trajectory"):
+        batch = sft.make_batch(data, range(4), 1, masking_of(mode), logits_shift=0, pad_id=0)
+        assert (batch.ids[:, -8:] == MASK).all() and (batch.rows % 21 < 13).all()
+
+
+def test_weights_and_serial_tokens_of_a_task():
+    weights, serial = [float(i) for i in range(16)], [i % 2 == 0 for i in range(16)]
+    data = [e._replace(token_weights=weights, serial=serial) for e in examples(4)]
+    data = [example._replace(commit_step=None) for example in data]
+    for mode in ("block", "frontier"):
+        batch = sft.make_batch(data, range(4), 3, masking_of(mode), logits_shift=0, pad_id=0)
+        assert batch.weights.tolist() == (batch.rows % 21 - 5).float().tolist()
+    # Serial cells are hidden from one on, in the active block.
+    for view in range(len(batch.ids)):
+        cells = set((batch.rows[batch.rows // 21 == view] % 21 - 5).tolist())
+        for start in (0, 8):
+            block = [i in cells for i in range(start, start + 8, 2)]
+            assert block == sorted(block)
+    for mode, name in (("trajectory", "commit_step"), ("frontier", "serial")):
+        with pytest.raises(ValueError, match=f"mode '{mode}' takes examples with {name}"):
+            without = [e._replace(**{name: None}) for e in examples(2)]
+            sft.make_batch(without, range(2), 0, masking_of(mode), logits_shift=0, pad_id=0)
 
 
 @pytest.mark.parametrize("lengths", [(0, 0), (0, 3), (2, 0, 1)])
@@ -247,6 +310,23 @@ def test_loss_is_that_of_all_logits():
     assert padded.item() == pytest.approx(sft.Objective(model)(alone).item(), rel=1e-4)
 
 
+def test_the_average_of_the_weights_is_the_result():
+    one, plain = trainer(ema_decay=0.8), trainer()
+    kept = [{n: w.clone() for n, w in plain.trained_weights().items()}]
+    for _ in range(6):
+        one.update()
+        plain.update()
+        kept.append({n: w.clone() for n, w in plain.trained_weights().items()})
+    found = one.trained_weights()
+    for name, weight in kept[-1].items():
+        average = kept[1][name]
+        for step in range(1, 6):
+            decay = min(0.8, step / (step + 1))
+            average = average * decay + kept[step + 1][name] * (1 - decay)
+        torch.testing.assert_close(found[name], average, rtol=1e-5, atol=1e-6)
+        assert torch.equal(dict(one.model.named_parameters())[name], weight)  # trains on as before
+
+
 def test_every_example_is_met_once_before_any_is_met_again():
     order = example_order(5, 0, 15, 3)
     assert [sorted(order[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
@@ -260,7 +340,10 @@ def test_every_example_is_met_once_before_any_is_met_again():
         ("steps", 0),
         ("batch_size", True),
         ("learning_rate", 0),
-        ("mode", "iid"),
+        ("near", -1),
+        ("far_weight", -0.5),
+        ("ema_decay", 1.5),
+        ("frontier_share", -0.1),
         ("ratio", (0.6, 0.4)),
         ("ratio", (0.5,)),
         ("weighting", "mean"),
@@ -452,7 +535,7 @@ def _worker(rank: int, folder: str) -> None:
     path = Path(folder)
     dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
     for parallel in ("ddp", "fsdp"):
-        one = trainer(parallel=parallel, micro_batch_size=1)
+        one = trainer(parallel=parallel, micro_batch_size=1, ema_decay=0.5)
         found = gradients(one)
         one.load(path / "step-2", 2)
         entries = [one.update() for _ in range(2)]
@@ -475,7 +558,7 @@ def prompts(n: int = 5) -> list[sft.Prompt]:
 
 
 def test_two_processes_equal_one(tmp_path):
-    reference = trainer()
+    reference = trainer(ema_decay=0.5)
     expected = gradients(reference)
     for _ in range(2):
         reference.update()
@@ -491,7 +574,7 @@ def test_two_processes_equal_one(tmp_path):
             assert theirs == pytest.approx(ours, rel=1e-4)
         for name, weight in reference.trained_weights().items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
-        alone = trainer()
+        alone = trainer(ema_decay=0.5)
         alone.load(tmp_path / parallel / "step-4", 4)
         for name, weight in alone.trained_weights().items():
             assert torch.equal(weight, weights[name])
@@ -566,15 +649,16 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
     assert main(arguments(whole)) == 0
     assert "the fine-tuned model" in capsys.readouterr().out
     expected = files(whole)
-    assert [name for name in expected if name.startswith("rollouts/")] == [
-        f"rollouts/{n:06}.jsonl" for n in range(8)
+    assert [name for name in expected if name.startswith("round-1/rollouts/")] == [
+        f"round-1/rollouts/{n:06}.jsonl" for n in range(8)
     ]
-    selection = json.loads(expected["selection.json"])
+    selection = json.loads(expected["round-1/selection.json"])
     assert selection["answers"] == 16 and selection["pool"] == 12 and selection["selected"] == 3
-    assert len(expected["selected.jsonl"].splitlines()) == 3
-    log = [json.loads(line) for line in expected["train/log.jsonl"].splitlines()]
+    assert len(expected["round-1/selected.jsonl"].splitlines()) == 3
+    log = [json.loads(line) for line in expected["round-1/train/log.jsonl"].splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, 31))
-    assert log[-1]["loss"] < log[0]["loss"]
+    losses = [entry["loss"] for entry in log]
+    assert sum(losses[-10:]) < sum(losses[:10])
     assert load_model(whole / "model").mask_id == MASK
     evaluation = json.loads(expected["evaluation.json"])["evaluation"]
     assert set(evaluation) == {"fast_dllm", "r2"} and evaluation["r2"]["tuned"]["answers"] == 3
@@ -585,12 +669,12 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
     third = json.dumps(examples(8)[2].prompt_ids)
     done = subprocess.run(command, env=environment | {"KILL_AT": third}, capture_output=True)
     assert done.returncode == -signal.SIGKILL
-    assert sorted(p.name for p in (killed / "rollouts").iterdir()) == [
+    assert sorted(p.name for p in (killed / "round-1" / "rollouts").iterdir()) == [
         "000000.jsonl",
         "000001.jsonl",
     ]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    while not last_step(killed / "train") and process.poll() is None:
+    while not last_step(killed / "round-1" / "train") and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.communicate()
@@ -598,10 +682,10 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
     assert main(arguments(killed)) == 0
     assert files(killed) == expected
 
-    before = {p: p.stat().st_mtime_ns for p in (whole / "rollouts").iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in (whole / "round-1" / "rollouts").iterdir()}
     weights = (whole / "model" / "model.safetensors").stat().st_mtime_ns
     assert main(arguments(whole)) == 0  # finished: nothing is computed again
-    assert before == {p: p.stat().st_mtime_ns for p in (whole / "rollouts").iterdir()}
+    assert before == {p: p.stat().st_mtime_ns for p in (whole / "round-1" / "rollouts").iterdir()}
     assert weights == (whole / "model" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
 
@@ -613,14 +697,94 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
     ):
         assert main(arguments(whole, **change)) == 2
         assert word in capsys.readouterr().err
-    damaged = whole / "rollouts" / "000003.jsonl"
-    damaged.write_bytes(expected["rollouts/000003.jsonl"][:-30])
+    damaged = whole / "round-1" / "rollouts" / "000003.jsonl"
+    damaged.write_bytes(expected["round-1/rollouts/000003.jsonl"][:-30])
     assert main(arguments(whole)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "000003.jsonl: line 2 is not JSON" in error and "delete the file" in error
     damaged.unlink()
     assert main(arguments(whole)) == 0
     assert files(whole) == expected
+
+
+def test_rounds(place, arguments, tmp_path, capsys):
+    """Each round rolls out prompts of its own with the model of the last one; the same files after
+    a kill between rounds; an average of the weights is the result."""
+    out, options = tmp_path / "out", {"rounds": 2, "ema_decay": 0.9, "steps": 6, "quantile": 1.0}
+    options |= {"hard_share": 0.3, "trajectory_share": 0.3}
+    command = [*arguments(out, **options), "--greedy-first"]
+    assert main(command) == 0
+    assert "round 2: 3 of 8 answers selected" in capsys.readouterr().out
+    expected = files(out)
+    assert files(out / "model") == files(out / "round-2" / "model")
+    assert files(out / "round-1" / "model") != files(out / "round-2" / "model")
+    # Of eight prompts, half a round; what the verifier never takes stays out, hard or not.
+    for number in (1, 2):
+        chosen = read_lines(out / f"round-{number}" / "selected.jsonl")
+        assert sorted(record["prompt"] for record in chosen) == [1, 2, 3]
+        assert [r["prompt"] for r in read_lines(out / f"round-{number}" / "hard" / "000000.jsonl")]
+    shutil.rmtree(out / "round-2")
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "evaluation")
+    assert main(command) == 0 and files(out) == expected
+    # The second round learns from its own answers and those of the one before, from its weights.
+    first, second = (
+        sft.roll_out(
+            load_model(source), sft.read_prompts(place / "prompts.jsonl", list)[4:], ROLLOUT,
+            tmp_path / name, decode=WORDS.decode,
+        )
+        for name, source in (("a", place / "checkpoint"), ("b", out / "round-1" / "model"))
+    )  # fmt: skip
+    greedy = [r for r in rollouts(out / "round-2") if r["sample"] == 0]
+    wanted = [r["token_ids"] for r in second]
+    assert [r["token_ids"] for r in greedy] == wanted != [r["token_ids"] for r in first]
+
+
+def rollouts(folder: Path) -> list[dict]:
+    return [r for file in sorted((folder / "rollouts").glob("*")) for r in read_lines(file)]
+
+
+@pytest.mark.parametrize("worse_until", [1, 2, 3, 9])
+def test_a_round_that_costs_answers_is_not_kept(
+    place, arguments, tmp_path, monkeypatch, worse_until, capsys
+):
+    """Once more with care, and if that is no better, the round before was the last."""
+    calls = itertools.count()
+    truth = iter([0.9, *[0.5] * 9]) if worse_until == 9 else None
+    shares = {1: [0.9, 0.89, 0.9], 2: [0.9, 0.5, 0.88, 0.9], 3: [0.9, 0.9, 0.5, 0.5]}
+
+    def right(*args, **options):
+        return next(truth) if truth else shares[worse_until][next(calls)]
+
+    monkeypatch.setattr("r2dllm_ext.sft.pipeline._share_right", right)
+    out = tmp_path / "out"
+    status = main(arguments(out, rounds=2, validation=2, steps=4))
+    if worse_until == 9:
+        assert status == 2 and not (out / "model").exists()
+        assert "50.0% of the validation's prompts are right after" in capsys.readouterr().err
+        return
+    assert status == 0
+    attempts = {
+        1: [["round-1/model"], ["round-2/model"]],
+        2: [["round-1/model", "round-1/model-again"], ["round-2/model"]],
+        3: [["round-1/model"], ["round-2/model", "round-2/model-again"]],
+    }[worse_until]
+    summary = json.loads((out / "evaluation.json").read_text())
+    found = [[one["model"] for one in r["attempts"]] for r in summary["rounds"]]
+    assert found == attempts
+    last = attempts[-1][-1] if worse_until < 3 else "round-1/model"
+    assert files(out / "model") == files(out / last)
+
+
+def test_care_halves_the_rate_and_keeps_more_plain_masks():
+    training = sft.Training(
+        learning_rate=4e-4, trajectory_share=0.5, iid_share=0.2, frontier_share=0.1
+    ).cautious()
+    assert training.learning_rate == 2e-4
+    shares = training.trajectory_share, training.iid_share, training.frontier_share
+    assert shares == pytest.approx((0.4, 0.4, 0.2))
+    alone = sft.Training(iid_share=0.0).cautious()
+    assert (alone.iid_share, alone.trajectory_share) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -644,6 +808,13 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
         ({"quantile": 0}, "Selection: quantile takes a number in (0, 1], got 0"),
         ({"order": "best"}, "Selection: order takes one of"),
         ({"steps": 0}, "Training: steps takes an integer >= 1, got 0"),
+        ({"rounds": 0}, "Rounds: number takes an integer >= 1, got 0"),
+        ({"rounds": 9}, "8 prompts are too few: 9 rounds take one each"),
+        ({"rounds": 2, "validation": 7}, "8 prompts are too few: 2 rounds take one each"),
+        ({"hard_share": 1}, "Rounds: hard_share takes a number in [0, 1), got 1"),
+        ({"validation": 2, "verifier": "none"}, "validation and hard_share take a verifier"),
+        ({"frontier_share": 0.5}, "mode 'frontier' takes examples with serial"),
+        ({"iid_share": 0.7, "trajectory_share": 0.7}, "frontier_share takes at most 1, got 1.4"),
         ({"iid_share": 2}, "Training: iid_share takes a number in [0, 1], got 2"),
         ({"learning_rate": "1e30"}, "try a lower learning_rate"),
         ({"learning_rate": "inf"}, "Training: learning_rate takes a finite number > 0, got inf"),

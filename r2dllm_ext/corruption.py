@@ -11,7 +11,7 @@ from torch import Tensor
 from ._checks import choice, integer, number, refuse, tensor
 from .philox import Draw, uniform
 
-MODES = ("block", "iid", "trajectory")
+MODES = ("block", "iid", "trajectory", "frontier")
 WEIGHTINGS = ("elbo", "mean", "flat")
 IGNORE_INDEX = -100
 _LEAST_RATIO = 1e-3  # LLaDA's eps: no cell weighs more than 1000
@@ -36,6 +36,7 @@ def corrupt(
     seed: int,
     complementary: bool,
     commit_step: Tensor | None = None,
+    serial: Tensor | None = None,
     weighting: str = "elbo",
     row: Tensor | None = None,
     step: int = 0,
@@ -55,7 +56,10 @@ def corrupt(
             `ratio`, the blocks before it are clean, those behind it all masked. "iid": every cell
             of the answer is masked with that probability (LLaDA). "trajectory": as "block", but the
             active block is in the state in which a recorded decode left it: the cells of its
-            latest commit steps are masked, no fewer than `ratio` of them.
+            latest commit steps are masked, no fewer than `ratio` of them. "frontier": as "block",
+            but of the `serial` cells of the active block all are masked from a place on that each
+            row draws, and of the others each with probability `ratio` squared: what a decoder
+            meets after the easy cells, where what is left has an order.
         ratio: t, a number in [0, 1]; or (low, high), from which each row draws its own; or [B]
             float, one a row.
         seed: a 64-bit integer.
@@ -63,11 +67,12 @@ def corrupt(
             (of the answer, with "iid") are masked, so that each of them is learned once.
         commit_step: [B, T] int64, "trajectory" only: the step that committed a cell
             (`Trace.commit_step`); -1, never committed, counts as the last.
+        serial: [B, T] bool, "frontier" only: cells that decoding decides late and in order.
         weighting: "elbo" weighs the masked cells of a view by 1 / t and those of its complement by
             1 / (1 - t), t never below 1e-3 (LLaDA): each view's sum of weighted losses is an
             unbiased estimate of that over all its cells. "mean" divides by the number of masked
             cells in the row of the view (dParallel), "flat" weighs all by 1. Where the cells are
-            not drawn one by one ("trajectory"), t is the share that is masked.
+            not drawn one by one ("trajectory", "frontier"), t is the share that is masked.
         row: [B] int64, identity of the random numbers beside `seed` and `step`; None = 0 .. B - 1.
         step: of training, say; another one gives other numbers.
 
@@ -92,7 +97,7 @@ def corrupt(
     tensor([[-100, -100,    1,    2, -100, -100, -100],
             [-100, -100, -100, -100,    3, -100, -100]])
     """
-    _check(tokens, answer_mask, mode, weighting, commit_step, row)
+    _check(tokens, answer_mask, mode, weighting, commit_step, serial, row)
     mask_id = integer("corrupt", "mask_id", mask_id, 0)
     block_length = integer("corrupt", "block_length", block_length, 1)
     seed, step = integer("corrupt", "seed", seed), integer("corrupt", "step", step)
@@ -110,9 +115,14 @@ def corrupt(
         active, behind = answer_mask & (block == chosen), answer_mask & (block > chosen)
     if commit_step is not None:  # mode "trajectory"
         masked = _latest(commit_step, active, t)
-        t = masked.sum(1, keepdim=True).double() / active.sum(1, keepdim=True).clamp(min=1)
     else:
-        masked = active & (uniform(seed, row[:, None], step, rank, Draw.MASK) < t)
+        noise = uniform(seed, row[:, None], step, rank, Draw.MASK)
+        masked = active & (noise < (t if serial is None else t * t))
+    if serial is not None:  # mode "frontier"
+        place = (uniform(seed, row, step, 0, Draw.FRONT) * block_length).long()[:, None]
+        masked = torch.where(serial, active & (rank % block_length >= place), masked)
+    if mode in ("trajectory", "frontier"):
+        t = masked.sum(1, keepdim=True).double() / active.sum(1, keepdim=True).clamp(min=1)
     chosen_cells, shares = [masked], [t]
     if complementary:
         chosen_cells.append(active & ~masked)
@@ -165,18 +175,21 @@ def _weights(learned: Tensor, share: Tensor, weighting: str) -> Tensor:
     return torch.ones_like(share, dtype=torch.float32)
 
 
-def _check(tokens, answer_mask, mode, weighting, commit_step, row) -> None:
+def _check(tokens, answer_mask, mode, weighting, commit_step, serial, row) -> None:
     tensor("corrupt", "tokens", tokens, "[B, T]", torch.int64)
     like = ("tokens", tokens)
     tensor("corrupt", "answer_mask", answer_mask, "[B, T]", torch.bool, like=like)
     choice("corrupt", "mode", mode, MODES)
     choice("corrupt", "weighting", weighting, WEIGHTINGS)
-    if (commit_step is not None) != (mode == "trajectory"):
-        raise ValueError(
-            f"corrupt: commit_step belongs to mode 'trajectory' and only there, got "
-            f"{'none' if commit_step is None else 'one'} with {mode!r}"
-        )
-    if commit_step is not None:
-        tensor("corrupt", "commit_step", commit_step, "[B, T]", torch.int64, like=like)
+    given = (("commit_step", "trajectory", commit_step, torch.int64),
+             ("serial", "frontier", serial, torch.bool))  # fmt: skip
+    for name, owner, value, dtype in given:
+        if (value is not None) != (mode == owner):
+            raise ValueError(
+                f"corrupt: {name} belongs to mode {owner!r} and only there, got "
+                f"{'none' if value is None else 'one'} with {mode!r}"
+            )
+        if value is not None:
+            tensor("corrupt", name, value, "[B, T]", dtype, like=like)
     if row is not None:
         tensor("corrupt", "row", row, "[B]", torch.int64, like=like)

@@ -25,6 +25,7 @@ class Draw(IntEnum):
     MASK = 2  # is this cell masked
     BLOCK = 3  # which block is active
     RATIO = 4  # how much of it is masked
+    FRONT = 5  # from which cell on
 
 
 Word = Tensor | int

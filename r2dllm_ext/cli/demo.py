@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`r2dllm demo`: the same prompts by several decoders."""
+"""`r2dllm demo`: the same prompts by several models and decoders."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
+from pathlib import Path
 
 from ..config import DecodeConfig
+from ..tasks import Task
 from . import options
 from .session import Answer, Prompt, Session
+
+MODELS = ("ledger-base", "ledger", "pronounce")
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "demo",
-        help="decode a few unseen prompts with the bundled model",
-        description="Decode a few prompts of its task that the model has not seen; show the "
-        "answers, coloured by the rule that committed each token, and compare the decoders.",
+        help="decode a few unseen prompts with the bundled models",
+        description="Decode a few prompts of their tasks that the models have not seen; show "
+        "answers, coloured by the rule that committed each token, and compare models and decoders.",
     )
     parser.add_argument(
-        "--prompts", type=options.count, default=4, metavar="N", help="(default: %(default)s)"
+        "--prompts",
+        type=options.count,
+        default=4,
+        metavar="N",
+        help="of each task (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -37,9 +46,17 @@ def add_parser(commands) -> None:
         metavar="NAME",
         help=f"of {', '.join(options.PRESETS)} (default: all)",
     )
+    parser.add_argument(
+        "--show",
+        choices=options.PRESETS,
+        default="budget",
+        metavar="NAME",
+        help="decoder whose first answer is shown (default: %(default)s)",
+    )
     options.add_model_options(parser, text=False)
     parser.set_defaults(
         run=run,
+        model=None,
         gen_length=None,
         block_length=32,
         cache="none",
@@ -53,26 +70,35 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> None:
     from .display import Display
 
-    display = Display()
-    session = Session(args)
-    task = session.task
-    if task is None:
-        raise ValueError(f"demo takes a model of a bundled task, {args.model!r} is none")
-    samples = [task.sample(args.sample_seed, i, split="test") for i in range(args.prompts)]
-    prompts = session.read([sample.prompt for sample in samples])
+    display, rows = Display(), []
     decoders = list(dict.fromkeys(args.decoders))
-    shown = "r2" if "r2" in decoders else decoders[-1]
-    session.decode(prompts[:1])  # warm-up, or the first decoder would pay for it
-    rows = []
-    for name in decoders:
-        began = time.perf_counter()
-        answers = _decode_each(session, prompts, name)
-        rows.append(_row(name, answers, time.perf_counter() - began))
-        if name == shown:
-            for answer in answers:
-                display.answer(answer, name=name)
-    columns = ["decoder", "NFE", "accuracy", "tokens / forward", "seconds"]
-    display.table(f"{len(prompts)} prompts, means per prompt", columns, rows)
+    shown = args.show if args.show in decoders else decoders[-1]
+    sessions = [_session(args, name) for name in ([args.model] if args.model else MODELS)]
+    last = {_task(session).name: session for session in sessions}
+    for session in sessions:
+        task = _task(session)
+        prompts = session.read(task.unseen(args.sample_seed, args.prompts))
+        session.decode(prompts[:1])  # warm-up, or the first decoder would pay for it
+        for name in decoders:
+            began = time.perf_counter()
+            answers = _decode_each(session, prompts, name)
+            rows.append(_row(session, name, answers, time.perf_counter() - began))
+            if name == shown and session is last[task.name]:
+                display.answer(answers[0], name=f"{session.name}, {name}")
+    columns = ["model", "decoder", "NFE", "right", "tokens / forward", "seconds"]
+    display.table(f"{args.prompts} prompts of each task, means per prompt", columns, rows, names=2)
+
+
+def _session(args: argparse.Namespace, name: str) -> Session:
+    own = copy.copy(args)
+    own.model = name
+    return Session(own)
+
+
+def _task(session: Session) -> Task:
+    if session.task is None:
+        raise ValueError(f"demo takes a model of a bundled task, {session.name!r} is none")
+    return session.task
 
 
 def _decode_each(session: Session, prompts: list[Prompt], preset: str) -> list[Answer]:
@@ -81,15 +107,17 @@ def _decode_each(session: Session, prompts: list[Prompt], preset: str) -> list[A
     return [session.decode([prompt], config)[0][0] for prompt in prompts]
 
 
-def _row(name: str, answers: list[Answer], seconds: float) -> list[str]:
-    n = len(answers)
-    nfe = sum(answer.nfe for answer in answers)
+def _row(session: Session, name: str, answers: list[Answer], seconds: float) -> list[str]:
+    n, nfe = len(answers), sum(answer.nfe for answer in answers)
     tokens = sum(answer.length for answer in answers)
-    correct = sum(bool(answer.verdict and answer.verdict.correct) for answer in answers)
+    verdicts = [answer.verdict for answer in answers if answer.verdict is not None]
+    right, parts = sum(v.right for v in verdicts), sum(v.parts for v in verdicts)
+    of = f"{parts} {_task(session).part}s" if parts > n else str(parts)
     return [
+        Path(session.name).name,
         name,
         f"{nfe / n:.1f}",
-        f"{correct} of {n}",
+        f"{right} of {of}" if verdicts else "",
         f"{tokens / nfe:.2f}",
         f"{seconds / n:.2f}",
     ]

@@ -81,11 +81,13 @@ class Display:
                 self._console.out(line, highlight=False)
         self._print(self._cost(answer, name))
 
-    def table(self, title: str, columns: list[str], rows: Iterable[list[str]]) -> None:
-        """Names in the first column, numbers in the others."""
+    def table(
+        self, title: str, columns: list[str], rows: Iterable[list[str]], *, names: int = 1
+    ) -> None:
+        """Names in the first columns, numbers in the others."""
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for place, column in enumerate(columns):
-            table.add_column(column, justify="right" if place else "left")
+            table.add_column(column, justify="left" if place < names else "right")
         for row in rows:
             table.add_row(*row)
         self._console.print()

@@ -77,7 +77,7 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         # Before the weights: what can be wrong without them should be said without them.
         config = options.decode_config(args)
-        self._args = args
+        self._args, self.name = args, args.model
         dtype = args.dtype and getattr(torch, args.dtype)
         self.model = load_model(args.model, device=options.device(args.device), dtype=dtype)
         self.task = task_of(self.model.config)  # None: its prompts are text of any kind

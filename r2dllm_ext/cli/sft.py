@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 _NOTES = """\
 Prompts are JSON lines: an object with a text "prompt" or a list of token ids "prompt_ids", and what
 else the verifier wants. A verifier is a function of that object and the text of an answer.
-OUT holds recipe.json, prompts.jsonl, rollouts/, selected.jsonl, selection.json, train/, model/,
-evaluation/ and evaluation.json. Killed, the same command goes on. On several processes:
+OUT holds recipe.json, prompts.jsonl, round-1/, round-2/ ..., each with rollouts/, selected.jsonl,
+selection.json, train/ and model/; model/ (of the last round), evaluation/ and evaluation.json.
+Killed, the same command goes on. On several processes:
   torchrun --nproc-per-node 2 -m r2dllm_ext sft --out OUT ...
 """
 
@@ -28,12 +30,14 @@ def add_parser(commands) -> None:
         "sft",
         help="fine-tune a model to decode in fewer steps",
         description="Roll out prompts, score how redundant each decode was, fine-tune on the lean "
-        "ones, and compare the model with what it was.",
+        "ones, do so again with the model that this makes (--rounds), and compare it with what it "
+        "was.",
         epilog=_NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_data_options(parser.add_argument_group("prompts and answers"))
+    _add_round_options(parser.add_argument_group("rounds"))
     _add_training_options(parser.add_argument_group("training"))
     options.add_model_options(parser)
     options.add_decode_options(parser)
@@ -58,7 +62,7 @@ def _add_data_options(group) -> None:
     )
     add(
         "--draw",
-        "prompts of the task to draw (default: %(default)s)",
+        "prompts of the task to draw, for all rounds together (default: %(default)s)",
         type=options.count,
         default=1024,
         metavar="N",
@@ -81,6 +85,12 @@ def _add_data_options(group) -> None:
         type=options.count,
         default=1,
         metavar="N",
+    )
+    group.add_argument(
+        "--greedy-first",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode the first of a prompt's samples at temperature 0",
     )
     add(
         "--rollout-batch",
@@ -118,28 +128,50 @@ def _add_data_options(group) -> None:
     )
 
 
-def _add_training_options(group) -> None:
-    from ..sft.training import Training
+def _adder(group, owner: type) -> Any:
+    """Adds options that are fields of `owner`, by name, with the defaults of the fields."""
 
-    def add(name: str, kind: type, help: str, **settings: Any) -> None:
-        default = getattr(Training, name)
+    def add(
+        name: str, kind: type, help: str, *, option: str | None = None, **settings: Any
+    ) -> None:
+        default = getattr(owner, name)
         settings = {"type": options.reader(kind), "metavar": "N" if kind is int else "X"} | settings
-        shown = f"{help} (default: {default})"
-        group.add_argument(f"--{name.replace('_', '-')}", default=default, help=shown, **settings)
+        option = option or f"--{name.replace('_', '-')}"
+        group.add_argument(option, default=default, help=f"{help} (default: {default})", **settings)
 
+    return add
+
+
+def _add_round_options(group) -> None:
+    from ..sft import Rounds
+
+    add = _adder(group, Rounds)
+    add("number", int, "times that the recipe is gone through", option="--rounds", dest="number")
+    add("replay", int, "rounds before whose answers are trained on too")
+    add(
+        "hard_share", float, "examples that answer prompts of which every sample was wrong, at most"
+    )
+    add(
+        "validation", int, "prompts held back, on which a round must not lose more than --tolerance"
+    )
+    add("tolerance", float, "share of right answers, one token a step, that a round may lose")
+
+
+def _add_training_options(group) -> None:
+    from ..sft import Training
+
+    add = _adder(group, Training)
     add("steps", int, "updates")
     add("batch_size", int, "examples in an update, over all processes")
     add("learning_rate", float, "highest one")
     add("warmup", int, "updates in which it rises")
     add("weight_decay", float, "of AdamW")
-    add(
-        "mode",
-        str,
-        "block: masks drawn in one block; trajectory: states of the decode",
-        choices=("block", "trajectory"),
-        metavar="NAME",
-    )
+    add("trajectory_share", float, "share of examples in a state of their own decode")
     add("iid_share", float, "share of examples masked over the whole answer")
+    add("frontier_share", float, "share of examples whose serial tokens are masked from one on")
+    add("near", int, "forwards after which a token of such a state is far; 0 = none is")
+    add("far_weight", float, "what far tokens weigh")
+    add("ema_decay", float, "of the average of the weights, which is the result; 0 = no average")
     add("ratio", float, "bounds of the masked share", nargs=2)
     add(
         "weighting", str, "of masked tokens: flat or elbo", choices=("flat", "elbo"), metavar="NAME"
@@ -197,6 +229,7 @@ def run(args: argparse.Namespace) -> None:
             decode=session.codec.decode,
             evaluate_on=evaluate_on,
             verifier=verifier,
+            task=None if recipe.task is None else session.task,
             device=device,
             dtype=session.model.dtype,
             micro_batch_size=args.micro_batch_size,
@@ -229,29 +262,18 @@ def _prompts(args: argparse.Namespace, session: Session) -> tuple[list[Prompt], 
 
 
 def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
-    from ..sft import Recipe, Rollout, Selection, Training
+    from ..sft import Recipe, Rollout, Rounds, Selection, Training
 
     verifier = args.verifier
     if verifier is None and session.task is not None and not args.ids:
         verifier = f"r2dllm_ext.tasks.{session.task.name}:verify_record"
     if verifier is not None and verifier.lower() == "none":
         verifier = None
-    names = (
-        "steps",
-        "batch_size",
-        "learning_rate",
-        "warmup",
-        "weight_decay",
-        "mode",
-        "iid_share",
-        "complementary",
-        "weighting",
-        "entropy_weight",
-        "entropy_temperature",
-        "lora_rank",
-        "lora_alpha",
-        "autocast",
-    )
+
+    def of(owner: type, *besides: str) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(owner)} - set(besides)
+        return {name: getattr(args, name) for name in names}
+
     seed, mask_id = session.config.seed, session.config.mask_id
     return Recipe(
         model=args.model,
@@ -263,6 +285,7 @@ def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
             logits_shift=session.logits_shift,
             stop_id=session.stop_id,
             samples=args.samples,
+            greedy_first=args.greedy_first,
             batch_size=args.rollout_batch,
         ),
         selection=Selection(
@@ -272,19 +295,31 @@ def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
             seed=seed,
         ),
         training=Training(
-            ratio=tuple(args.ratio), seed=seed, **{name: getattr(args, name) for name in names}
+            ratio=tuple(args.ratio),
+            seed=seed,
+            **of(Training, "ratio", "seed", "clip_norm", "entropy_gate"),
         ),
+        rounds=Rounds(**of(Rounds)),
         decoders={name: getattr(DecodeConfig, name)(mask_id) for name in args.decoders},
         verifier=verifier,
+        task=None if session.task is None or args.ids else session.task.name,
     )
 
 
 def _report(summary: dict[str, Any], out: Path) -> None:
-    selection = summary["selection"]
-    print(
-        f"{selection['selected']} of {selection['answers']} answers selected "
-        f"({selection['pool']} fit to train on)"
-    )
+    for number, one in enumerate(summary["rounds"], start=1):
+        selection = one["selection"]
+        print(
+            f"round {number}: {selection['selected']} of {selection['answers']} answers selected "
+            f"({selection['pool']} fit to train on)"
+            + (f", and {selection['hard']} hard ones" if selection["hard"] else "")
+        )
+        for attempt in one["attempts"]:
+            if attempt["right"] is not None:
+                print(
+                    f"  {attempt['model']}: {attempt['right']:.1%} right one token a step, "
+                    f"{summary['validation']:.1%} before the first round"
+                )
     for name, pair in summary["evaluation"].items():
         for which, result in pair.items():
             right = "" if result["correct"] is None else f", {result['accuracy']:.1%} correct"

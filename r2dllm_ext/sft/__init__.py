@@ -6,11 +6,13 @@
 """
 
 from .evaluation import summarise
+from .exporting import export
 from .objective import Batch, Example, Objective, make_batch
-from .pipeline import Recipe, export, run
+from .pipeline import Recipe, run
 from .prompts import Prompt, load_verifier, read_prompts
 from .ranks import current_ranks, process_group
 from .rollout import Rollout, roll_out
+from .rounds import Rounds
 from .selection import Selection, select_rollouts
 from .training import Trainer, Training, train
 
@@ -21,6 +23,7 @@ __all__ = [
     "Prompt",
     "Recipe",
     "Rollout",
+    "Rounds",
     "Selection",
     "Trainer",
     "Training",

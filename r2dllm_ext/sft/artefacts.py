@@ -102,6 +102,15 @@ def settle_lines(path: Path, records: list[dict[str, Any]]) -> None:
         )
 
 
+def copy_folder(source: Path, folder: Path) -> None:
+    """Copies a folder to a place where it is whole or not at all."""
+    if not folder.is_dir():
+        part = folder.with_name(folder.name + ".part")
+        remove_folder(part)
+        shutil.copytree(source, part)
+        os.replace(part, folder)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder, if it is there, so that a half-removed one is not taken for whole; also a
     file that has its name."""

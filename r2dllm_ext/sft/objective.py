@@ -5,23 +5,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..corruption import IGNORE_INDEX, Corruption, corrupt
+from ..corruption import IGNORE_INDEX, corrupt
 from ..models import Transformer
 from ..ops import linear_sft_loss
 from .prompts import left_padded
 
 
 class Example(NamedTuple):
-    """A prompt and the answer to learn, all G tokens of it."""
+    """A prompt and the answer to learn, all G tokens of it.
+
+    commit_step: the forward that decided each token; -1 = never reached, as behind a stop token:
+        always hidden and never learned, for decoding does not look there. None = all are learned.
+    token_weights: of the loss, beside those of `corrupt`; None = 1.
+    serial: tokens that decoding decides late and in order (`Task.serial`); of frontier masks.
+    """
 
     prompt_ids: list[int]
     answer_ids: list[int]
-    commit_step: list[int] | None = None  # the forward that decided each token
+    commit_step: list[int] | None = None
+    token_weights: list[float] | None = None
+    serial: list[bool] | None = None
 
 
 class Batch(NamedTuple):
@@ -43,16 +51,32 @@ class Batch(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """How answers are masked: see `corrupt`."""
+    """How answers are masked: shares of the examples by mode of `corrupt`, the others by block."""
 
     mask_id: int
     block_length: int
-    mode: str
+    trajectory_share: float
     iid_share: float
+    frontier_share: float
     ratio: tuple[float, float]
     complementary: bool
     weighting: str
+    near: int
+    far_weight: float
     seed: int
+
+    def modes(self, places: Tensor, step: int) -> list[str]:
+        """The mode of the example at each place of a step: any few examples have the shares, as
+        the multiples of the golden ratio are spread evenly."""
+        golden, other = (5**0.5 - 1) / 2, 2**0.5 - 1
+        shares = torch.tensor(
+            [self.trajectory_share, self.iid_share, self.frontier_share],
+            dtype=torch.float64,
+            device="cpu",
+        ).cumsum(0)
+        u = ((places.double() + 1) * golden + step * other) % 1
+        names = ("trajectory", "iid", "frontier", "block")
+        return [names[i] for i in torch.searchsorted(shares, u, right=True).tolist()]
 
 
 def make_batch(
@@ -66,50 +90,59 @@ def make_batch(
 ) -> Batch:
     """Examples that stand at `places` of the whole batch of a step, corrupted, on the CPU.
 
-    The masks of an example hang on step and place alone. Every place whose share of the batch
-    passes another whole iid example is masked all over instead of in one block.
+    The masks of an example hang on step and place alone. Blocks and whole answers have a second
+    view, their complement, with `masking.complementary`. States of a decode have none: no decode
+    comes by with its last tokens decided and its first ones not.
     """
     prompts, real = left_padded([example.prompt_ids for example in examples], pad_id)
+    P = prompts.shape[1]
     answers = torch.tensor(
         [example.answer_ids for example in examples], dtype=torch.int64, device="cpu"
     )
     tokens = torch.cat([prompts, answers], 1)
-    answer_mask = torch.zeros_like(tokens, dtype=torch.bool)
-    answer_mask[:, prompts.shape[1] :] = True
+    when = _beside(examples, tokens, "commit_step", torch.int64, 0)
+    reached = torch.cat([torch.zeros_like(real), when[:, P:] >= 0], 1)
+    tokens[:, P:] = tokens[:, P:].masked_fill(~reached[:, P:], masking.mask_id)
+    serial = _beside(examples, tokens, "serial", torch.bool, False)
+    own_weights = _beside(examples, tokens, "token_weights", torch.float32, 1.0)
+    keys = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
     place = torch.tensor(places, dtype=torch.int64, device="cpu")
-    whole = [(n.double() * masking.iid_share).floor() for n in (place, place + 1)]
-    iid = whole[1] > whole[0]
 
-    parts: dict[bool, Corruption] = {}
-    for is_iid in (False, True):
-        own = iid == is_iid
-        mode = "iid" if is_iid else masking.mode
-        parts[is_iid] = corrupt(
+    modes = masking.modes(place, step)
+    found: list[tuple[Tensor, ...]] = []  # ids, keys, targets and weights of the views of a mode
+    for mode in dict.fromkeys(modes):
+        own = torch.tensor([m == mode for m in modes], dtype=torch.bool, device="cpu")
+        for needs, name in (("trajectory", "commit_step"), ("frontier", "serial")):
+            if mode == needs and any(getattr(e, name) is None for e in examples):
+                raise ValueError(f"mode {mode!r} takes examples with {name}, got one without")
+        views, targets, weights = corrupt(
             tokens[own],
-            answer_mask[own],
+            reached[own],
             mask_id=masking.mask_id,
             block_length=masking.block_length,
             mode=mode,
             ratio=masking.ratio,
             seed=masking.seed,
-            complementary=masking.complementary,
-            commit_step=_commit_steps(examples, own, tokens) if mode == "trajectory" else None,
+            complementary=masking.complementary and mode in ("block", "iid"),
+            commit_step=when[own] if mode == "trajectory" else None,
+            serial=serial[own] if mode == "frontier" else None,
             weighting=masking.weighting,
             row=place[own],
             step=step,
         )
-    views, targets, weights = (
-        torch.cat([parts[False][i], parts[True][i]], 1).flatten(0, 1) for i in range(3)
-    )
-    keys = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
-    keys = torch.cat([keys[~iid], keys[iid]]).repeat(len(views) // max(1, len(keys)), 1)
+        if mode == "trajectory" and masking.near:
+            weights = weights * _far_weights(targets, when[own], masking)
+        weights = weights * own_weights[own]
+        parts = (views, keys[own].expand_as(views), targets, weights)
+        found.append(tuple(part.flatten(0, 1) for part in parts))
+    ids, keys, targets, weights = (torch.cat(group) for group in zip(*found, strict=True))
     learned = (targets != IGNORE_INDEX).flatten().nonzero().flatten()
     # The row that predicts a token stands `logits_shift` to its left, but never before the first
     # token of its own sequence: neither in the padding nor at the end of the sequence before.
     sequence, position = learned // tokens.shape[1], learned % tokens.shape[1]
     before = position - (~keys).sum(1)[sequence]  # tokens to its left
     return Batch(
-        ids=views,
+        ids=ids,
         keys=None if bool(real.all()) else keys,
         rows=learned - before.clamp(max=logits_shift),
         targets=targets.flatten()[learned],
@@ -117,13 +150,24 @@ def make_batch(
     )
 
 
-def _commit_steps(examples: Sequence[Example], own: Tensor, tokens: Tensor) -> Tensor:
-    steps = torch.full_like(tokens, -1)
+def _beside(
+    examples: Sequence[Example], tokens: Tensor, name: str, dtype: torch.dtype, default: Any
+) -> Tensor:
+    """What the examples say of their answers' tokens, [n, T]; `default` where they say nothing."""
+    table = torch.full(tokens.shape, default, dtype=dtype, device="cpu")
     for row, example in enumerate(examples):
-        if example.commit_step is None:
-            raise ValueError("mode 'trajectory' takes examples that know their commit steps")
-        steps[row, -len(example.commit_step) :] = torch.tensor(example.commit_step, device="cpu")
-    return steps[own]
+        values = getattr(example, name)
+        if values is not None:
+            table[row, -len(values) :] = torch.tensor(values, dtype=dtype, device="cpu")
+    return table
+
+
+def _far_weights(targets: Tensor, when: Tensor, masking: Masking) -> Tensor:
+    """1 for tokens that were decided less than `near` forwards later, else `far_weight`."""
+    learned = targets != IGNORE_INDEX
+    never = torch.iinfo(torch.int64).max
+    now = when.expand_as(targets).masked_fill(~learned, never).amin(-1, keepdim=True)
+    return torch.where(learned & (when - now >= masking.near), masking.far_weight, 1.0).float()
 
 
 class Objective(nn.Module):

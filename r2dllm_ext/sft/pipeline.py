@@ -1,36 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole recipe: roll out, score, select, train, evaluate; resumed by calling it again."""
+"""The whole recipe: rounds of roll out, select, train; then evaluate. Called again, it resumes."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import DecodeConfig
-from ..models import Transformer, load_model, save_model
+from ..models import Transformer, load_model
+from ..tasks import Task
 from .artefacts import (
-    read_json,
+    copy_folder,
     read_lines,
     remove_folder,
     settle,
     settle_lines,
     write_json,
-    write_lines,
 )
 from .evaluation import summarise
+from .exporting import export
 from .objective import Example
 from .prompts import Prompt, Verifier, check_prompts
 from .ranks import current_ranks
 from .rollout import Rollout, roll_out
-from .selection import Selection, select_rollouts
-from .training import Trainer, Training, add_lora, train
+from .rounds import Decoded, Rounds, choose, examples, patient
+from .selection import Selection
+from .training import Trainer, Training, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Recipe:
     """All that the result of a run depends on, beside its prompts.
 
     model: folder or hub id that `load_model` takes.
-    rollout: how the pool is decoded; by the base rule alone, so that there is redundancy to see.
-    selection, training: see there.
+    rollout: how the pool is decoded.
+    selection, training, rounds: see there.
     decoders: by name, what model and fine-tuned model are evaluated with.
     verifier: its name, or None.
+    task: name of the task whose tokens have weights and an order of their own, or None.
     """
 
     model: str
@@ -49,7 +52,9 @@ class Recipe:
     selection: Selection
     training: Training
     decoders: dict[str, DecodeConfig]
+    rounds: Rounds = Rounds()
     verifier: str | None = None
+    task: str | None = None
 
 
 def run(
@@ -60,6 +65,7 @@ def run(
     decode: Callable[[list[int]], str],
     evaluate_on: Sequence[Prompt] = (),
     verifier: Verifier | None = None,
+    task: Task | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     micro_batch_size: int | None = None,
@@ -71,10 +77,12 @@ def run(
     """Fine-tune a model to decode in fewer steps, on its own lean answers.
 
     Everything is in `folder`, in files that can be read at any time: `recipe.json`,
-    `prompts.jsonl`, `evaluation_prompts.jsonl`, `rollouts/*.jsonl`, `selected.jsonl` and
-    `selection.json`, `train/log.jsonl` and a checkpoint, `model/` (the fine-tuned model, for
-    `load_model`), `evaluation/*/*.jsonl` and `evaluation.json`. Each is written whole or not at
-    all. The same call after a kill goes on where the last one stopped and ends in the same files.
+    `prompts.jsonl`, `evaluation_prompts.jsonl`; of each round `round-N/rollouts/*.jsonl`,
+    `hard/*.jsonl`, `selected.jsonl`, `selection.json`, `train/log.jsonl` with a checkpoint,
+    `model/` and `validation/*.jsonl` (`train-again` and so on, where it was trained once more);
+    `validation/*.jsonl` of the model as it was; `model/` (the fine-tuned model, for `load_model`),
+    `evaluation/*/*.jsonl` and `evaluation.json`. Each is written whole or not at all. The same call
+    after a kill goes on where the last one stopped and ends in the same files.
 
     Under `torchrun` all processes call this (inside `process_group`, on one file system): they
     share the decoding and train together.
@@ -83,7 +91,9 @@ def run(
         decode: token ids to text.
         evaluate_on: prompts for the comparison at the end; none = no comparison.
         verifier: the callable behind `recipe.verifier`.
-        device, dtype: of decoding; training keeps float32 weights.
+        task: the one behind `recipe.task`.
+        device, dtype: of decoding; training keeps float32 weights, and a round hands its model on
+            in the checkpoint's precision.
         micro_batch_size, parallel, save_every: see `Trainer` and `train`.
         model: `recipe.model`, if it is loaded already.
 
@@ -92,13 +102,15 @@ def run(
 
     Raises:
         ValueError: no prompt, a prompt that does not fit, another recipe than the folder was begun
-            with, a damaged file, or nothing to train on. What is in the folder stays.
+            with, a damaged file, nothing to train on, or no round that the validation lets pass.
+            What is in the folder stays.
     """
     ranks, folder = current_ranks(), Path(folder)
     load = _Loader(recipe.model, torch.device(device), dtype)
     model = load() if model is None else model
     pad_id = model.config.pad_id or 0
-    _check(recipe, prompts, evaluate_on, model)
+    _check(recipe, prompts, evaluate_on, model, verifier)
+    dealt, held_back = recipe.rounds.deal(prompts)
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_first:
         settle(folder / "recipe.json", dataclasses.asdict(recipe))
@@ -107,23 +119,55 @@ def run(
     ranks.wait()
 
     decoded = partial(roll_out, decode=decode, verifier=verifier, pad_id=pad_id, progress=progress)
-    rollouts = decoded(model, prompts, recipe.rollout, folder / "rollouts")
-    selected = _select(rollouts, recipe.selection, folder)
-    _evaluate(model, "base", recipe, evaluate_on, folder, decoded)
+    trained = partial(
+        _train,
+        recipe=recipe,
+        micro_batch_size=micro_batch_size,
+        parallel=parallel,
+        save_every=save_every,
+        progress=progress,
+    )
+    validated = partial(_share_right, prompts=held_back, rollout=recipe.rollout, decoded=decoded)
+    first = validated(model, folder / "validation")
+    reports: list[dict[str, Any]] = []
+    texts: list[list[Example]] = []
+    for number, own in enumerate(dealt, start=1):
+        where = folder / f"round-{number}"
+        chosen, report = choose(
+            model, own, recipe.rollout, recipe.selection, recipe.rounds, where, decoded
+        )
+        del model
+        texts = texts[-recipe.rounds.replay :] if recipe.rounds.replay else []
+        texts.append(examples(chosen, own, task))
+        reports.append({"selection": report, "attempts": []})
+        for name, training in (("", recipe.training), ("-again", recipe.training.cautious())):
+            made = where / f"model{name}"
+            trained(load, list(chain(*texts)), training, where / f"train{name}", made)
+            model = load(made)
+            right = validated(model, where / f"validation{name}")
+            passed = right is None or first is None or right >= first - recipe.rounds.tolerance
+            reports[-1]["attempts"].append({"model": f"{where.name}/{made.name}", "right": right})
+            if passed:
+                load = load.of(made)
+                break
+        else:
+            break  # the round before was the last
     del model
-
-    if not (folder / "model").is_dir():
-        examples = [
-            Example(prompts[r["prompt"]].ids, r["token_ids"], r["commit_step"]) for r in selected
-        ]
-        _train(load, examples, recipe, folder, micro_batch_size, parallel, save_every, progress)
-    if ranks.is_first:  # here, as a run may have been killed right after its last export
-        for checkpoint in (folder / "train").glob("step-*"):
-            remove_folder(checkpoint)
-    tuned = load(folder / "model")
-    _evaluate(tuned, "tuned", recipe, evaluate_on, folder, decoded)
+    if not isinstance(load.source, Path):
+        raise ValueError(
+            f"training: {reports[0]['attempts'][-1]['right']:.1%} of the validation's prompts are "
+            f"right after the first round, {first:.1%} before it; try a lower learning_rate, fewer "
+            "steps or more prompts"
+        )
+    if ranks.is_first:
+        copy_folder(load.source, folder / "model")
+    ranks.wait()
+    for which, source in (("base", load.of(recipe.model)), ("tuned", load)):
+        if evaluate_on:
+            _evaluate(source(), which, recipe, evaluate_on, folder, decoded)
     summary = {
-        "selection": read_json(folder / "selection.json"),
+        "validation": first,
+        "rounds": reports,
         "evaluation": {
             name: {
                 which: summarise(_read_folder(folder / "evaluation" / f"{which}-{name}"))
@@ -140,29 +184,38 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Loader:
-    """Loads models alike, whatever stage they are for."""
+    """Loads models alike, whatever stage they are for: `recipe.model`, or that of a round."""
 
-    name: str
+    source: str | Path
     device: torch.device
     dtype: torch.dtype | None
 
+    def of(self, source: str | Path) -> _Loader:
+        return dataclasses.replace(self, source=source)
+
     def __call__(self, path: Path | None = None) -> Transformer:
-        return load_model(path or self.name, device=self.device, dtype=self.dtype)
+        return load_model(path or self.source, device=self.device, dtype=self.dtype)
 
     def for_training(self, lora: bool) -> Transformer:
         """float32, as small updates would be rounded away; frozen weights as they are."""
-        return load_model(self.name, device=self.device, dtype=None if lora else torch.float32)
+        return load_model(self.source, device=self.device, dtype=None if lora else torch.float32)
 
     def plain(self) -> Transformer:
         """On the CPU, in the checkpoint's own precision."""
-        return load_model(self.name)
+        return load_model(self.source)
 
 
 def _check(
-    recipe: Recipe, prompts: Sequence[Prompt], evaluate_on: Sequence[Prompt], model: Transformer
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    evaluate_on: Sequence[Prompt],
+    model: Transformer,
+    verifier: Verifier | None,
 ) -> None:
     if not prompts:
         raise ValueError("there is no prompt to roll out")
+    if verifier is None and (recipe.rounds.validation or recipe.rounds.hard_share):
+        raise ValueError("Rounds: validation and hard_share take a verifier, there is none")
     mask_id = recipe.rollout.mask_id
     if mask_id >= model.config.embedding_size:
         raise ValueError(
@@ -176,69 +229,59 @@ def _lines(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     return [prompt.record | {"prompt_ids": prompt.ids} for prompt in prompts]
 
 
-def _select(
-    rollouts: list[dict[str, Any]], selection: Selection, folder: Path
-) -> list[dict[str, Any]]:
-    """Chooses anew each time: it is quick, and can't disagree with the rollouts."""
-    selected, report = select_rollouts(rollouts, selection)
-    if current_ranks().is_first:
-        write_lines(folder / "selected.jsonl", selected)
-        write_json(folder / "selection.json", report)
-    current_ranks().wait()
-    return selected
+def _share_right(
+    model: Transformer,
+    folder: Path,
+    *,
+    prompts: Sequence[Prompt],
+    rollout: Rollout,
+    decoded: Decoded,
+) -> float | None:
+    """Of the validation's prompts, one token a step; None if there are none."""
+    if not prompts:
+        return None
+    records = decoded(model, prompts, patient(rollout), folder, name="validate")
+    return round(sum(record["correct"] for record in records) / len(records), 4)
 
 
 def _train(
     load: _Loader,
-    examples: list[Example],
-    recipe: Recipe,
+    texts: list[Example],
+    training: Training,
     folder: Path,
+    made: Path,
+    *,
+    recipe: Recipe,
     micro_batch_size: int | None,
     parallel: str,
     save_every: int,
     progress: bool,
 ) -> None:
-    ranks, training = current_ranks(), recipe.training
-    trained = load.for_training(bool(training.lora_rank))
-    trainer = Trainer(
-        trained,
-        examples,
-        training,
-        mask_id=recipe.rollout.mask_id,
-        block_length=recipe.rollout.block_length,
-        logits_shift=recipe.rollout.logits_shift,
-        pad_id=trained.config.pad_id or 0,
-        micro_batch_size=micro_batch_size,
-        parallel=parallel,
-    )
-    train(trainer, folder / "train", save_every=save_every, progress=progress)
-    weights = trainer.trained_weights()
-    del trainer, trained
-    gc.collect()
-    if ranks.is_first:
-        export(load.plain(), weights, training, folder / "model")
+    """Trains the model of `load`, in `folder`; its result is the folder `made`, if not there."""
+    ranks = current_ranks()
+    if not made.is_dir():
+        trained = load.for_training(bool(training.lora_rank))
+        trainer = Trainer(
+            trained,
+            texts,
+            training,
+            mask_id=recipe.rollout.mask_id,
+            block_length=recipe.rollout.block_length,
+            logits_shift=recipe.rollout.logits_shift,
+            pad_id=trained.config.pad_id or 0,
+            micro_batch_size=micro_batch_size,
+            parallel=parallel,
+        )
+        train(trainer, folder, save_every=save_every, progress=progress)
+        weights = trainer.trained_weights()
+        del trainer, trained
+        gc.collect()
+        if ranks.is_first:
+            export(load.plain(), weights, training, made)
+    if ranks.is_first:  # here, as a run may have been killed right after its last export
+        for checkpoint in folder.glob("step-*"):
+            remove_folder(checkpoint)
     ranks.wait()
-
-
-def export(
-    model: Transformer, weights: dict[str, torch.Tensor], training: Training, folder: Path
-) -> None:
-    """Writes `model` with the weights of `Trainer.trained_weights`, adapters merged."""
-    tuner = add_lora(model, training.lora_rank, training.lora_alpha) if training.lora_rank else None
-    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"export: weights that the model does not have: {', '.join(unknown)}")
-    if tuner is not None:
-        model = tuner.merge_and_unload()
-    for name, weight in model.named_parameters():  # also what overflows in the model's precision
-        if not weight.isfinite().all():
-            raise ValueError(
-                f"export: {name} is not finite in {weight.dtype}; try a lower learning_rate"
-            )
-    part = folder.with_name(folder.name + ".part")
-    remove_folder(part)
-    save_model(model, part)
-    os.replace(part, folder)
 
 
 def _evaluate(
@@ -247,13 +290,12 @@ def _evaluate(
     recipe: Recipe,
     prompts: Sequence[Prompt],
     folder: Path,
-    decoded: Callable[..., Any],
+    decoded: Decoded,
 ) -> None:
     for name, config in recipe.decoders.items():
-        if prompts:
-            rollout = dataclasses.replace(recipe.rollout, config=config, samples=1)
-            where = folder / "evaluation" / f"{which}-{name}"
-            decoded(model, prompts, rollout, where, name=f"{which} {name}")
+        rollout = dataclasses.replace(recipe.rollout, config=config, samples=1)
+        where = folder / "evaluation" / f"{which}-{name}"
+        decoded(model, prompts, rollout, where, name=f"{which} {name}")
 
 
 def _read_folder(folder: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from .._checks import integer, refuse
 from ..config import DecodeConfig, Rule
 from ..generation import NoProgressError, generate
 from ..redundancy import redundancy_score
+from ..row_params import RowParams
 from ..stop_ids import StopId, answer_length, stop_ids
 from ..trace import Trace
 from .artefacts import read_lines, write_lines
@@ -31,6 +32,7 @@ class Rollout:
     """How prompts are decoded. The fields are those of `generate`, and
 
     samples: answers to a prompt; more than one need config.temperature > 0.
+    greedy_first: the first of several is decoded at temperature 0.
     batch_size: answers decoded together, and lines of a file.
     """
 
@@ -41,6 +43,7 @@ class Rollout:
     logits_shift: int = 0
     stop_id: StopId = None
     samples: int = 1
+    greedy_first: bool = False
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -119,7 +122,8 @@ def roll_out(
         for number in mine:
             batch = batches[number]
             ids = [prompts[p].ids for p, _ in batch]
-            trace, unfinished = _decode(model, ids, rollout, number, pad_id)
+            greedy = [rollout.greedy_first and rollout.samples > 1 and s == 0 for _, s in batch]
+            trace, unfinished = _decode(model, ids, rollout, number, pad_id, greedy)
             records = _records(trace, unfinished, batch, prompts, rollout, decode, verifier)
             write_lines(files[number], records)
             b.update(len(batch))
@@ -142,11 +146,20 @@ def _read(file: Path, batch: list[Item]) -> list[dict[str, Any]]:
 
 
 def _decode(
-    model: Any, ids: list[list[int]], rollout: Rollout, number: int, pad_id: int
+    model: Any,
+    ids: list[list[int]],
+    rollout: Rollout,
+    number: int,
+    pad_id: int,
+    greedy: list[bool],
 ) -> tuple[Trace, Sequence[int]]:
     """The trace of a batch, and its rows that the model can't finish."""
     tokens, real = left_padded(ids, pad_id)
     device = getattr(model, "device", tokens.device)
+    rows = None
+    if any(greedy):
+        temperature = [0.0 if is_greedy else rollout.config.temperature for is_greedy in greedy]
+        rows = RowParams(temperature=torch.tensor(temperature, dtype=torch.float32, device=device))
     # A seed for each batch: within it, random numbers differ by row and step.
     seed = (rollout.config.seed * 1_000_003 + number) % 2**63
     unfinished: Sequence[int] = ()
@@ -157,6 +170,7 @@ def _decode(
             gen_length=rollout.gen_length,
             block_length=rollout.block_length,
             config=rollout.config.replace(seed=seed),
+            rows=rows,
             cache=rollout.cache,
             logits_shift=rollout.logits_shift,
             attention_mask=real.to(device),

@@ -47,9 +47,15 @@ class Training:
         `complementary` an example is two sequences.
     learning_rate, warmup, weight_decay, clip_norm: of AdamW; linear warm-up, then half a cosine
         down to zero.
-    mode, iid_share, ratio, complementary, weighting: of `corrupt`. A share of the examples is
-        masked over the whole answer: training on the states of confident decoding alone is known to
-        teach confidence where it is not due.
+    trajectory_share, iid_share, frontier_share: of the examples, masked in these modes of
+        `corrupt`; the others in mode "block". A share is masked over the whole answer, as training
+        on the states of confident decoding alone is known to teach confidence where it is not due.
+        Frontier masks take examples that know their serial tokens.
+    ratio, complementary, weighting: of `corrupt`.
+    near, far_weight: in a state of a decode, tokens that it decided `near` forwards later or more
+        weigh `far_weight`: they could not be known yet. near=0: all weigh 1.
+    ema_decay: in [0, 1], of the average of the weights that is the result, from step to step; 0 =
+        the last weights are the result, 1 = the mean of all.
     entropy_weight, entropy_temperature, entropy_gate: of `linear_sft_loss`.
     lora_rank, lora_alpha: 0 = all weights are trained.
     autocast: forward and backward in bfloat16; the weights stay float32.
@@ -61,11 +67,15 @@ class Training:
     warmup: int = 20
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    mode: str = "block"
+    trajectory_share: float = 0.0
     iid_share: float = 0.25
+    frontier_share: float = 0.0
     ratio: tuple[float, float] = (0.001, 0.999)
     complementary: bool = True
     weighting: str = "flat"
+    near: int = 0
+    far_weight: float = 0.3
+    ema_decay: float = 0.0
     entropy_weight: float = 0.0
     entropy_temperature: float = 1.0
     entropy_gate: str = "correct"
@@ -75,31 +85,56 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("lora_rank", 0)):
-            integer("Training", name, getattr(self, name), least)
+        for name in ("steps", "batch_size"):
+            integer("Training", name, getattr(self, name), 1)
+        for name in ("warmup", "near", "lora_rank"):
+            integer("Training", name, getattr(self, name), 0)
         for name in ("learning_rate", "entropy_temperature", "lora_alpha"):
             number("Training", name, getattr(self, name), 0, open_low=True)
-        for name in ("weight_decay", "entropy_weight"):
+        for name in ("weight_decay", "far_weight", "entropy_weight"):
             number("Training", name, getattr(self, name), 0)
         if self.clip_norm != math.inf:  # which clips nothing
             number("Training", "clip_norm", self.clip_norm, 0, open_low=True)
-        number("Training", "iid_share", self.iid_share, 0, 1)
-        choice("Training", "mode", self.mode, ("block", "trajectory"))  # "iid" is iid_share=1
+        number("Training", "ema_decay", self.ema_decay, 0, 1)
+        shares = ("trajectory_share", "iid_share", "frontier_share")
+        for name in shares:
+            number("Training", name, getattr(self, name), 0, 1)
+        if sum(getattr(self, name) for name in shares) > 1 + 1e-9:
+            raise ValueError(
+                f"Training: {' + '.join(shares)} takes at most 1, got "
+                f"{sum(getattr(self, name) for name in shares):g}"
+            )
         # No "mean": the loss is a mean over rows, not over sequences.
         choice("Training", "weighting", self.weighting, ("flat", "elbo"))
         choice("Training", "entropy_gate", self.entropy_gate, ("correct", "all"))
         if len(self.ratio) != 2 or not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
             raise ValueError(f"Training: ratio takes 0 <= low <= high <= 1, got {self.ratio!r}")
 
+    def cautious(self) -> Training:
+        """Half the learning rate, and at least 60 % iid and frontier masks where there are any:
+        what keeps a model right."""
+        others = self.iid_share + self.frontier_share
+        factor = max(1.0, 0.6 / others) if others else 1.0
+        return dataclasses.replace(
+            self,
+            learning_rate=self.learning_rate / 2,
+            iid_share=self.iid_share * factor,
+            frontier_share=self.frontier_share * factor,
+            trajectory_share=min(self.trajectory_share, max(0.0, 1 - others * factor)),
+        )
+
     def masking(self, mask_id: int, block_length: int) -> Masking:
         return Masking(
             mask_id=mask_id,
             block_length=block_length,
-            mode=self.mode,
+            trajectory_share=self.trajectory_share,
             iid_share=self.iid_share,
+            frontier_share=self.frontier_share,
             ratio=(self.ratio[0], self.ratio[1]),
             complementary=self.complementary,
             weighting=self.weighting,
+            near=self.near,
+            far_weight=self.far_weight,
             seed=self.seed,
         )
 
@@ -189,10 +224,15 @@ class Trainer:
         )
         self.objective = _distributed(objective, parallel) if self.ranks.world > 1 else objective
         self.optimizer = torch.optim.AdamW(
-            [p for p in self.objective.parameters() if p.requires_grad],
+            self._trained(),
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
         )
+        # Of the share that this process holds, in the order of the trained parameters.
+        self.average = [p.detach().clone() for p in self._trained()] if training.ema_decay else []
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.objective.parameters() if p.requires_grad]
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches that this process computes in an update."""
@@ -243,6 +283,11 @@ class Trainer:
                 ". The last checkpoint is as it was; try a lower learning_rate"
             )
         self.optimizer.step()
+        if self.average:
+            weights = [_local(p.detach()) for p in self._trained()]
+            # The mean of all steps until there are enough of them: the start weighs no more.
+            decay = min(self.training.ema_decay, self.step / (self.step + 1))
+            torch._foreach_lerp_([_local(x) for x in self.average], weights, 1 - decay)
         self.step += 1
         return {
             "step": self.step,
@@ -314,8 +359,7 @@ class Trainer:
     def _non_finite(self) -> str:
         """A trained weight that is not finite in the share of this process; "" if all are."""
         for name, weight in self.objective.named_parameters():
-            local = weight.to_local() if isinstance(weight, DTensor) else weight
-            if weight.requires_grad and not local.isfinite().all():
+            if weight.requires_grad and not _local(weight).isfinite().all():
                 return name
         return ""
 
@@ -328,18 +372,42 @@ class Trainer:
         model, optimizer = get_state_dict(
             self.objective, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
-        return {"model": model, "optimizer": optimizer}
+        average = {str(i): weight for i, weight in enumerate(self.average)}
+        return {"model": model, "optimizer": optimizer, "average": average}
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """The weights that were trained, whole, on the CPU of the first process; by their names in
-        the model. All processes have to call it."""
-        options = StateDictOptions(
-            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
-        )
-        state = get_model_state_dict(self.objective, options=options)
-        weights = {n.removeprefix("model."): x for n, x in state.items() if isinstance(x, Tensor)}
+        """The weights that were trained (their average with `ema_decay`), whole, on the CPU of the
+        first process; by their names in the model. All processes have to call it."""
+        self._swap()
+        try:
+            options = StateDictOptions(
+                full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+            )
+            state = get_model_state_dict(self.objective, options=options)
+            # Copies: on the CPU these are the model's own tensors, which are swapped back.
+            weights = {
+                n.removeprefix("model."): x.clone()
+                for n, x in state.items()
+                if isinstance(x, Tensor)
+            }
+        finally:
+            self._swap()
         assert len(weights) == len(state)  # the objective has no other state
         return weights
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchanges weights and average, if there is one."""
+        if self.average:
+            for weight, average in zip(self._trained(), self.average, strict=True):
+                kept = weight.detach().clone()
+                weight.copy_(average)
+                average.copy_(kept)
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The share of a tensor that this process holds."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class CheckpointError(ValueError):

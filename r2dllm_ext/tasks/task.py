@@ -55,6 +55,10 @@ class Task:
         """The `index`-th sample of a seed, the same on every machine."""
         raise NotImplementedError
 
+    def unseen(self, seed: int, number: int) -> list[str]:
+        """The first prompts of a seed's test split; some tasks have those of seed 0 at hand."""
+        return [self.sample(seed, i, split="test").prompt for i in range(number)]
+
     def verify(self, prompt: str, answer: str) -> Verdict:
         """Judges the text `answer`, end tokens allowed behind it; ValueError: not a prompt."""
         raise NotImplementedError

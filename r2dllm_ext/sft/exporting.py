@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export: trained weights become a checkpoint folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from ..models import Transformer, save_model
+from .artefacts import remove_folder
+from .training import Training, add_lora
+
+
+def export(
+    model: Transformer, weights: dict[str, Tensor], training: Training, folder: Path
+) -> None:
+    """Writes `model` with the weights of `Trainer.trained_weights`, adapters merged."""
+    tuner = add_lora(model, training.lora_rank, training.lora_alpha) if training.lora_rank else None
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"export: weights that the model does not have: {', '.join(unknown)}")
+    if tuner is not None:
+        model = tuner.merge_and_unload()
+    for name, weight in model.named_parameters():  # also what overflows in the model's precision
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"export: {name} is not finite in {weight.dtype}; try a lower learning_rate"
+            )
+    part = folder.with_name(folder.name + ".part")
+    remove_folder(part)
+    save_model(model, part)
+    os.replace(part, folder)
