@@ -272,6 +272,8 @@ def test_pretrained_tokenizer(run, foreign, monkeypatch):
     asked = []
 
     class Fake:
+        bos_token = "b"
+
         @classmethod
         def from_pretrained(cls, name, trust_remote_code):
             asked.append((name, trust_remote_code))
@@ -280,21 +282,24 @@ def test_pretrained_tokenizer(run, foreign, monkeypatch):
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": [1] * add_special_tokens + [ord(c) - ord("a") for c in text]}
 
-        def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-            assert add_generation_prompt and not tokenize and messages[0]["role"] == "user"
+        def apply_chat_template(self, messages, tokenize, **options):
+            assert options == {"add_generation_prompt": True, "continue_final_message": False}
+            assert not tokenize and messages[0]["role"] == "user"
             return f"x{messages[0]['content']}y"
 
-        def decode(self, ids):
+        def decode(self, ids, skip_special_tokens):
+            assert not skip_special_tokens
             return "".join(chr(ord("a") + i) for i in ids)
 
     module = ModuleType("transformers")
     module.AutoTokenizer = Fake
     monkeypatch.setitem(sys.modules, "transformers", module)
-    options = ["generate", "bc", "--model", foreign, "--gen-length", 32, "--json"]
-    (plain,) = json_lines(run(*options))
-    (chat,) = json_lines(run(*options, "--chat", "--trust-remote-code"))
+    options = ["--model", foreign, "--gen-length", 32, "--json"]
+    plain, begun = json_lines(run("generate", "cd", "bcd", *options))  # one begins as it should
+    (chat,) = json_lines(run("generate", "bc", *options, "--chat", "--trust-remote-code"))
     assert asked == [(foreign, False), (foreign, True)]
-    assert plain["prompt_ids"] == [1, 1, 2] and chat["prompt_ids"] == [23, 1, 2, 24]
+    assert plain["prompt_ids"] == begun["prompt_ids"] == [1, 2, 3]
+    assert chat["prompt_ids"] == [23, 1, 2, 24]
     assert len(plain["text"]) == 32 and plain["correct"] is None
 
 

@@ -79,7 +79,7 @@ class R2DLLM(LM):
         with as_arguments():
             self._session = Session(args)
             self._codec = self._session.codec
-        self._name, self._gen_length = args.model, args.gen_length
+        self._gen_length = args.gen_length  # or None: as its tasks ask
         self._device = self._session.model.device
         self._settings = settings_of(self._session, self._gen_length)
         self._answers = AnswersFile(answers, self._settings)
@@ -130,7 +130,7 @@ class R2DLLM(LM):
     ) -> str:
         if not isinstance(self._codec, Pretrained) or self._codec.chat_template is None:
             takes = "a checkpoint whose tokenizer has a chat template"
-            refuse(ValueError, WHERE, "--apply_chat_template", takes, self._name)
+            refuse(ValueError, WHERE, "--apply_chat_template", takes, self._session.name)
         return self._codec.chat_text(chat_history, answer_begun=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -141,7 +141,7 @@ class R2DLLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._name.replace("/", "__")
+        return self._session.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness adds to "config" of its results."""
@@ -152,7 +152,7 @@ class R2DLLM(LM):
     def _summary(self) -> dict[str, Any]:
         return {
             "version": __version__,
-            "pretrained": self._name,
+            "pretrained": self._session.name,
             "device": str(self._device),
             "batch_size": self._batch_size,
             "settings": self._settings,
