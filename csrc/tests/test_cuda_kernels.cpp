@@ -403,9 +403,9 @@ constexpr int64_t kMask = 3;
 StepOptions r2_options() {
   StepOptions options{};
   options.mask_id = kMask;
-  options.threshold = 0.9f;
-  options.factor = 1.0;
-  options.error_budget = 0.3;
+  options.base.threshold = 0.9f;
+  options.base.factor = 1.0;
+  options.base.error_budget = 0.3;
   options.window = {
       .window = 3, .max_unmasked = 1, .min_confidence = 0.3f, .rounding = Rounding::kNone};
   options.run = {.mode = TokenCluster::kConfidence, .min_run = 2, .min_confidence = 0.3f};
@@ -596,7 +596,7 @@ TEST(proposed_tokens_are_judged_by_their_own_logits) {
     const int64_t proposed[length] = {5, vocab - 1, kMask, vocab, -1, 5};
     StepOptions options{};
     options.mask_id = kMask;
-    options.threshold = kNoThreshold;
+    options.base.threshold = kNoThreshold;
     StepMemory memory(1, length);
     DecodeStepParams params = memory.params(logits.view(), options, kGreedy);
     params.proposed = proposed;
@@ -660,15 +660,15 @@ TEST(the_rules_are_bit_equal_to_the_cpu_in_every_mode) {
                                  TokenCluster::kRandom}) {
       for (Rounding rounding : {Rounding::kNone, Rounding::kBFloat16}) {
         StepOptions options = r2_options();
-        options.base = static_cast<BaseRule>(base);
+        options.base.rule = static_cast<BaseRule>(base);
         options.run.mode = cluster;
         options.rounding = rounding;
-        options.steps_per_block = 4;
+        options.base.steps_per_block = 4;
         options.stability.mode = static_cast<TemporalEval>(seed % 3);
         options.window.window = seed % 4;
-        options.quota = seed % 5;
+        options.base.quota = seed % 5;
         options.compare = static_cast<Compare>(seed % 2);
-        options.last_free = seed % 3 != 0;
+        options.base.last_free = seed % 3 != 0;
         options.mask_prediction = static_cast<MaskPrediction>(seed % 3);
         options.neighbour.radius = seed % 4 == 1 ? 2 : 0;
         check_rules(1, seed % 2 ? 20 : 50, options, seed);
@@ -813,7 +813,7 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
   StepOptions options = r2_options();
   options.window.window = options.stability.steps = 0;
   options.run.mode = TokenCluster::kOff;
-  options.threshold = 0.0f;
+  options.base.threshold = 0.0f;
   options.seed = seed;
   StepMemory memory(batch, length);
   const auto row_of = [&](int64_t b) { return memory.slots[static_cast<size_t>(b)]; };
