@@ -395,7 +395,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from r2dllm_ext.trace_plot import RULE_COLORS
+    from r2dllm_ext.rule_looks import RULE_COLORS
 
     colours = dict(zip(ARMS, ("#22262e", "#6d7a8f", "#e69a00", "#3b82c4", "#00a37a"), strict=True))
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
