@@ -75,9 +75,10 @@ def cuda() -> str:
 
 
 @pytest.fixture(scope="session")
-def seed(request) -> int:
-    """That of `--hypothesis-seed`, for random tests that draw without hypothesis."""
-    return int(request.config.getoption("hypothesis_seed") or 0)
+def other_seed(request) -> int | None:
+    """Of `--hypothesis-seed`. None: the draws of every run, which are known to reach every case."""
+    given = request.config.getoption("hypothesis_seed")
+    return None if given is None else int(given)
 
 
 @pytest.fixture(scope="session")
