@@ -85,11 +85,12 @@ struct BaseCells {
   int64_t length;
   const float* confidence;
   const float* entropy;  // kEntropy alone reads it
-  int64_t block_step;    // kSchedule alone: of this step, from 0
-  int64_t block_masked;  // candidates when the block began
+  // kSchedule alone reads them:
+  int64_t block_step;    // steps of the block before this one
+  int64_t block_masked;  // candidates when it began
 };
 
-// The base rule ranks cells by falling key; 0: not cell i, which is eligible.
+// Of cell i, which is eligible: the base rule ranks cells by falling key and leaves out those of 0.
 R2D_HOST_DEVICE uint64_t base_key(const BaseCells& cells, int64_t i, BaseRule rule) {
   if (rule == BaseRule::kFirst) return cell_key(0.0f, i);
   if (rule != BaseRule::kEntropy) return cell_key(cells.confidence[i], i);
