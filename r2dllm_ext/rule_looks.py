@@ -8,9 +8,7 @@ from .config import Rule
 
 class Look(NamedTuple):
     color: str
-    ansi: (
-        str  # for terminals of 16 colours, where the nearest of the above could be one and the same
-    )
+    ansi: str  # where there are 16: the one nearest to `color` may be another rule's as well
     mark: str  # where there are no colours
     meaning: str
 
