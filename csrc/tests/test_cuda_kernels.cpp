@@ -393,6 +393,7 @@ TEST(entropies_of_shards_merge) {
     CHECK(one[kTokenId] == want[static_cast<size_t>(cell * kStatistics + kTokenId)]);
   }
   CHECK(merged[2 * kStatistics + kMoment] == 0.0 && merged[2 * kStatistics + kTokenId] == -1.0);
+  CHECK(merged[3 * kStatistics + kTokenId] == -1.0);  // a NaN in one part
   for (int64_t cell : {2, 3}) CHECK(std::isnan(entropy_of(merged.data() + cell * kStatistics)));
 }
 
@@ -625,16 +626,16 @@ void check_rules(int64_t batch, int64_t length, const StepOptions& options, unsi
   const LogitsView shape{nullptr, LogitType::kFloat, batch, length, 0, 0, 0, -1, 0};
   StepMemory got(batch, length), want(batch, length);
   std::vector<double> statistics(cells * kStatistics);
+  std::vector<int64_t> ids(cells);
   const double levels[] = {0.05, 0.2, 0.25, 0.3, 0.5, 0.8, 0.9, 0.95, 1.0};
   for (unsigned step = 0; step < 4; ++step) {
     for (size_t i = 0; i < cells; ++i) {
       const double p = levels[random() % 9];
-      const bool keeps = step > 0 && random() % 3 != 0;  // its prediction, for the streaks
-      const auto id = keeps ? static_cast<int64_t>(statistics[i * kStatistics + kTokenId])
-                            : static_cast<int64_t>(random() % 4);  // kMask is among them
+      const bool keeps = step > 0 && random() % 3 != 0;         // its prediction, for the streaks
+      if (!keeps) ids[i] = static_cast<int64_t>(random() % 4);  // kMask is among them
       const double mass = random() % 23 == 0 ? NAN : 1.0 / p;
       const double moment = random() % 23 == 0 ? NAN : -mass * levels[random() % 9];
-      store_statistics(statistics.data() + i * kStatistics, 1.0, mass, id, moment);
+      store_statistics(statistics.data() + i * kStatistics, 1.0, mass, ids[i], moment);
     }
     run_rows(change(got.params(shape, options, kGreedy, statistics.data())), {}, nullptr,
              seed + step);
