@@ -116,7 +116,7 @@ PLANS = {
         (
             Stage("1", 0, 1500, 128, 3e-3, warmup=100, iid_share=0.6, behind_weight=0.3,
                   short=True),
-            Stage("2", 1, 7000, 64, 2e-3, warmup=100, iid_share=0.6, behind_weight=0.3),
+            Stage("2", 1, 5000, 64, 2e-3, warmup=100, iid_share=0.6, behind_weight=0.3),
         ),
     ),
 }  # fmt: skip

@@ -13,15 +13,19 @@ import torch
 from cases import EMULATED
 from hypothesis import HealthCheck, settings
 
-# One profile for all property tests: reproducible, and no deadline, as the machine may be busy.
-settings.register_profile(
-    "r2dllm",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("r2dllm")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One profile for all property tests: no deadline, as the machine may be busy; and the same
+    draws in every run, unless `--hypothesis-seed=N` asks for others."""
+    settings.register_profile(
+        "r2dllm",
+        deadline=None,
+        derandomize=config.getoption("hypothesis_seed") is None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("r2dllm")
+
 
 # The oracle works on small tensors, where a second thread costs more than it brings; tests that are
 # about threads ask for them.
@@ -68,6 +72,13 @@ def device(request) -> str:
 @pytest.fixture
 def cuda() -> str:
     return require_card()
+
+
+@pytest.fixture(scope="session")
+def other_seed(request) -> int | None:
+    """Of `--hypothesis-seed`. None: the draws of every run, which are known to reach every case."""
+    given = request.config.getoption("hypothesis_seed")
+    return None if given is None else int(given)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks: their baselines decide as the oracle does, their numbers are what they say."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -441,9 +442,9 @@ def test_other_gpu_packages_are_columns_or_reasons(monkeypatch):
         ("ledger_decode", ("--model", "no/such/folder/here"), "no folder"),
         ("ledger_decode", ("--prompts", "1"), "--prompts takes"),
         ("ledger_decode", ("--prompts", "8", "--curve-prompts", "9"), "--curve-prompts takes"),
-        ("ledger_sft", (), "--out"),
-        ("ledger_sft", ("--out", "x", "--steps", "0"), "--steps takes"),
-        ("ledger_sft", ("--out", "x", "--seeds", "3", "--prompts", "5"), "--prompts takes"),
+        ("experiment", ("--task", "ledger"), "--out"),
+        ("experiment", ("--task", "ledger", "--out", "x", "--steps", "0"), "--steps takes"),
+        ("experiment", ("--task", "ledger", "--out", "x", "--prompts", "2"), "--prompts takes"),
     ],
 )
 def test_errors_are_one_line(r2, monkeypatch, capsys, script, arguments, message):
@@ -535,73 +536,105 @@ def test_presets_lie_on_their_curves():
     assert OFF.items() <= vars(DecodeConfig.vanilla(2)).items()
 
 
-# ---- fine-tuning on the ledger ---------------------------------------------------------------
+# ---- the experiment --------------------------------------------------------------------------
 
 
-def test_seeds_share_out_the_test_prompts():
-    from ledger_sft import share
-
-    parts = [share(10, seed, 3) for seed in range(3)]
-    assert sorted(sum(parts, [])) == list(range(10))
-    assert [len(part) for part in parts] == [4, 3, 3]
-
-
-def test_all_arms_train_alike_but_for_the_certainty():
-    from ledger_sft import ARMS, parse, training_of
-
-    args = parse(["--out", "x"])
-    plain = {arm: training_of(arm, 2, args) for arm in ARMS[1:]}
-    assert plain["real"] == plain["random"] == plain["lean"]
-    assert plain["certain"].entropy_weight > 0 and plain["lean"].entropy_weight == 0
-    assert (args.seeds, args.prompts) == (3, 512)
+def answers(n, *, nfe, right, length=60):
+    return [
+        {"number": i, "right": int(i < right), "parts": 1, "nfe": nfe(i), "length": length}
+        for i in range(n)
+    ]
 
 
-def test_calibration_error():
-    from ledger_sft import reliability
+def test_arms_differ_in_selection_and_certainty_alone():
+    from experiment import ARMS, parse, recipe_of
 
-    confidence = torch.tensor([0.95] * 10 + [0.5] * 4 + [1.0])
-    right = torch.tensor([True] * 8 + [False] * 2 + [True, False, True, False] + [True])
-    got = reliability(confidence, right)
-    # Bins of 1/15: [0.933, 1] holds 11 cells of mean 0.9545 with 9 right, [0.467, 0.533) four.
-    assert got["bins"] == [[4, 0.5, 0.5], [11, 0.9545, 0.8182]]
-    assert got["ece"] == pytest.approx(11 / 15 * (0.9545 - 0.8182), abs=1e-4)
+    from r2dllm_ext.tasks import get_task
+
+    args = parse(["--task", "ledger", "--out", "x"])
+    assert (args.seeds, args.prompts, args.rounds, args.model) == (3, 512, 4, "ledger-base")
+    random, lean, certain = (recipe_of(arm, 2, get_task("ledger"), args) for arm in ARMS[1:])
+    assert dataclasses.replace(random, selection=lean.selection) == lean
+    assert (random.selection.order, lean.selection.order) == ("random", "nfe")
+    assert dataclasses.replace(certain, training=lean.training) == lean
+    assert certain.training.entropy_weight > 0
+    assert lean.training.entropy_weight == 0
+
+
+def test_value_is_the_quickest_that_loses_a_point_at_most():
+    from experiment import chosen_value
+
+    curve = {
+        0.001: {"accuracy": 0.96, "nfe": 40.0},
+        0.01: {"accuracy": 0.95, "nfe": 30.0},
+        0.1: {"accuracy": 0.90, "nfe": 20.0},
+    }
+    assert chosen_value(curve, 0.96) == 0.01
+    assert chosen_value(curve, 0.90) == 0.1
+    assert chosen_value(curve, 0.99) == 0.001  # none is good enough
+
+
+def test_area_under_accuracy_and_tokens_per_forward():
+    from experiment_report import area
+
+    curve = {
+        1: {"tokens_per_forward": 1.0, "accuracy": 0.9},
+        2: {"tokens_per_forward": 2.0, "accuracy": 0.88},
+        3: {"tokens_per_forward": 3.0, "accuracy": 0.5},  # more than 5 points below the first
+    }
+    ends = 90 * 1.0, 88 * math.exp(-3 * (1 - 88 / 90))
+    assert area(curve, 90.0) == pytest.approx(1.0 * 90 + sum(ends) / 2, abs=0.06)
+    assert area(curve, 100.0) < area(curve, 90.0)
 
 
 @pytest.mark.parametrize(
-    "lean_nfe, lean_right, random_nfe, failed",
-    [
-        (7.0, 60, 9.0, None),
-        (9.0, 60, 9.5, "saves_20_percent"),
-        (7.0, 40, 9.0, "accuracy_within_base_interval"),
-        (7.0, 60, 7.0, "fewer_forwards_than_random"),
-    ],
+    "nfe, right, failed",
+    [(7.0, 96, None), (9.0, 96, "interval"), (7.0, 80, "within_base_interval")],
 )
-def test_success_is_what_was_stated(lean_nfe, lean_right, random_nfe, failed):
-    from ledger_sft import verdict
-    from report import wilson
+def test_the_claim_is_what_was_stated(nfe, right, failed):
+    from experiment_report import compare, measured
 
-    n = 100
+    records = {
+        "lean": answers(100, nfe=lambda i: nfe + i % 3, right=right),
+        "random": answers(100, nfe=lambda i: 9.0 + i % 2, right=96),
+    }
     results = {
-        "base": {"nfe": 10.0, "accuracy": 0.6, "wilson95": wilson(60, n)},
-        "lean": {"nfe": lean_nfe, "accuracy": lean_right / n},
+        "base": {"vanilla": {"curve": {1: measured(answers(100, nfe=lambda i: 60, right=97))}}},
+        "lean": {"budget": {"chosen": 0.1, "curve": {0.1: measured(records["lean"])}}},
     }
-    nfe = {
-        "lean": {i: lean_nfe + i % 2 for i in range(n)},
-        "random": {i: random_nfe + i % 2 - 0.5 * (i % 3 == 0) for i in range(n)},
-    }
-    if failed == "fewer_forwards_than_random":
-        nfe["random"] = nfe["lean"]
-    got = verdict("lean", results, nfe)
-    checks = ("saves_20_percent", "accuracy_within_base_interval", "fewer_forwards_than_random")
-    assert {name: got[name] for name in checks} == {name: name != failed for name in checks}
-    assert got["success"] == (failed is None)
+    got = compare(records, results)
+    assert got["within_base_interval"] == (failed != "within_base_interval")
+    assert (got["forwards"]["interval95"][1] < 0) == (failed != "interval")
+    assert got["holds"] == (failed is None)
 
 
-def test_calibration_reads_the_cells_that_are_masked(r2):
-    from ledger_sft import calibration
+def test_styles_leave_out_what_the_prompt_decides():
+    from experiment import styles
 
-    from r2dllm_ext.tasks.ledger import ANSWER_LENGTH, load
+    from r2dllm_ext.tasks import get_task
 
-    confidence, right = calibration(load(), 2)
-    assert len(confidence) == len(right) == 2 * 32 and ANSWER_LENGTH == 96
-    assert ((confidence > 0) & (confidence <= 1)).all() and 0.3 < right.double().mean() < 1
+    task = get_task("ledger")
+    encode = task.tokenizer.encode
+    one, two, other = (encode(t) for t in ("so 1 9", "so 2 3", "thus 1 9"))
+    assert styles([{"token_ids": ids} for ids in (one, two, one)], task) == 1
+    assert styles([{"token_ids": ids} for ids in (one, two, other)], task) == 2
+
+
+def test_experiment_runs(r2, tmp_path, monkeypatch, capsys):
+    """All of it, tiny; called again it decodes and trains nothing anew."""
+    import experiment
+
+    few = {"vanilla": (1,), "budget": (0.02,)}
+    decoders = {n: experiment.DECODERS[n]._replace(values=values) for n, values in few.items()}
+    monkeypatch.setattr(experiment, "DECODERS", decoders)
+    command = ["--task", "ledger", "--out", str(tmp_path), "--quick", "--prompts", "2", "--choice"]
+    command += ["2", "--pool", "4", "--steps", "1"]
+    experiment.main(command)
+    shown = capsys.readouterr().out
+    assert "the choice of lean answers helps: " in shown and (tmp_path / "results.png").is_file()
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert list(results) == list(experiment.ARMS)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "evaluation").rglob("*.jsonl")}
+    experiment.main(command)
+    assert capsys.readouterr().out == shown
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "evaluation").rglob("*.jsonl")}

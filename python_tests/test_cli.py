@@ -22,8 +22,9 @@ from r2dllm_ext.cli import main, options
 from r2dllm_ext.cli.display import Display, marked_lines
 from r2dllm_ext.cli.text import pieces
 from r2dllm_ext.models import ModelConfig, Transformer, save_model
+from r2dllm_ext.rule_looks import RULE_COLORS
 from r2dllm_ext.tasks.ledger import Tokenizer, make_sample
-from r2dllm_ext.trace_plot import RULE_COLORS, plot_trace
+from r2dllm_ext.trace_plot import plot_trace
 
 PROMPT = "start with 4 . first add 3 . second take 5 . answer :"
 SHORT = "begin at 1 2 . answer :"

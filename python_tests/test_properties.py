@@ -121,7 +121,7 @@ def coarse_rule_inputs(seed: int, rows: int, length: int):
 thresholds = st.sampled_from((0.0, 0.1, 0.3, 0.45, 0.5, 0.7, 0.8, 0.95, 1.0))
 
 
-def test_window_pool(r2, device):
+def test_window_pool(r2, device, other_seed):
     selected = Counter()
 
     @settings(max_examples=200)
@@ -136,10 +136,11 @@ def test_window_pool(r2, device):
         selected.update(want.flatten().tolist())
 
     check()
-    assert selected[True] > 100 and selected[False] > 100
+    if other_seed is None:
+        assert selected[True] > 100 and selected[False] > 100
 
 
-def test_positional_ambiguity(r2, device):
+def test_positional_ambiguity(r2, device, other_seed):
     chosen = Counter()
 
     @settings(max_examples=200)
@@ -167,10 +168,11 @@ def test_positional_ambiguity(r2, device):
         chosen[mode] += int(want.sum())
 
     check()
-    assert min(chosen[mode] for mode in ("confidence", "mid", "random")) > 20
+    if other_seed is None:
+        assert min(chosen[mode] for mode in ("confidence", "mid", "random")) > 20
 
 
-def test_update_stability(r2, device):
+def test_update_stability(r2, device, other_seed):
     final = Counter()
 
     @settings(max_examples=100)
@@ -201,7 +203,8 @@ def test_update_stability(r2, device):
             final[mode] += int(want.sum())
 
     check()
-    assert min(final[mode] for mode in ("last", "ave", "max")) > 20
+    if other_seed is None:
+        assert min(final[mode] for mode in ("last", "ave", "max")) > 20
 
 
 # ---- a whole step ----------------------------------------------------------------------------
@@ -210,11 +213,13 @@ def test_update_stability(r2, device):
 BLOCKS = 400  # of up to 4 steps; `random_steps.py` by itself runs as many as one likes
 
 
-def test_decode_step(r2, device):
+def test_decode_step(r2, device, other_seed):
     """Random blocks under any options: decisions, tokens and state, bit for bit."""
     seen = Seen()
-    for seed in range(BLOCKS):
-        check_block(r2, seed, seen, device)
+    for number in range(BLOCKS):
+        check_block(r2, (other_seed or 0) * BLOCKS + number, seen, device)
+    if other_seed is not None:
+        return
     said = report(seen)
     codes = Counter()
     for (_, code), count in seen.rules.items():

@@ -127,8 +127,10 @@ def test_a_bad_row_on_one_rank_commits_nothing(r2, device):
         config = DecodeConfig(3, threshold=0.0, **OFF)
         tokens = torch.full((1, 2), 3, device=device)
         parts = shards(r2, logits, config, (0, 4, 8), "contiguous")
+        merged = r2.merge_statistics(parts)
+        assert merged.values[0, 0, 2] == -1 and merged.values[0, 0, 1].isnan()
         state = DecodeState(1, 2, device=device)
-        step = r2.decode_step(r2.merge_statistics(parts), tokens, state, config)
+        step = r2.decode_step(merged, tokens, state, config)
         assert tokens.tolist() == [[3, 0]]
         assert step.confidence[0, 0].isnan() and step.prediction[0, 0] == -1
 

@@ -12,6 +12,7 @@ import torch
 
 from .config import DecodeConfig, Rule
 from .redundancy import RedundantCells, redundant_cells
+from .rule_looks import RULE_COLORS
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -21,18 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.ticker import MaxNLocator
     from matplotlib.transforms import Transform
 
-# The base rule in cool colours, the three rules of R2-dLLM in warm ones; told apart by every eye.
-# An edit, which is no commit of a masked cell, is red.
-RULE_COLORS = {
-    Rule.THRESHOLD: "#3b82c4",
-    Rule.FORCED: "#6d7a8f",
-    Rule.WINDOW: "#00a37a",
-    Rule.AMBIGUITY: "#cc6fa8",
-    Rule.STABILITY: "#e69a00",
-    Rule.BASE: "#3f8f8b",
-    Rule.NEIGHBOUR: "#8fb339",
-    Rule.EDIT: "#c8413b",
-}
 _INK, _MUTED, _PAPER = "#22262e", "#6b7280", "#ffffff"
 _UNREACHED, _UNSURE, _SURE = "#fbfbfb", "#faf6ee", "#cfb98f"
 _AFTERGLOW, _AFTERGLOW_LATER = 0.42, 0.20  # of a commit's colour: in its block, in later blocks
@@ -401,7 +390,7 @@ def _draw_head(figure: Figure, history: _History, layout: _Layout, title: str) -
     commits: list[Artist] = [
         Patch(facecolor=color, label=f"{rule.name.lower()} {counts[rule]}")
         for rule, color in RULE_COLORS.items()
-        if counts[rule] or rule not in (Rule.NEIGHBOUR, Rule.EDIT)
+        if counts[rule] or rule <= Rule.BASE  # later ones where they fired
     ]
     waiting = {rule: f"({int(cells.sum())} cells)" for rule, cells in history.redundant.items()}
     redundancies: list[Artist] = [

@@ -36,8 +36,6 @@ struct StepInputs {
 
 // ---- options ---------------------------------------------------------------------------------
 
-constexpr double kNone = -1.0;  // in place of a probability
-
 // What an option of the table takes: f(op, name, value) raises.
 const auto anything = [](auto&&...) {};
 const auto probability = [](auto... args) { check_probability(args...); };
@@ -65,43 +63,6 @@ Rounding rounding_of(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? Rounding::kBFloat16
          : dtype == at::kHalf   ? Rounding::kHalf
                                 : Rounding::kNone;
-}
-
-float maybe_threshold(double value) {
-  return value == kNone ? kNoThreshold : static_cast<float>(value);
-}
-
-StepOptions step_options(const StepArguments& options, at::ScalarType dtype) {
-  const Rounding rounding =
-      options.confidence_in_logits_dtype ? rounding_of(dtype) : Rounding::kNone;
-  const auto spatial_threshold = static_cast<float>(options.spatial_threshold);
-  return {.mask_id = options.mask_id,
-          .mask_prediction = static_cast<MaskPrediction>(options.mask_prediction),
-          .base = static_cast<BaseRule>(options.base),
-          .threshold = maybe_threshold(options.threshold),
-          .compare = static_cast<Compare>(options.compare),
-          .quota = options.quota,
-          .factor = options.factor,
-          .error_budget = options.error_budget,
-          .entropy_budget = options.entropy_budget,
-          .last_free = options.last_free,
-          .steps_per_block = options.steps_per_block,
-          .window = {.window = options.confidence_cluster_size,
-                     .max_unmasked = options.confidence_cluster_unmasked,
-                     .min_confidence = spatial_threshold,
-                     .rounding = rounding},
-          .neighbour = {.radius = options.neighbour_radius,
-                        .threshold = static_cast<float>(options.neighbour_threshold)},
-          .run = {.mode = static_cast<TokenCluster>(options.token_cluster),
-                  .min_run = options.token_cluster_size,
-                  .min_confidence = spatial_threshold},
-          .stability = {.steps = options.temporal_steps,
-                        .min_confidence = static_cast<float>(options.temporal_threshold),
-                        .mode = static_cast<TemporalEval>(options.temporal_eval)},
-          .edit_threshold = maybe_threshold(options.edit_threshold),
-          .sampled_confidence = static_cast<SampledConfidence>(options.sampled_confidence),
-          .seed = static_cast<uint64_t>(options.seed),
-          .rounding = rounding};
 }
 
 bool wants_entropy(const StepArguments& options) {
@@ -293,13 +254,15 @@ Results step(const char* op, const Evidence& evidence, const Tensor& tokens, boo
   const Tensor prediction = made(cells, at::kLong), confidence = made(cells, at::kFloat),
                rule = made(cells, at::kByte), remaining = made({cells[0]}, at::kInt),
                entropy = with_entropy ? made(cells, at::kFloat) : made({0}, at::kFloat);
+  const Rounding rounding =
+      arguments.confidence_in_logits_dtype ? rounding_of(evidence.dtype) : Rounding::kNone;
   const bool bans = static_cast<MaskPrediction>(arguments.mask_prediction) == MaskPrediction::kBan;
   DecodeStepParams params{
       .logits = evidence.is_logits
                     ? view_logits(values, bans ? arguments.mask_id : -1, logits_shift)
                     : view_cells(values),
       .statistics = evidence.is_logits ? nullptr : values.const_data_ptr<double>(),
-      .options = step_options(arguments, evidence.dtype),
+      .options = step_options(arguments, rounding),
       .sampling = {.temperature = arguments.temperature,
                    .top_k = arguments.top_k,
                    .top_p = arguments.top_p,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The options of a step as the op takes them.
+// The options of a step: as the op takes them, and as the rules do.
 #pragma once
 
-#include <cstdint>
+#include "../rules/decode_step.h"
 
 namespace r2dllm {
 
@@ -48,5 +48,42 @@ struct StepArguments {
 };
 
 #undef R2D_FIELD
+
+constexpr double kNone = -1.0;  // in place of a probability
+
+inline float maybe_threshold(double value) {
+  return value == kNone ? kNoThreshold : static_cast<float>(value);
+}
+
+inline StepOptions step_options(const StepArguments& given, Rounding rounding) {
+  const auto spatial_threshold = static_cast<float>(given.spatial_threshold);
+  return {.mask_id = given.mask_id,
+          .mask_prediction = static_cast<MaskPrediction>(given.mask_prediction),
+          .compare = static_cast<Compare>(given.compare),
+          .base = {.rule = static_cast<BaseRule>(given.base),
+                   .threshold = maybe_threshold(given.threshold),
+                   .quota = given.quota,
+                   .factor = given.factor,
+                   .error_budget = given.error_budget,
+                   .entropy_budget = given.entropy_budget,
+                   .last_free = given.last_free,
+                   .steps_per_block = given.steps_per_block},
+          .window = {.window = given.confidence_cluster_size,
+                     .max_unmasked = given.confidence_cluster_unmasked,
+                     .min_confidence = spatial_threshold,
+                     .rounding = rounding},
+          .neighbour = {.radius = given.neighbour_radius,
+                        .threshold = static_cast<float>(given.neighbour_threshold)},
+          .run = {.mode = static_cast<TokenCluster>(given.token_cluster),
+                  .min_run = given.token_cluster_size,
+                  .min_confidence = spatial_threshold},
+          .stability = {.steps = given.temporal_steps,
+                        .min_confidence = static_cast<float>(given.temporal_threshold),
+                        .mode = static_cast<TemporalEval>(given.temporal_eval)},
+          .edit_threshold = maybe_threshold(given.edit_threshold),
+          .sampled_confidence = static_cast<SampledConfidence>(given.sampled_confidence),
+          .seed = static_cast<uint64_t>(given.seed),
+          .rounding = rounding};
+}
 
 }  // namespace r2dllm

@@ -18,6 +18,17 @@ R2D_HOST_DEVICE bool passes(float confidence, float threshold, Compare compare) 
 
 constexpr float kNoThreshold = 2.0f;  // which no probability passes
 
+struct BaseOptions {
+  BaseRule rule;
+  float threshold;  // or kNoThreshold
+  int64_t quota;
+  double factor;
+  double error_budget;
+  double entropy_budget;
+  bool last_free;
+  int64_t steps_per_block;  // 0: one token a step
+};
+
 // Orders cells by falling confidence, ties by lowest index; 0 = no cell. Confidence is in [0, 1].
 R2D_HOST_DEVICE uint64_t cell_key(float confidence, int64_t cell) {
   uint32_t bits;
@@ -67,6 +78,56 @@ R2D_HOST_DEVICE int64_t budget_prefix(int64_t count, double budget, bool last_fr
     ++length;
   }
   return length;
+}
+
+// A row as the base rule sees it.
+struct BaseCells {
+  int64_t length;
+  const float* confidence;
+  const float* entropy;  // kEntropy alone reads it
+  // kSchedule alone reads them:
+  int64_t block_step;    // steps of the block before this one
+  int64_t block_masked;  // candidates when it began
+};
+
+// Of cell i, which is eligible: the base rule ranks cells by falling key and leaves out those of 0.
+R2D_HOST_DEVICE uint64_t base_key(const BaseCells& cells, int64_t i, BaseRule rule) {
+  if (rule == BaseRule::kFirst) return cell_key(0.0f, i);
+  if (rule != BaseRule::kEntropy) return cell_key(cells.confidence[i], i);
+  return cells.entropy[i] == cells.entropy[i] ? entropy_key(cells.entropy[i], i) : 0;
+}
+
+// How many of the `count` >= 1 cells in `order` the base rule commits by itself. `passes(p)`: does
+// a confidence pass the threshold?
+template <class Passes>
+R2D_HOST_DEVICE int64_t base_prefix(const BaseCells& cells, const int32_t* order, int64_t count,
+                                    const BaseOptions& options, Passes passes) {
+  const auto confidence = [&](int64_t rank) {
+    return static_cast<double>(cells.confidence[order[rank]]);
+  };
+  switch (options.rule) {
+    case BaseRule::kThreshold: {
+      int64_t passing = 0;
+      while (passing < count && passes(cells.confidence[order[passing]])) ++passing;
+      return passing;
+    }
+    case BaseRule::kSchedule: {
+      const int64_t steps = options.steps_per_block > 0 ? options.steps_per_block : cells.length;
+      return cells.block_step < steps ? schedule_quota(cells.block_masked, cells.block_step, steps)
+                                      : count;
+    }
+    case BaseRule::kFactor:
+      return factor_prefix(count, options.factor, confidence);
+    case BaseRule::kBudget:
+      return budget_prefix(count, options.error_budget, options.last_free,
+                           [&](int64_t rank) { return 1.0 - confidence(rank); });
+    case BaseRule::kEntropy:
+      return budget_prefix(count, options.entropy_budget, options.last_free, [&](int64_t rank) {
+        return static_cast<double>(cells.entropy[order[rank]]);
+      });
+    default:
+      return options.quota;  // kFirst
+  }
 }
 
 }  // namespace r2dllm

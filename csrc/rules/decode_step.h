@@ -11,10 +11,37 @@
 //   ctx.once(f)              f() by one participant; done, and visible, on return
 #pragma once
 
-#include "step_options.h"
+#include "base_rule.h"
+#include "confidence.h"
+#include "neighbour.h"
+#include "positional_ambiguity.h"
+#include "stability.h"
 #include "tokens_view.h"
+#include "window_pool.h"
 
 namespace r2dllm {
+
+// What happens where the mask id is the likeliest: it counts as -inf; it is refused, so that the
+// cell stays masked; the cell is no candidate in this step.
+enum class MaskPrediction : int32_t { kBan, kAllow, kSkip, kCount };
+
+enum class SampledConfidence : int32_t { kUntempered, kTempered, kCount };
+
+// What DecodeConfig says, as the rules read it.
+struct StepOptions {
+  int64_t mask_id;  // -1: none
+  MaskPrediction mask_prediction;
+  Compare compare;
+  BaseOptions base;
+  WindowOptions window;
+  NeighbourOptions neighbour;
+  RunOptions run;  // mode kOff: off
+  StabilityOptions stability;
+  float edit_threshold;  // or kNoThreshold
+  SampledConfidence sampled_confidence;
+  uint64_t seed;
+  Rounding rounding;
+};
 
 enum class Rule : uint8_t {
   kNone,
@@ -160,24 +187,33 @@ class RowStep {
     });
   }
 
-  R2D_HOST_DEVICE uint64_t key(int64_t i) const {
-    if (!eligible(i)) return 0;
-    if (options_.base == BaseRule::kFirst) return cell_key(0.0f, i);
-    if (options_.base != BaseRule::kEntropy) return cell_key(row_.confidence[i], i);
-    return row_.entropy[i] == row_.entropy[i] ? entropy_key(row_.entropy[i], i) : 0;
+  R2D_HOST_DEVICE BaseCells base_cells() const {
+    const int64_t* const counters = row_.counters;
+    return {.length = row_.length,
+            .confidence = row_.confidence,
+            .entropy = row_.entropy,
+            .block_step = counters != nullptr ? counters[kBlockStep] : 0,
+            .block_masked = counters != nullptr ? counters[kBlockMasked] : 0};
   }
 
   R2D_HOST_DEVICE void base_rule() {
     const StepRow& row = row_;
-    ctx_.for_each(row.length, [&](int64_t i) { row.keys[i] = key(i); });
-    const bool by_threshold = options_.base == BaseRule::kThreshold;
-    if ((by_threshold || options_.base == BaseRule::kFirst) && options_.quota <= 1) {
+    const BaseOptions& base = options_.base;
+    const BaseCells cells = base_cells();
+    ctx_.for_each(row.length, [&](int64_t i) {
+      row.keys[i] = eligible(i) ? base_key(cells, i, base.rule) : 0;
+    });
+    const auto passes_threshold = [&](float confidence) {
+      return passes(confidence, base.threshold);
+    };
+    const bool by_threshold = base.rule == BaseRule::kThreshold;
+    if ((by_threshold || base.rule == BaseRule::kFirst) && base.quota <= 1) {
       // Without an order of all cells.
       const int64_t best = cell_of(ctx_.max(row.length, [&](int64_t i) { return row.keys[i]; }));
       ctx_.for_each(row.length, [&](int64_t i) {
-        if (by_threshold && eligible(i) && passes(row.confidence[i], options_.threshold)) {
+        if (by_threshold && eligible(i) && passes_threshold(row.confidence[i])) {
           commit(i, Rule::kThreshold);
-        } else if (i == best && options_.quota > 0) {
+        } else if (i == best && base.quota > 0) {
           commit(i, by_threshold ? Rule::kForced : Rule::kBase);
         }
       });
@@ -186,46 +222,13 @@ class RowStep {
     const int64_t count = ctx_.sort(row.length, row.keys, row.order);
     if (count == 0) return;
     ctx_.once([&] {
-      const int64_t prefix = own_prefix(count);
-      for (int64_t rank = 0; rank < count && (rank < prefix || rank < options_.quota); ++rank) {
+      const int64_t prefix = base_prefix(cells, row.order, count, base, passes_threshold);
+      for (int64_t rank = 0; rank < count && (rank < prefix || rank < base.quota); ++rank) {
         commit(row.order[rank], rank >= prefix ? Rule::kForced
                                 : by_threshold ? Rule::kThreshold
                                                : Rule::kBase);
       }
     });
-  }
-
-  // How many of the `count` >= 1 cells in row.order the base rule commits by itself.
-  R2D_HOST_DEVICE int64_t own_prefix(int64_t count) const {
-    const StepRow& row = row_;
-    const auto confidence = [&](int64_t rank) {
-      return static_cast<double>(row.confidence[row.order[rank]]);
-    };
-    switch (options_.base) {
-      case BaseRule::kThreshold: {
-        int64_t passing = 0;
-        while (passing < count && passes(row.confidence[row.order[passing]], options_.threshold)) {
-          ++passing;
-        }
-        return passing;
-      }
-      case BaseRule::kSchedule: {
-        const int64_t step = row.counters[kBlockStep];
-        const int64_t steps = options_.steps_per_block > 0 ? options_.steps_per_block : row.length;
-        return step < steps ? schedule_quota(row.counters[kBlockMasked], step, steps) : count;
-      }
-      case BaseRule::kFactor:
-        return factor_prefix(count, options_.factor, confidence);
-      case BaseRule::kBudget:
-        return budget_prefix(count, options_.error_budget, options_.last_free,
-                             [&](int64_t rank) { return 1.0 - confidence(rank); });
-      case BaseRule::kEntropy:
-        return budget_prefix(count, options_.entropy_budget, options_.last_free, [&](int64_t rank) {
-          return static_cast<double>(row.entropy[row.order[rank]]);
-        });
-      default:
-        return options_.quota;  // kFirst
-    }
   }
 
   R2D_HOST_DEVICE void window_pool() {
@@ -236,7 +239,7 @@ class RowStep {
   R2D_HOST_DEVICE void neighbours() {
     const StepRow& row = row_;
     const auto is_anchor = [&](int64_t j) {
-      return was_masked(j) && passes(row.confidence[j], options_.threshold);
+      return was_masked(j) && passes(row.confidence[j], options_.base.threshold);
     };
     ctx_.for_each(row.length, [&](int64_t i) {
       row.selected[i] = eligible(i) && passes(row.confidence[i], options_.neighbour.threshold) &&

@@ -3,9 +3,9 @@
 // the values of its replay.
 #pragma once
 
+#include "decode_step.h"
 #include "row_values.h"
 #include "sampling.h"
-#include "step_options.h"
 
 namespace r2dllm {
 
@@ -61,10 +61,10 @@ R2D_HOST_DEVICE bool take_sampling(const RowParams& rows, int64_t b, SamplingOpt
 }
 
 R2D_HOST_DEVICE bool take_options(const RowParams& rows, int64_t b, StepOptions& options) {
-  bool valid = take_probability(rows.threshold, b, options.threshold);
-  valid &= take_count(rows.quota, b, options.quota);
-  valid &= take_finite(rows.error_budget, b, options.error_budget);
-  valid &= take_finite(rows.entropy_budget, b, options.entropy_budget);
+  bool valid = take_probability(rows.threshold, b, options.base.threshold);
+  valid &= take_count(rows.quota, b, options.base.quota);
+  valid &= take_finite(rows.error_budget, b, options.base.error_budget);
+  valid &= take_finite(rows.entropy_budget, b, options.base.entropy_budget);
   valid &= take_probability(rows.spatial_threshold, b, options.window.min_confidence);
   options.run.min_confidence = options.window.min_confidence;
   valid &= take_probability(rows.temporal_threshold, b, options.stability.min_confidence);

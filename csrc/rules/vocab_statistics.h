@@ -8,15 +8,15 @@
 namespace r2dllm {
 
 // Columns of the statistics: greatest logit, -inf if there is none; sum of exp(z - max), NaN if a
-// logit is NaN or +inf; lowest id of the greatest logit, -1 if there is none; sum of u * exp(u)
-// with u = z - max, in nats, NaN where no entropy is asked for.
+// logit is NaN or +inf; lowest id of the greatest logit, -1 where that mass is 0 or NaN; sum of
+// u * exp(u) with u = z - max, in nats, NaN where no entropy is asked for.
 enum Statistic : int { kMaximum, kMass, kTokenId, kMoment, kStatistics };
 
 R2D_HOST_DEVICE void store_statistics(double* statistics, double max, double mass, int64_t id,
                                       double moment = NAN) {
   statistics[kMaximum] = max;
   statistics[kMass] = mass;
-  statistics[kTokenId] = max > -INFINITY ? static_cast<double>(id) : -1.0;
+  statistics[kTokenId] = mass > 0.0 ? static_cast<double>(id) : -1.0;
   statistics[kMoment] = moment;
 }
 

@@ -393,6 +393,7 @@ TEST(entropies_of_shards_merge) {
     CHECK(one[kTokenId] == want[static_cast<size_t>(cell * kStatistics + kTokenId)]);
   }
   CHECK(merged[2 * kStatistics + kMoment] == 0.0 && merged[2 * kStatistics + kTokenId] == -1.0);
+  CHECK(merged[3 * kStatistics + kTokenId] == -1.0);  // a NaN in one part
   for (int64_t cell : {2, 3}) CHECK(std::isnan(entropy_of(merged.data() + cell * kStatistics)));
 }
 
@@ -403,9 +404,9 @@ constexpr int64_t kMask = 3;
 StepOptions r2_options() {
   StepOptions options{};
   options.mask_id = kMask;
-  options.threshold = 0.9f;
-  options.factor = 1.0;
-  options.error_budget = 0.3;
+  options.base.threshold = 0.9f;
+  options.base.factor = 1.0;
+  options.base.error_budget = 0.3;
   options.window = {
       .window = 3, .max_unmasked = 1, .min_confidence = 0.3f, .rounding = Rounding::kNone};
   options.run = {.mode = TokenCluster::kConfidence, .min_run = 2, .min_confidence = 0.3f};
@@ -596,7 +597,7 @@ TEST(proposed_tokens_are_judged_by_their_own_logits) {
     const int64_t proposed[length] = {5, vocab - 1, kMask, vocab, -1, 5};
     StepOptions options{};
     options.mask_id = kMask;
-    options.threshold = kNoThreshold;
+    options.base.threshold = kNoThreshold;
     StepMemory memory(1, length);
     DecodeStepParams params = memory.params(logits.view(), options, kGreedy);
     params.proposed = proposed;
@@ -625,16 +626,16 @@ void check_rules(int64_t batch, int64_t length, const StepOptions& options, unsi
   const LogitsView shape{nullptr, LogitType::kFloat, batch, length, 0, 0, 0, -1, 0};
   StepMemory got(batch, length), want(batch, length);
   std::vector<double> statistics(cells * kStatistics);
+  std::vector<int64_t> ids(cells);
   const double levels[] = {0.05, 0.2, 0.25, 0.3, 0.5, 0.8, 0.9, 0.95, 1.0};
   for (unsigned step = 0; step < 4; ++step) {
     for (size_t i = 0; i < cells; ++i) {
       const double p = levels[random() % 9];
-      const bool keeps = step > 0 && random() % 3 != 0;  // its prediction, for the streaks
-      const auto id = keeps ? static_cast<int64_t>(statistics[i * kStatistics + kTokenId])
-                            : static_cast<int64_t>(random() % 4);  // kMask is among them
+      const bool keeps = step > 0 && random() % 3 != 0;         // its prediction, for the streaks
+      if (!keeps) ids[i] = static_cast<int64_t>(random() % 4);  // kMask is among them
       const double mass = random() % 23 == 0 ? NAN : 1.0 / p;
       const double moment = random() % 23 == 0 ? NAN : -mass * levels[random() % 9];
-      store_statistics(statistics.data() + i * kStatistics, 1.0, mass, id, moment);
+      store_statistics(statistics.data() + i * kStatistics, 1.0, mass, ids[i], moment);
     }
     run_rows(change(got.params(shape, options, kGreedy, statistics.data())), {}, nullptr,
              seed + step);
@@ -660,15 +661,15 @@ TEST(the_rules_are_bit_equal_to_the_cpu_in_every_mode) {
                                  TokenCluster::kRandom}) {
       for (Rounding rounding : {Rounding::kNone, Rounding::kBFloat16}) {
         StepOptions options = r2_options();
-        options.base = static_cast<BaseRule>(base);
+        options.base.rule = static_cast<BaseRule>(base);
         options.run.mode = cluster;
         options.rounding = rounding;
-        options.steps_per_block = 4;
+        options.base.steps_per_block = 4;
         options.stability.mode = static_cast<TemporalEval>(seed % 3);
         options.window.window = seed % 4;
-        options.quota = seed % 5;
+        options.base.quota = seed % 5;
         options.compare = static_cast<Compare>(seed % 2);
-        options.last_free = seed % 3 != 0;
+        options.base.last_free = seed % 3 != 0;
         options.mask_prediction = static_cast<MaskPrediction>(seed % 3);
         options.neighbour.radius = seed % 4 == 1 ? 2 : 0;
         check_rules(1, seed % 2 ? 20 : 50, options, seed);
@@ -813,7 +814,7 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
   StepOptions options = r2_options();
   options.window.window = options.stability.steps = 0;
   options.run.mode = TokenCluster::kOff;
-  options.threshold = 0.0f;
+  options.base.threshold = 0.0f;
   options.seed = seed;
   StepMemory memory(batch, length);
   const auto row_of = [&](int64_t b) { return memory.slots[static_cast<size_t>(b)]; };

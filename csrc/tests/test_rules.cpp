@@ -19,10 +19,10 @@ constexpr int64_t kMask = 99;
 StepOptions no_rules() {
   StepOptions options{};
   options.mask_id = kMask;
-  options.threshold = 0.9f;
-  options.quota = 1;
-  options.factor = 1.0;
-  options.error_budget = 0.1;
+  options.base.threshold = 0.9f;
+  options.base.quota = 1;
+  options.base.factor = 1.0;
+  options.base.error_budget = 0.1;
   options.neighbour = {.radius = 0, .threshold = 0.75f};
   options.edit_threshold = kNoThreshold;
   options.window = {
@@ -147,8 +147,8 @@ TEST(schedule_shares_the_cells_among_the_steps) {
   CHECK(schedule_quota(7, 1, 3) == 2);
   CHECK(schedule_quota(7, 2, 3) == 2);
   StepOptions options = no_rules();
-  options.base = BaseRule::kSchedule;
-  options.steps_per_block = 2;
+  options.base.rule = BaseRule::kSchedule;
+  options.base.steps_per_block = 2;
   Block block(3);
   block.ids = {1, 2, 3};
   block.confidence = {0.2f, 0.4f, 0.3f};
@@ -160,8 +160,8 @@ TEST(schedule_shares_the_cells_among_the_steps) {
 
 TEST(a_schedule_commits_while_a_cell_may_be) {
   StepOptions options = no_rules();
-  options.base = BaseRule::kSchedule;
-  options.steps_per_block = 2;
+  options.base.rule = BaseRule::kSchedule;
+  options.base.steps_per_block = 2;
   Block block(4);
   block.ids = {1, 2, 3, 4};
   block.confidence = {0.2f, 0.4f, 0.3f, 0.1f};
@@ -178,8 +178,8 @@ TEST(a_schedule_commits_while_a_cell_may_be) {
 
 TEST(the_best_cell_goes_where_a_budget_allows_none) {
   StepOptions options = no_rules();
-  options.base = BaseRule::kBudget;
-  options.error_budget = 0.25;
+  options.base.rule = BaseRule::kBudget;
+  options.base.error_budget = 0.25;
   Block block(2);
   block.ids = {1, 2};
   block.confidence = {0.5f, 0.625f};
@@ -213,7 +213,7 @@ TEST(budget_bounds_the_expected_errors) {
 
 TEST(first_takes_the_first_cell_with_a_prediction) {
   StepOptions options = no_rules();
-  options.base = BaseRule::kFirst;
+  options.base.rule = BaseRule::kFirst;
   Block block(3);
   block.ids = {-1, 2, 3};
   block.confidence = {NAN, 0.0f, 0.9f};
@@ -259,7 +259,7 @@ TEST(a_window_may_hold_as_many_decided_cells_as_its_limit) {
 
 TEST(a_run_commits_one_cell) {
   StepOptions options = no_rules();
-  options.threshold = 1.0f;
+  options.base.threshold = 1.0f;
   Block block(5);
   block.ids = {7, 5, 5, 5, 5};
   block.confidence = {0.9f, 0.81f, 0.82f, 0.82f, 0.2f};
@@ -306,7 +306,7 @@ TEST(runs_and_streaks_commit_the_argmax_where_another_token_was_drawn) {
 
 TEST(a_streak_keeps_its_greatest_confidence) {
   StepOptions options = no_rules();
-  options.threshold = 1.0f;
+  options.base.threshold = 1.0f;
   options.stability = {.steps = 2, .min_confidence = 0.8f, .mode = TemporalEval::kMax};
   Block block(2);
   block.ids = {1, 2};
@@ -366,9 +366,9 @@ TEST(a_row_without_predictions_is_left_alone) {
   options.stability.steps = 1;
   options.window.min_confidence = options.run.min_confidence = 0.0f;
   options.stability.min_confidence = 0.0f;
-  options.quota = 2;
+  options.base.quota = 2;
   for (int base = 0; base < static_cast<int>(BaseRule::kCount); ++base) {
-    options.base = static_cast<BaseRule>(base);
+    options.base.rule = static_cast<BaseRule>(base);
     Block block(2);
     block.ids = {-1, -1};
     block.confidence = {NAN, NAN};
@@ -392,28 +392,28 @@ TEST(a_quota_is_united_with_what_the_base_rule_commits) {
   const std::vector<float> p{0.5f, 0.95f, 0.7f, 0.7f};
   for (const auto& [quota, want] : std::vector<std::pair<int64_t, Rules>>{
            {0, {0, 1, 0, 0}}, {1, {0, 1, 0, 0}}, {2, {0, 1, 2, 0}}, {9, {2, 1, 2, 2}}}) {
-    options.quota = quota;
+    options.base.quota = quota;
     CHECK(rules_of(options, p) == want);
   }
-  options.threshold = kNoThreshold;
-  options.quota = 3;
+  options.base.threshold = kNoThreshold;
+  options.base.quota = 3;
   CHECK(rules_of(options, p) == (Rules{0, 2, 2, 2}));
-  options.base = BaseRule::kFirst;
+  options.base.rule = BaseRule::kFirst;
   CHECK(rules_of(options, p) == (Rules{6, 6, 6, 0}));
-  options.base = BaseRule::kBudget;
-  options.error_budget = 0.0;
+  options.base.rule = BaseRule::kBudget;
+  options.base.error_budget = 0.0;
   CHECK(rules_of(options, p) == (Rules{0, 2, 2, 2}));
-  options.last_free = true;
+  options.base.last_free = true;
   CHECK(rules_of(options, p) == (Rules{0, 6, 2, 2}));
-  options.quota = 0;
-  options.last_free = false;
+  options.base.quota = 0;
+  options.base.last_free = false;
   CHECK(rules_of(options, p) == (Rules{0, 0, 0, 0}));
 }
 
 TEST(a_threshold_may_be_strict) {
   StepOptions options = no_rules();
-  options.threshold = 0.5f;
-  options.quota = 0;
+  options.base.threshold = 0.5f;
+  options.base.quota = 0;
   CHECK(rules_of(options, {0.5f, 0.75f}) == (Rules{1, 1}));
   options.compare = Compare::kAbove;
   CHECK(rules_of(options, {0.5f, 0.75f}) == (Rules{0, 1}));
@@ -421,8 +421,8 @@ TEST(a_threshold_may_be_strict) {
 
 TEST(entropy_orders_by_itself_and_leaves_the_last_cell_free) {
   StepOptions options = no_rules();
-  options.base = BaseRule::kEntropy;
-  options.entropy_budget = 0.5;
+  options.base.rule = BaseRule::kEntropy;
+  options.base.entropy_budget = 0.5;
   Block block(4);
   block.ids = {1, 2, 3, 4};
   block.confidence = {0.9f, 0.1f, 0.2f, 0.3f};
@@ -430,15 +430,15 @@ TEST(entropy_orders_by_itself_and_leaves_the_last_cell_free) {
   Block free = block;
   block.step(options);
   CHECK(block.rule == (Rules{0, 6, 6, 0}));  // 0.25 + 0.25 <= 0.5
-  options.last_free = true;
+  options.base.last_free = true;
   free.step(options);
   CHECK(free.rule == (Rules{0, 6, 6, 6}));
 }
 
 TEST(a_cell_without_an_entropy_is_not_ordered_by_it) {
   StepOptions options = no_rules();
-  options.base = BaseRule::kEntropy;
-  options.quota = 9;
+  options.base.rule = BaseRule::kEntropy;
+  options.base.quota = 9;
   Block block(3);
   block.ids = {1, 2, 3};
   block.confidence = {0.9f, 0.5f, 0.5f};
@@ -449,8 +449,8 @@ TEST(a_cell_without_an_entropy_is_not_ordered_by_it) {
 
 TEST(an_anchor_is_another_candidate_of_the_step) {
   StepOptions options = no_rules();
-  options.base = BaseRule::kFirst;
-  options.quota = 0;
+  options.base.rule = BaseRule::kFirst;
+  options.base.quota = 0;
   options.neighbour = {.radius = 2, .threshold = 0.75f};
   CHECK(rules_of(options, {0.95f, 0.3f}) == (Rules{0, 0}));
   CHECK(rules_of(options, {0.95f, 0.8f}) == (Rules{0, 7}));
@@ -466,7 +466,7 @@ TEST(cells_beside_an_anchor_need_less) {
   StepOptions options = no_rules();
   options.neighbour = {.radius = 2, .threshold = 0.75f};
   CHECK(rules_of(options, {0.8f, 0.8f, 0.3f, 0.95f, 0.74f, 0.75f}) == (Rules{0, 7, 0, 1, 0, 7}));
-  options.threshold = kNoThreshold;
+  options.base.threshold = kNoThreshold;
   CHECK(rules_of(options, {0.8f, 0.95f}) == (Rules{0, 2}));
 }
 
@@ -553,9 +553,9 @@ TEST(a_row_has_its_own_values_and_the_config_s) {
   rows.seed = {.data = seed, .is_wide = true};
   StepOptions options = no_rules();
   CHECK(take_options(rows, 1, options));
-  CHECK(options.threshold == 0.5f && options.quota == 4);
+  CHECK(options.base.threshold == 0.5f && options.base.quota == 4);
   CHECK(options.window.min_confidence == 0.125f && options.run.min_confidence == 0.125f);
-  CHECK(options.seed == static_cast<uint64_t>(-6) && options.error_budget == 0.1);
+  CHECK(options.seed == static_cast<uint64_t>(-6) && options.base.error_budget == 0.1);
 }
 
 TEST(a_row_that_is_left_alone_keeps_its_state) {
@@ -577,10 +577,10 @@ TEST(no_rule_depends_on_the_order_of_its_cells) {
   std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
   for (unsigned round = 0; round < 500; ++round) {
     StepOptions options = no_rules();
-    options.base = static_cast<BaseRule>(round % static_cast<unsigned>(BaseRule::kCount));
-    options.quota = round % 5;
-    options.last_free = round % 2 == 0;
-    options.entropy_budget = 0.5;
+    options.base.rule = static_cast<BaseRule>(round % static_cast<unsigned>(BaseRule::kCount));
+    options.base.quota = round % 5;
+    options.base.last_free = round % 2 == 0;
+    options.base.entropy_budget = 0.5;
     options.mask_prediction = static_cast<MaskPrediction>(round % 3);
     options.window.window = round % 4;
     options.neighbour.radius = round % 3;

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 
 from ..config import Rule
-from ..trace_plot import RULE_COLORS
+from ..rule_looks import RULE_COLORS, RULE_LOOKS
 from .session import Answer, describe
 
 try:
@@ -19,39 +19,6 @@ try:
 except ImportError as error:
     raise ImportError("this command needs rich: pip install 'r2dllm_ext[cli]'") from error
 
-_MARKS = {
-    Rule.NONE: " ",
-    Rule.THRESHOLD: ".",
-    Rule.FORCED: "!",
-    Rule.WINDOW: "=",
-    Rule.AMBIGUITY: "&",
-    Rule.STABILITY: "~",
-    Rule.BASE: "+",
-    Rule.NEIGHBOUR: "-",
-    Rule.EDIT: "*",
-}
-_MEANINGS = {
-    Rule.THRESHOLD: "confident by itself",
-    Rule.FORCED: "best of an unsure row",
-    Rule.WINDOW: "confident neighbours",
-    Rule.AMBIGUITY: "best of equal neighbours",
-    Rule.STABILITY: "stopped changing",
-    Rule.BASE: "picked by the base rule",
-    Rule.NEIGHBOUR: "near a confident one",
-    Rule.EDIT: "another token before",
-}
-# For terminals of 16 colours, where the nearest of the above would be one and the same.
-_ANSI_COLORS = {
-    Rule.THRESHOLD: "bright_blue",
-    Rule.FORCED: "bright_black",
-    Rule.WINDOW: "green",
-    Rule.AMBIGUITY: "magenta",
-    Rule.STABILITY: "yellow",
-    Rule.BASE: "cyan",
-    Rule.NEIGHBOUR: "bright_green",
-    Rule.EDIT: "red",
-}
-
 
 class Display:
     """Writes to stdout; colours only where the terminal has them and NO_COLOR is not set."""
@@ -61,8 +28,9 @@ class Display:
         environment = {name: value for name, value in os.environ.items() if value}
         self._console = Console(highlight=False, _environ=environment)
         colours = None if self._console.no_color else self._console.color_system
+        few = {rule: look.ansi for rule, look in RULE_LOOKS.items()}
         rich = colours in ("256", "truecolor")
-        self._colours = (RULE_COLORS if rich else _ANSI_COLORS) if colours else {}
+        self._colours = (RULE_COLORS if rich else few) if colours else {}
         self._fresh = True
 
     def answer(self, answer: Answer, *, name: str = "") -> None:
@@ -96,9 +64,9 @@ class Display:
 
     def _legend(self) -> None:
         """What the colours or marks mean."""
-        for rule, meaning in _MEANINGS.items():
-            name = f"{'' if self._colours else _MARKS[rule] + ' '}{rule.name.lower():<10}"
-            self._print(Text.assemble((name, self._colours.get(rule, "")), (meaning, "dim")))
+        for rule, look in RULE_LOOKS.items():
+            name = f"{'' if self._colours else look.mark + ' '}{rule.name.lower():<10}"
+            self._print(Text.assemble((name, self._colours.get(rule, "")), (look.meaning, "dim")))
 
     def _cost(self, answer: Answer, name: str) -> Text:
         parts = [
@@ -131,6 +99,6 @@ def marked_lines(tokens: Iterable[tuple[str, Rule]], width: int) -> list[str]:
                 part = part.lstrip(" ")
             if part.strip():
                 begin = cell_len(text) + len(part) - len(part.lstrip(" "))
-                marks = marks.ljust(begin) + _MARKS[rule]
+                marks = marks.ljust(begin) + (RULE_LOOKS[rule].mark if rule else " ")
             rows[-1] = (text + part, marks)
     return [line.rstrip() for text, marks in rows for line in ((text, marks) if marks else (text,))]
