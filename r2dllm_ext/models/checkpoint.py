@@ -20,8 +20,13 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _DTYPES = ("F64", "F32", "BF16", "F16")  # storage an unquantised checkpoint may use
 _BUNDLED = Path(__file__).parent.parent / "tasks" / "models"
-# No tuned ledger model is better than its base yet, so both names mean the base.
-_ALIASES = {"ledger": _BUNDLED / "ledger-base", "ledger-base": _BUNDLED / "ledger-base"}
+# There is no tuned model of pronounce yet, so both names mean the base.
+_ALIASES = {
+    "ledger": _BUNDLED / "ledger",
+    "ledger-base": _BUNDLED / "ledger-base",
+    "pronounce": _BUNDLED / "pronounce-base",
+    "pronounce-base": _BUNDLED / "pronounce-base",
+}
 
 
 @torch.inference_mode(False)  # or weights loaded under it could never be trained
@@ -36,9 +41,9 @@ def load_model(
     Args:
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (or shards and their
             `model.safetensors.index.json`), a hub id such as "GSAI-ML/LLaDA-8B-Instruct" (needs
-            `huggingface_hub`), or the name of a small model inside this package: "ledger",
-            "ledger-base". A local folder wins over a hub id of the same name, the models of the
-            package over both.
+            `huggingface_hub`), or the name of a small model inside this package: "ledger" (tuned to
+            decode in few steps), "ledger-base", "pronounce". A local folder wins over a hub id of
+            the same name, the models of the package over both.
         device: where the weights go, default "cpu".
         dtype: any floating dtype; None keeps the one the checkpoint's embedding is stored in, and
             is float32 for the models of the package, which are stored in 16 bits.
