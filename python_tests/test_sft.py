@@ -740,6 +740,18 @@ def test_rounds(place, arguments, tmp_path, capsys):
     assert [r["token_ids"] for r in greedy] == wanted != [r["token_ids"] for r in first]
 
 
+def test_blend_of_first_and_last_weights(place, arguments, tmp_path):
+    out = tmp_path / "out"
+    assert main(arguments(out, steps=4, blend=0.25)) == 0
+    first, last, blend = (
+        load_model(folder).state_dict()
+        for folder in (place / "checkpoint", out / "round-1" / "model", out / "model")
+    )
+    for name, weight in blend.items():
+        torch.testing.assert_close(weight, 0.75 * first[name] + 0.25 * last[name])
+    assert any(not torch.equal(blend[name], last[name]) for name in blend)
+
+
 def rollouts(folder: Path) -> list[dict]:
     return [r for file in sorted((folder / "rollouts").glob("*")) for r in read_lines(file)]
 
@@ -811,6 +823,7 @@ def test_care_halves_the_rate_and_keeps_more_plain_masks():
         ({"rounds": 0}, "Rounds: number takes an integer >= 1, got 0"),
         ({"rounds": 9}, "8 prompts are too few: 9 rounds take one each"),
         ({"rounds": 2, "validation": 7}, "8 prompts are too few: 2 rounds take one each"),
+        ({"blend": 0}, "Rounds: blend takes a number in (0, 1], got 0"),
         ({"hard_share": 1}, "Rounds: hard_share takes a number in [0, 1), got 1"),
         ({"validation": 2, "verifier": "none"}, "validation and hard_share take a verifier"),
         ({"frontier_share": 0.5}, "mode 'frontier' takes examples with serial"),

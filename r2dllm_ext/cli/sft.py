@@ -155,6 +155,11 @@ def _add_round_options(group) -> None:
         "validation", int, "prompts held back, on which a round must not lose more than --tolerance"
     )
     add("tolerance", float, "share of right answers, one token a step, that a round may lose")
+    add(
+        "blend",
+        float,
+        "share of the last round's weights in the result, the others the first model's",
+    )
 
 
 def _add_training_options(group) -> None:

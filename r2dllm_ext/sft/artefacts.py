@@ -104,11 +104,10 @@ def settle_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def copy_folder(source: Path, folder: Path) -> None:
     """Copies a folder to a place where it is whole or not at all."""
-    if not folder.is_dir():
-        part = folder.with_name(folder.name + ".part")
-        remove_folder(part)
-        shutil.copytree(source, part)
-        os.replace(part, folder)
+    part = folder.with_name(folder.name + ".part")
+    remove_folder(part)
+    shutil.copytree(source, part)
+    os.replace(part, folder)
 
 
 def remove_folder(folder: Path) -> None:

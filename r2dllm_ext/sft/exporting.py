@@ -23,6 +23,17 @@ def export(
         raise ValueError(f"export: weights that the model does not have: {', '.join(unknown)}")
     if tuner is not None:
         model = tuner.merge_and_unload()
+    _write(model, folder)
+
+
+def export_blend(first: Transformer, last: Transformer, share: float, folder: Path) -> None:
+    """Writes `last` with the weights share * last + (1 - share) * first, computed in float32."""
+    for weight, before in zip(last.parameters(), first.parameters(), strict=True):
+        weight.data.copy_(before.data.float().lerp(weight.data.float(), share))
+    _write(last, folder)
+
+
+def _write(model: Transformer, folder: Path) -> None:
     for name, weight in model.named_parameters():  # also what overflows in the model's precision
         if not weight.isfinite().all():
             raise ValueError(

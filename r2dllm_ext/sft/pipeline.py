@@ -25,7 +25,7 @@ from .artefacts import (
     write_json,
 )
 from .evaluation import summarise
-from .exporting import export
+from .exporting import export, export_blend
 from .objective import Example
 from .prompts import Prompt, Verifier, check_prompts
 from .ranks import current_ranks
@@ -159,10 +159,14 @@ def run(
             f"right after the first round, {first:.1%} before it; try a lower learning_rate, fewer "
             "steps or more prompts"
         )
-    if ranks.is_first:
-        copy_folder(load.source, folder / "model")
+    first_model, result = load.of(recipe.model), folder / "model"
+    if ranks.is_first and not result.is_dir():
+        if recipe.rounds.blend < 1:
+            export_blend(first_model.plain(), load.plain(), recipe.rounds.blend, result)
+        else:
+            copy_folder(load.source, result)
     ranks.wait()
-    for which, source in (("base", load.of(recipe.model)), ("tuned", load)):
+    for which, source in (("base", first_model), ("tuned", load.of(result))):
         if evaluate_on:
             _evaluate(source(), which, recipe, evaluate_on, folder, decoded)
     summary = {

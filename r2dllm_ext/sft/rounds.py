@@ -37,6 +37,9 @@ class Rounds:
         them are right, one token a step, than `tolerance` below the first model's share, is
         trained once more with care (`Training.cautious`); if that fails too, the run ends with
         the round before. 0 = rounds are taken as they come.
+    blend: share of the last round's weights in those of the result; the rest is the first model's
+        (WiSE-FT, arXiv 2109.01903). Rounds make a model surer than it is right; what it was keeps
+        its confidences honest.
     """
 
     number: int = 1
@@ -44,6 +47,7 @@ class Rounds:
     hard_share: float = 0.0
     validation: int = 0
     tolerance: float = 0.02
+    blend: float = 1.0
 
     def __post_init__(self) -> None:
         integer("Rounds", "number", self.number, 1)
@@ -51,6 +55,7 @@ class Rounds:
         integer("Rounds", "validation", self.validation, 0)
         number("Rounds", "hard_share", self.hard_share, 0, 1)
         number("Rounds", "tolerance", self.tolerance, 0, 1)
+        number("Rounds", "blend", self.blend, 0, 1, open_low=True)
         if self.hard_share == 1:
             raise ValueError("Rounds: hard_share takes a number in [0, 1), got 1")
 
