@@ -89,7 +89,8 @@ def evidence(traces: Iterable[Trace], *, rows: Sequence[Sequence[int]] | None = 
         for row in some:
             parts[number % 2].append(_cases(trace, row))
             number += 1
-    fitted, judged = (torch.cat(part) if part else torch.empty(0, 8) for part in parts)
+    none = torch.empty(0, len(_COLUMNS), dtype=torch.float64, device="cpu")
+    fitted, judged = (torch.cat([none, *part]) for part in parts)
     for cases in (fitted, judged):
         if len(cases) < _LEAST_CELLS or not 0 < float(cases[:, 0].sum()) < len(cases):
             takes = f"decodes with {_LEAST_CELLS} masked cells and some that change, in two rows"
