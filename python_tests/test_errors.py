@@ -87,6 +87,16 @@ STEPS = {
     "tokens int16": (change("tokens", lambda t: t.short()), TypeError, "tokens int64 int32 Short"),
     "tokens 1-D": (change("tokens", lambda t: t[0]), ValueError, "tokens [B, L] [3]"),
     "tokens shape": (change("tokens", lambda t: t.t()), ValueError, "tokens [2, 3] [3, 2]"),
+    "tokens windows": (
+        change("tokens", lambda t: torch.zeros(B + L, dtype=t.dtype).unfold(0, L, 1)[:B]),
+        ValueError,
+        "tokens share memory [1, 1]",
+    ),
+    "tokens expanded": (
+        change("tokens", lambda t: t[:1].expand(B, L)),
+        ValueError,
+        "tokens share memory [0, 1]",
+    ),
     "tokens list": (change("tokens", lambda t: t.tolist()), TypeError, "tokens Tensor list"),
     "tokens None": (change("tokens", lambda t: None), TypeError, "tokens Tensor None"),
     "tokens device": (change("tokens", lambda t: t.to("meta")), ValueError, "tokens device meta"),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import device as checked_device
 from ._checks import flag, instance, integer, refuse
 
 # Some rows of a state: see `DecodeState.reset`.
@@ -87,6 +88,7 @@ class DecodeState:
         rows = integer("DecodeState", "rows", rows, 0)
         shape = (rows, integer("DecodeState", "block_length", block_length, 0))
         flag("DecodeState", "step_map", step_map)
+        device = checked_device("DecodeState", "device", "cpu" if device is None else device)
         self.streak_count = torch.zeros(shape, dtype=torch.int32, device=device)
         self.streak_id = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.streak_sum = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -142,6 +144,7 @@ class DecodeState:
 
     def to(self, device: torch.device | str) -> DecodeState:
         """A state with its tensors on `device`; those already there are shared, not copied."""
+        device = checked_device("DecodeState.to", "device", device)
         return self._map(lambda tensor: tensor.to(device))
 
     def take(self, rows: Rows) -> DecodeState:
