@@ -547,7 +547,9 @@ def test_every_factory_names_dtype_and_device():
             if name.removeprefix("torch.") not in of_floats + of_integers or "." not in name:
                 continue
             given = {keyword.arg for keyword in call.keywords}
-            wanted = {"device"} if name.removeprefix("torch.") in of_integers else {"device", "dtype"}
+            wanted = (
+                {"device"} if name.removeprefix("torch.") in of_integers else {"device", "dtype"}
+            )
             if None not in given and not wanted <= given:
                 lacking.append(f"{path.name}: {ast.unparse(call)}")
     # A module's weights are those of torch's own modules: of the defaults. A probe has no dtype.

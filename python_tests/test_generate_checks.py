@@ -167,12 +167,14 @@ def test_lengths_may_be_integers_of_any_kind(kind):
     model = r2.load_model("ledger")
     config = r2.DecodeConfig.fast_dllm(model.mask_id)
     options = {"config": config, "gen_length": 32, "block_length": 16, "logits_shift": 1}
-    want = r2.generate(model, PROMPT, **options)
-    options |= {name: kind(options[name]) for name in ("gen_length", "block_length", "logits_shift")}
-    assert torch.equal(r2.generate(model, PROMPT, **options).sequences, want.sequences)
+    want = r2.generate(model, QUESTION, **options)
+    options |= {
+        name: kind(options[name]) for name in ("gen_length", "block_length", "logits_shift")
+    }
+    assert torch.equal(r2.generate(model, QUESTION, **options).sequences, want.sequences)
 
 
-PROMPT = torch.tensor([[33, 14, 5]])
+QUESTION = torch.tensor([[33, 14, 5]])
 WRONG = {
     # argument: what it does not take, the error
     "gen_length": [(32.0, TypeError), (True, TypeError), ("32", TypeError), (10**30, ValueError)],
@@ -198,11 +200,11 @@ def test_generate_checks_every_argument(name):
         options = {"gen_length": 32, "config": r2.DecodeConfig.fast_dllm(model.mask_id)}
         options[name.partition(".")[0]] = value
         with pytest.raises(error, match=f"^generate: {re.escape(name)} takes .*, got "):
-            r2.generate(model, PROMPT, **options)
+            r2.generate(model, QUESTION, **options)
 
 
 def test_an_unfinished_row_can_be_told_by_another_process():
-    error = r2.NoProgressError({1: (3, "why")}, r2.Generation(PROMPT, 4, None))
+    error = r2.NoProgressError({1: (3, "why")}, r2.Generation(QUESTION, 4, None))
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) and (again.rows, again.step, again.row) == ((1,), 3, 1)
-    assert torch.equal(again.sequences, PROMPT)
+    assert torch.equal(again.sequences, QUESTION)

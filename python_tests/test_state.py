@@ -203,9 +203,20 @@ def test_rows_of_a_larger_state(r2, device):
     assert state.counters[[5, 2], Counter.STEP].tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("kind", [range(0, 3, 2), np.array([0, -2]), np.array([True, False, True, False]),
-    [np.True_, np.False_, np.True_, np.False_], [torch.tensor(i == 0 or i == 2) for i in range(4)],
-    np.array([0, 2], dtype=object), [np.int64(0), torch.tensor(2)], slice(2, None, -2)], ids=repr)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        range(0, 3, 2),
+        np.array([0, -2]),
+        np.array([True, False, True, False]),
+        [np.True_, np.False_, np.True_, np.False_],
+        [torch.tensor(i == 0 or i == 2) for i in range(4)],
+        np.array([0, 2], dtype=object),
+        [np.int64(0), torch.tensor(2)],
+        slice(2, None, -2),
+    ],
+    ids=repr,
+)
 def test_a_sequence_of_rows_may_be_of_any_kind(kind):
     assert sorted(held(numbered(4).take(kind))) == [0, 2]
     fresh = numbered(4)
@@ -239,7 +250,9 @@ def test_rows_may_be_put_in_another_order():
 
 
 def test_a_device_that_there_is_not():
-    for where, make in (("DecodeState", lambda: DecodeState(1, 2, device="gpu")),
-                        ("DecodeState.to", lambda: DecodeState(1, 2).to("gpu"))):
+    for where, make in (
+        ("DecodeState", lambda: DecodeState(1, 2, device="gpu")),
+        ("DecodeState.to", lambda: DecodeState(1, 2).to("gpu")),
+    ):
         with pytest.raises(ValueError, match=f"{where}: device takes .* got 'gpu'"):
             make()

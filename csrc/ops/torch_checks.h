@@ -52,8 +52,8 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
                     t.strides());
 }
 
-// A tensor that the op writes: no two of its elements may share memory, those of an expanded view or
-// of overlapping windows. Each dimension has to step over all that the narrower ones reach.
+// A tensor that the op writes: no two of its elements may share memory, those of an expanded view
+// or of overlapping windows. Each dimension has to step over all that the narrower ones reach.
 inline void check_writable(const char* op, const char* name, const Tensor& t) {
   std::vector<std::pair<int64_t, int64_t>> steps;  // stride, steps taken
   for (int64_t i = 0; i < t.dim(); ++i) {

@@ -176,7 +176,9 @@ def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     if name and path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"load_model: no folder {name and str(path)!r}, and no hub id either")
+        raise FileNotFoundError(
+            f"load_model: no folder {name and str(path)!r}, and no hub id either"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

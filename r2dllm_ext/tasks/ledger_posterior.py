@@ -164,7 +164,9 @@ def posterior(
     (operations,) = {len(problem.operands) for problem in problems}
     automaton, into, out_of = _compiled(operations)
     two_digits = torch.tensor([[value > 9 for value in p.values] for p in problems], **_BOOLS)
-    tokens = torch.tensor([_emitted(automaton, problem, words) for problem in problems], **_INTEGERS)
+    tokens = torch.tensor(
+        [_emitted(automaton, problem, words) for problem in problems], **_INTEGERS
+    )
     fillers = torch.tensor([words.id_of(word, 0) for word in ledger._OPENERS], **_INTEGERS)
     adverbs = torch.tensor([words.id_of(word, 0) for word in ledger._ADVERBS], **_INTEGERS)
     (B, A), S, V = answers.shape, len(automaton.emissions), len(words)
@@ -179,7 +181,9 @@ def posterior(
 
     forward_weight, backward_weight = _weights(into, two_digits), _weights(out_of, two_digits)
     state = torch.zeros(B, S, **_FLOATS)
-    state[:, [s for s, _ in automaton.start]] = torch.tensor([w for _, w in automaton.start], **_FLOATS)
+    state[:, [s for s, _ in automaton.start]] = torch.tensor(
+        [w for _, w in automaton.start], **_FLOATS
+    )
     forward, tiny = [], torch.finfo(torch.float32).tiny
     for i in range(A):
         if i:
