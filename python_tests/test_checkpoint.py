@@ -119,6 +119,7 @@ def test_buffers_of_the_rotary_embedding_are_not_read(tmp_path, config):
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
         "model.rotary_emb.inv_freq": torch.zeros(4),
         "model.transformer.blocks.1.rotary_emb.cos_cached": torch.zeros(64, 8),
+        "model.layers.0.self_attn.inv_freq": torch.zeros(4),
     }
     model = load_model(write(tmp_path / "a", config, weights | buffers, shards=2))
     ids = torch.arange(20)[None]
@@ -352,3 +353,20 @@ def test_loading_never_holds_the_weights_twice(tmp_path, dtype):
     grown, weights = map(int, subprocess.check_output(command).split()[-2:])
     assert weights > 30e6
     assert grown < 1.2 * weights + 8e6, f"grew by {grown / weights:.2f} x the weights"
+
+
+def test_arguments_of_the_wrong_kind_are_named(tmp_path):
+    model = load_model("ledger")
+    wrong = [
+        (lambda: load_model(3), TypeError, "load_model: path_or_hub_id takes"),
+        (lambda: load_model(None), TypeError, "load_model: path_or_hub_id takes"),
+        (lambda: load_model(""), FileNotFoundError, "load_model: no folder ''"),
+        (lambda: load_model("ledger", device="gpu"), ValueError, "load_model: device takes"),
+        (lambda: load_model("ledger", device=1.5), TypeError, "load_model: device takes"),
+        (lambda: save_model(3, tmp_path), TypeError, "save_model: model takes"),
+        (lambda: save_model(model, tmp_path, max_shard_size="5GB"), TypeError, "max_shard_size"),
+        (lambda: save_model(model, tmp_path, max_shard_size=1e9), TypeError, "max_shard_size"),
+    ]
+    for call, error, words in wrong:
+        with pytest.raises(error, match=words):
+            call()

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from cases import assert_same, clone, random_steps, state_tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from r2dllm_ext.config import DecodeConfig
 from r2dllm_ext.state import Counter, DecodeState
@@ -134,3 +135,74 @@ def test_export_of_a_dynamic_batch(r2):
             tokens = torch.full(shape, 3)
             for got, want in zip(exported.module()(tokens), model(tokens), strict=True):
                 assert torch.equal(got, want)
+
+
+# ---- fake kernels ------------------------------------------------------------------------------
+
+CELLS, ROWS = torch.rand(2, 4), torch.rand(3, 5)
+IDS, MASK = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)
+LOSS = [torch.tensor([1, 2, -100]), torch.ones(3)]
+OPS = {
+    # a call and what it takes
+    "token_confidence": (
+        lambda r2, z, c: r2.token_confidence(z, candidates=c),
+        [torch.rand(2, 4, 8), MASK],
+    ),
+    "window_pool": (
+        lambda r2, p, m: r2.window_pool(p, m, window=2, min_confidence=0.5),
+        [CELLS, MASK],
+    ),
+    "positional_ambiguity": (
+        lambda r2, i, p, m, b: r2.positional_ambiguity(i, p, m, min_confidence=0.5, row=b),
+        [IDS, CELLS, MASK, torch.arange(2)],
+    ),
+    "update_stability_": (
+        lambda r2, i, p, a, b: r2.update_stability_(
+            DecodeState(2, 4), i, p, was_masked=a, is_masked=b, steps=2, min_confidence=0.5
+        ),
+        [IDS, CELLS, MASK, MASK],
+    ),
+    "row_stats": (lambda r2, z, t: r2.row_stats(z, t), [ROWS, LOSS[0]]),
+    "sft_loss": (
+        lambda r2, z, t, w, n: r2.sft_loss(z, t, w, normalizer=n),
+        [ROWS, *LOSS, torch.tensor(2.0)],
+    ),
+    "linear_sft_loss": (
+        lambda r2, h, v, t, w, b, n: r2.linear_sft_loss(
+            h, v, t, w, bias=b, normalizer=n, max_rows=3
+        ),
+        [torch.rand(3, 4), torch.rand(5, 4), *LOSS, torch.rand(5), torch.tensor(2.0)],
+    ),
+}
+SPOILT = {
+    "float64": lambda t: t.double(),
+    "float16": lambda t: t.half(),
+    "int32": lambda t: t.int(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t.cfloat(),
+    "shorter": lambda t: t[:-1] if t.dim() else t[None],
+    "narrower": lambda t: t[..., :-1] if t.dim() else t[None],
+    "another dimension": lambda t: t[None],
+    "empty": lambda t: t[..., :0] if t.dim() else t[None][:0],
+    "another device": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_kernels_refuse_what_the_op_refuses(r2, op):
+    """Or a graph is captured of what can't be run."""
+    call, arguments = OPS[op]
+
+    def outcome(arguments):
+        try:
+            call(r2, *arguments)
+        except (TypeError, ValueError) as error:
+            return type(error)
+
+    for place, argument in enumerate(arguments):
+        for what, spoil in SPOILT.items():
+            spoilt = [*arguments[:place], spoil(argument), *arguments[place + 1 :]]
+            want, mode = outcome(spoilt), FakeTensorMode()
+            with mode:
+                got = outcome([mode.from_tensor(t) for t in spoilt])
+            assert got == want, (place, what)

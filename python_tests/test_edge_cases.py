@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Awkward inputs, each with the answer the contract gives."""
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,9 +27,12 @@ from cases import (
 from random_steps import Call, observe
 from torch.utils._pytree import tree_leaves
 
+import r2dllm_ext
 from r2dllm_ext import reference
 from r2dllm_ext.config import BASE_RULES, DecodeConfig, Rule
+from r2dllm_ext.models import ModelConfig, Transformer
 from r2dllm_ext.state import Counter, DecodeState
+from r2dllm_ext.tasks import get_task, ledger_posterior
 
 NAN, INF = float("nan"), float("inf")
 ALL_DTYPES = DTYPES["cpu"]
@@ -498,6 +503,17 @@ def tour(r2) -> list[torch.Tensor]:
     decoded = r2.generate(model, prompt, config=r2.DecodeConfig(15), **options)
     made += [decoded.sequences, list(vars(decoded.trace).values())]
     made += [r2.redundancy_score(decoded.trace, r2.DecodeConfig(15), stop_id=3, exclude_ids=[1])]
+    shape = ModelConfig("llada", vocab_size=16, width=8, layers=1, heads=2, mlp_width=8)
+    with torch.device("cpu"):
+        model = Transformer(shape).float()
+    made += [model.init_weights(3)(prompt).logits.detach()]
+    task = get_task("ledger")
+    sample = task.sample(0, 1)
+    answer = task.tokenizer.encode(sample.answer)
+    answer = torch.tensor([answer + [task.tokenizer.end_id] * (96 - len(answer))], device="cpu")
+    hidden = torch.arange(96, device="cpu")[None] % 3 == 0
+    ledger_posterior._compiled.cache_clear()
+    made += [task.posterior([sample.prompt], answer, hidden)]
     return [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
 
 
@@ -518,6 +534,28 @@ def test_defaults_of_torch_change_nothing(r2, dtype, device):
         torch.set_default_device(None)
     assert_same(got, want)
     assert len(got) > 80 and all(tensor.device.type == "cpu" for tensor in got)
+
+
+def test_every_factory_names_dtype_and_device():
+    """Integers are int64 by themselves where a number of them is asked for."""
+    package = Path(r2dllm_ext.__file__).parent
+    of_floats = ["empty", "zeros", "ones", "full", "eye", "rand", "randn", "linspace", "tensor"]
+    of_integers = ["arange", "randint", "randperm"]
+    lacking = []
+    for path in package.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+            if name.removeprefix("torch.") not in of_floats + of_integers or "." not in name:
+                continue
+            given = {keyword.arg for keyword in call.keywords}
+            wanted = (
+                {"device"} if name.removeprefix("torch.") in of_integers else {"device", "dtype"}
+            )
+            if None not in given and not wanted <= given:
+                lacking.append(f"{path.name}: {ast.unparse(call)}")
+    # A module's weights are those of torch's own modules: of the defaults. A probe has no dtype.
+    allowed = ("RMSNorm", "torch.ones(width)", "torch.empty(0, device=", "digit_ids, device=")
+    assert [call for call in lacking if not any(text in call for text in allowed)] == []
 
 
 # ---- CUDA ------------------------------------------------------------------------------------

@@ -583,3 +583,25 @@ def test_config_holds_plain_values():
 def test_state_sizes(sizes, exception):
     with pytest.raises(exception, match="DecodeState: (rows|block_length) takes"):
         DecodeState(*sizes)
+
+
+def test_memory_that_is_written_is_not_shared(r2, device):
+    """Two cells in one place would take the token of whichever is written last."""
+    call = Call(device)
+    memory = torch.zeros(64, dtype=torch.int64, device=device)
+    good = {"dense": (L, 1), "apart": (7, 2), "transposed": (1, B), "interleaved": (1, 2)}
+    shared = {"windows": (1, 1), "wider windows": (2, 1), "one row": (0, 1), "one column": (1, 0)}
+    for strides in (*good.values(), *shared.values()):
+        tokens = memory.zero_().as_strided((B, L), strides)
+        step = (call.logits, tokens, call.state.reset(), call.config)
+        if strides in good.values():
+            assert (r2.decode_step(*step).rule != Rule.NONE).any() and tokens.any()
+            continue
+        with pytest.raises(ValueError, match="^decode_step: tokens takes .* do not share memory"):
+            r2.decode_step(*step)
+        assert not memory.any()
+        r2.select(*step)  # writes none of it
+    rows = torch.randn(64, device=device).as_strided((2, 3), (2, 1))
+    targets = torch.tensor([1, 2], device=device)
+    with pytest.raises(ValueError, match="^sft_loss: logits takes .* do not share memory"):
+        r2.sft_loss(rows, targets, inplace_backward=True)

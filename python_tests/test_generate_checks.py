@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs of `generate` that a model would not notice, and models that return something else."""
 
+import pickle
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import r2dllm_ext as r2
 from r2dllm_ext.generate_checks import check_inputs, context_length, embedding_rows
 from r2dllm_ext.model_driver import CACHES, ModelDriver
 from r2dllm_ext.models import ModelConfig, Transformer
@@ -153,3 +157,54 @@ def test_a_model_that_returns_no_cache_is_refused(cache, fields):
     message = f"generate: model takes .*`past_key_values` .*cache='{cache}'"
     with pytest.raises(TypeError, match=message):
         driver.forward(torch.zeros(1, 6, dtype=torch.int64), 2, 6, [0], new_block=True)
+
+
+INTEGERS = {"int64": np.int64, "uint8": np.uint8, "0-dim": torch.tensor}
+
+
+@pytest.mark.parametrize("kind", INTEGERS.values(), ids=INTEGERS)
+def test_lengths_may_be_integers_of_any_kind(kind):
+    model = r2.load_model("ledger")
+    config = r2.DecodeConfig.fast_dllm(model.mask_id)
+    options = {"config": config, "gen_length": 32, "block_length": 16, "logits_shift": 1}
+    want = r2.generate(model, QUESTION, **options)
+    options |= {
+        name: kind(options[name]) for name in ("gen_length", "block_length", "logits_shift")
+    }
+    assert torch.equal(r2.generate(model, QUESTION, **options).sequences, want.sequences)
+
+
+QUESTION = torch.tensor([[33, 14, 5]])
+WRONG = {
+    # argument: what it does not take, the error
+    "gen_length": [(32.0, TypeError), (True, TypeError), ("32", TypeError), (10**30, ValueError)],
+    "block_length": [(0, ValueError), (np.array([16]), TypeError), (None, TypeError)],
+    "logits_shift": [(True, TypeError), (2, ValueError), (np.array([0, 1]), TypeError)],
+    "cache": [(None, ValueError), (np.array(["none", "dual"]), TypeError), ([], TypeError)],
+    "progress": [("no", TypeError), (1, TypeError)],
+    "trace": [(1, TypeError), (None, TypeError)],
+    "edit": [(1, TypeError)],
+    "on_step": [(3, TypeError), ("print", TypeError)],
+    "rows": [([0.9], TypeError)],
+    "rows.threshold": [(r2.RowParams(threshold=torch.ones(2)), ValueError)],
+    "stop_id": [(56, ValueError), ((3, 10**6), ValueError), ({3, 5}, TypeError)],
+    "attention_mask": [([[1, 1, 1]], TypeError), (torch.ones(1, 35), ValueError)],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_generate_checks_every_argument(name):
+    """Before the first forward, and by name."""
+    model = r2.load_model("ledger")
+    for value, error in WRONG[name]:
+        options = {"gen_length": 32, "config": r2.DecodeConfig.fast_dllm(model.mask_id)}
+        options[name.partition(".")[0]] = value
+        with pytest.raises(error, match=f"^generate: {re.escape(name)} takes .*, got "):
+            r2.generate(model, QUESTION, **options)
+
+
+def test_an_unfinished_row_can_be_told_by_another_process():
+    error = r2.NoProgressError({1: (3, "why")}, r2.Generation(QUESTION, 4, None))
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and (again.rows, again.step, again.row) == ((1,), 3, 1)
+    assert torch.equal(again.sequences, QUESTION)

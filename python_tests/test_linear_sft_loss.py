@@ -366,7 +366,9 @@ SCALED = {
     "weight": (torch.float16, None, {"weight": True}),
     "accumulation": (torch.float16, None, {"normalizer": 512.0}),
     "autocast": (torch.float32, torch.float16, {}),
+    "autocast, chunks, weight": (torch.float32, torch.float16, {"chunk_rows": 3, "weight": True}),
     "float16 in bfloat16": (torch.float16, torch.bfloat16, {}),
+    "bfloat16 in float16": (torch.bfloat16, torch.float16, {"normalizer": 512.0}),
     "entropy": (torch.float16, None, OPTIONS["all"]),
     "gate": (torch.float16, None, OPTIONS["correct"]),
 }
@@ -375,7 +377,10 @@ SCALED = {
 @pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**16])
 @pytest.mark.parametrize("name", SCALED)
 def test_a_loss_scale_comes_before_the_rounding(r2, device, name, scale):
-    """d logits of 65,536 ids over some thousand rows are 1e-8 and less: float16 has none of it."""
+    """d logits of 65,536 ids over some thousand rows are 1e-8 and less: float16 has none of it.
+
+    The error against float64 is at most twice that of eager torch, with nothing allowed beside.
+    """
     dtype, autocast, options = SCALED[name]
     hidden, head, bias, targets, weight = inputs(24, 8, 65536, torch.float32, device)
     parameters = [(t * 0.25).to(dtype) for t in (hidden, head, bias)]
@@ -388,10 +393,10 @@ def test_a_loss_scale_comes_before_the_rounding(r2, device, name, scale):
     eagerly = scaled(eager_linear, most, *parameters, targets, autocast=autocast, **plain)
     wide = (t.double() for t in parameters)
     want = scaled(reference.linear_sft_loss, 1.0, *wide, targets, **plain)
-    # Eager torch adds up the bias's gradient in 16 bits; rounding once more may by chance be right.
-    once_more = torch.finfo(autocast or dtype).eps / 2
     for ours, theirs, exact in zip(got, eagerly, want, strict=True):
-        assert error(ours, exact) <= 2 * error(theirs, exact) + once_more * exact.abs().max()
+        assert error(ours, exact) <= 2 * error(theirs, exact)
+        assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+        assert ours.count_nonzero() > 0.99 * theirs.count_nonzero()
         if scale > 1:
             assert ours.count_nonzero() > 0.99 * exact.count_nonzero()
 

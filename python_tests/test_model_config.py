@@ -82,6 +82,37 @@ def test_a_rope_that_is_not_computed_is_refused_in_both_families(config, field, 
 
 
 @BOTH
+def test_null_among_the_rope_fields_is_absent(config):
+    want = ModelConfig.from_hf_config(config | {"rope_scaling": {"type": "linear", "factor": 2}})
+    for nulls in ({"rope_type": None, "type": "linear"}, {"rope_type": "linear", "type": None}):
+        for name in ("rope_scaling", "rope_parameters"):
+            given = config | {name: nulls | {"factor": 2, "attention_factor": None}}
+            assert ModelConfig.from_hf_config(given) == want
+    neutral = config | {"rope_scaling": {"rope_type": "default", "factor": 1.0}}
+    assert ModelConfig.from_hf_config(neutral).rope_scaling is None
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "field, value, neutral",
+    [
+        ("partial_rotary_factor", 0.5, 1.0),
+        ("use_sliding_window", True, False),
+        ("is_causal", True, False),
+        ("layer_types", ["full_attention", "sliding_attention"], ["full_attention"] * 2),
+        ("layer_types", "sliding_attention", None),
+        ("attn_logit_softcapping", 50.0, None),
+        ("final_logit_softcapping", 30.0, None),
+    ],
+)
+def test_attention_that_is_not_computed_is_refused_in_both_families(config, field, value, neutral):
+    want = ModelConfig.from_hf_config(config)
+    assert ModelConfig.from_hf_config(config | {field: neutral}) == want
+    with pytest.raises(ValueError, match=f"config.json: {field} takes "):
+        ModelConfig.from_hf_config(config | {field: value})
+
+
+@BOTH
 def test_rope_fields_that_contradict_each_other_are_refused(config):
     linear = {"rope_type": "linear", "factor": 2.0}
     both = {"rope_scaling": linear, "rope_parameters": linear | {"factor": 4.0}}

@@ -201,3 +201,58 @@ def test_rows_of_a_larger_state(r2, device):
     others = [0, 1, 3, 4, 6]
     assert_same(state_tensors(state.take(others)), state_tensors(untouched.take(others)))
     assert state.counters[[5, 2], Counter.STEP].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        range(0, 3, 2),
+        np.array([0, -2]),
+        np.array([True, False, True, False]),
+        [np.True_, np.False_, np.True_, np.False_],
+        [torch.tensor(i == 0 or i == 2) for i in range(4)],
+        np.array([0, 2], dtype=object),
+        [np.int64(0), torch.tensor(2)],
+        slice(2, None, -2),
+    ],
+    ids=repr,
+)
+def test_a_sequence_of_rows_may_be_of_any_kind(kind):
+    assert sorted(held(numbered(4).take(kind))) == [0, 2]
+    fresh = numbered(4)
+    fresh.streak_count.fill_(5)
+    assert fresh.reset(kind).streak_count[:, 0].tolist() == [0, 5, 0, 5]
+
+
+def test_no_rows_are_no_rows():
+    for none in ((), [], range(0), np.array([]), np.zeros(0, dtype=int)):
+        assert held(numbered(4).take(none)) == []
+
+
+@pytest.mark.parametrize("rows", ["0", b"\0\1", {0, 1}, {0: 1}, [[0]], 1.0, slice("a"), None, ...])
+def test_what_has_no_order_or_no_indices_is_no_sequence_of_rows(rows):
+    for name in ("take", "put"):
+        arguments = (rows,) if name == "take" else (rows, numbered(2))
+        with pytest.raises(TypeError, match=f"DecodeState.{name}: rows takes"):
+            getattr(numbered(4), name)(*arguments)
+
+
+def test_a_row_is_put_once():
+    """Of two that go to one row, one would be lost in silence."""
+    for rows in ([1, 1], (-1, 3), np.array([0, 0])):
+        with pytest.raises(ValueError, match="DecodeState.put: rows takes each row once"):
+            numbered(4).put(rows, numbered(2, 10))
+
+
+def test_rows_may_be_put_in_another_order():
+    state = numbered(3, step_map=True)
+    assert held(state.put([1, 2, 0], state)) == [2, 0, 1]
+
+
+def test_a_device_that_there_is_not():
+    for where, make in (
+        ("DecodeState", lambda: DecodeState(1, 2, device="gpu")),
+        ("DecodeState.to", lambda: DecodeState(1, 2).to("gpu")),
+    ):
+        with pytest.raises(ValueError, match=f"{where}: device takes .* got 'gpu'"):
+            make()

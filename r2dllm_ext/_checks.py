@@ -157,6 +157,16 @@ def choice(where: str, name: str, value: Any, choices: Sequence[str | None]) -> 
     return value
 
 
+def device(where: str, name: str, value: Any) -> torch.device:
+    """A device, or the name of one that torch may have."""
+    try:
+        return torch.device(value)
+    except TypeError:
+        refuse(TypeError, where, name, "a torch.device or the name of one", value)
+    except RuntimeError:
+        refuse(ValueError, where, name, "the name of a device, such as 'cpu' or 'cuda:0'", value)
+
+
 def instance(where: str, name: str, value: Any, kind: type, *, optional: bool = False) -> None:
     """An object of a class; the message says of which class it is."""
     if isinstance(value, kind) or (optional and value is None):
@@ -226,17 +236,30 @@ def _check_dtype(
         raise TypeError(f"{where}: {name} takes dtype {takes}, got {value.dtype}")
 
 
-def logits_tensor(where: str, value: Tensor) -> None:
-    """[B, L, V] as the decode ops take them; for fake kernels, as the ops check by themselves."""
+def logits_tensor(where: str, value: Tensor, *, or_rows: bool = False) -> None:
+    """[B, L, V], or [N, V] as well; for fake kernels, as the ops check by themselves."""
     wide = () if value.device.type == "cuda" else (torch.float64,)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, *wide)
-    tensor(where, "logits", value, "[B, L, V]", dtypes)
-    if value.shape[2] < 1:
+    _check_dtype(where, "logits", value, dtypes)
+    if value.dim() != 3 and not (or_rows and value.dim() == 2):
+        takes = "[N, V] or [B, L, V]" if or_rows else "[B, L, V]"
+        raise ValueError(f"{where}: logits takes shape {takes}, got {list(value.shape)}")
+    if value.shape[-1] < 1:
         raise ValueError(f"{where}: logits takes V >= 1, got shape {list(value.shape)}")
-    if value.shape[2] != 1 and value.stride(2) != 1:
+    if value.shape[-1] != 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{where}: logits takes a last dimension of stride 1, got strides {value.stride()}"
         )
+
+
+def rule_tensors(
+    where: str, confidence: Tensor, others: Sequence[tuple[str, Tensor, torch.dtype]]
+) -> None:
+    """[B, L] each, as the ops of single rules take them; for fake kernels, as `logits_tensor`."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    tensor(where, "confidence", confidence, "[B, L]", dtypes)
+    for name, value, dtype in others:
+        tensor(where, name, value, "[B, L]", dtype, like=("confidence", confidence))
 
 
 def same_device(where: str, **tensors: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import choice, integer, number, refuse, tensor
+from ._checks import choice, flag, integer, number, refuse, tensor
 from .philox import Draw, uniform
 
 MODES = ("block", "iid", "trajectory", "frontier")
@@ -100,6 +100,7 @@ def corrupt(
     _check(tokens, answer_mask, mode, weighting, commit_step, serial, row)
     mask_id = integer("corrupt", "mask_id", mask_id, 0)
     block_length = integer("corrupt", "block_length", block_length, 1)
+    flag("corrupt", "complementary", complementary)
     seed, step = integer("corrupt", "seed", seed), integer("corrupt", "step", step)
     B = tokens.shape[0]
     if row is None:

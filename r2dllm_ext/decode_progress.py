@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, where
 
@@ -43,6 +43,11 @@ class NoProgressError(RuntimeError):
             f"generate: no progress at step {self.step}, row {self.row}{others}: {reason}. What "
             "was decoded is in the exception's `generation`."
         )
+        self._stuck = stuck
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default hands the message to __init__; workers send their errors as pickles.
+        return type(self), (self._stuck, self.generation)
 
 
 class BlockProgress:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import refuse
+from ._checks import instance, integer, refuse
 from .trace import Trace
 
 ERRORS = (0.005, 0.01, 0.03)  # shares of wrong commits that are asked about
@@ -67,8 +67,9 @@ def evidence(traces: Iterable[Trace], *, rows: Sequence[Sequence[int]] | None = 
         rows: for each trace the rows that count, such as those whose answer is right. Default: all.
 
     Raises:
-        ValueError: fewer than 100 masked cells on either side of the split, or cells on one side
-            that all stay, or all change.
+        TypeError, ValueError: name the argument, what it got and what it takes; so do fewer than
+            100 masked cells on either side of the split, or cells on one side that all stay, or all
+            change.
 
     Computed on the CPU in float64; the traces lie there.
 
@@ -81,15 +82,15 @@ def evidence(traces: Iterable[Trace], *, rows: Sequence[Sequence[int]] | None = 
     >>> found.cells, sorted(found.judges)[0]
     (3168, '+ equal neighbours')
     """
-    traces = list(traces)
-    chosen = [range(trace.prediction.shape[1]) for trace in traces] if rows is None else rows
+    traces, chosen = _check(traces, rows)
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     number = 0
     for trace, some in zip(traces, chosen, strict=True):
         for row in some:
             parts[number % 2].append(_cases(trace, row))
             number += 1
-    fitted, judged = (torch.cat(part) if part else torch.empty(0, 8) for part in parts)
+    none = torch.empty(0, len(_COLUMNS), dtype=torch.float64, device="cpu")
+    fitted, judged = (torch.cat([none, *part]) for part in parts)
     for cases in (fitted, judged):
         if len(cases) < _LEAST_CELLS or not 0 < float(cases[:, 0].sum()) < len(cases):
             takes = f"decodes with {_LEAST_CELLS} masked cells and some that change, in two rows"
@@ -108,6 +109,29 @@ def evidence(traces: Iterable[Trace], *, rows: Sequence[Sequence[int]] | None = 
         calibration=calibration,
         calibration_error=_calibration_error(calibration),
     )
+
+
+def _check(
+    traces: Iterable[Trace], rows: Sequence[Sequence[int]] | None
+) -> tuple[list[Trace], list[list[int]]]:
+    """The traces, and of each the rows that count."""
+    try:
+        traces = list(traces)
+        chosen = None if rows is None else [list(some) for some in rows]
+    except TypeError:
+        takes = "traces, and rows a sequence of indices for each of them"
+        refuse(TypeError, "evidence", "traces", takes, (traces, rows))
+    for trace in traces:
+        instance("evidence", "traces", trace, Trace)
+    counts = [trace.prediction.shape[1] for trace in traces]
+    if chosen is None:
+        return traces, [list(range(count)) for count in counts]
+    if len(chosen) != len(traces):
+        refuse(ValueError, "evidence", "rows", f"those of {len(traces)} traces", rows)
+    return traces, [
+        [integer("evidence", "rows", row, 0, count - 1) for row in some]
+        for count, some in zip(counts, chosen, strict=True)
+    ]
 
 
 _LN2 = 0.6931471805599453

@@ -6,9 +6,12 @@ A model does not notice these: it answers with other tokens, or with an assertio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from ._checks import refuse
 
 
 def check_inputs(
@@ -18,6 +21,7 @@ def check_inputs(
     *,
     gen_length: int,
     mask_id: int,
+    stops: Sequence[int] = (),
 ) -> None:
     """Raises ValueError naming the argument of `generate`; reads prompt and mask on the host."""
     if attention_mask is not None:
@@ -26,11 +30,10 @@ def check_inputs(
     rows = embedding_rows(model)
     if rows is None:
         return
-    if not 0 <= mask_id < rows:
-        raise ValueError(
-            f"generate: config.mask_id takes an id in [0, {rows}), the rows of the model's "
-            f"embedding, got {mask_id}"
-        )
+    for name, i in (("config.mask_id", mask_id), *(("stop_id", i) for i in stops)):
+        if not 0 <= i < rows:
+            takes = f"an id in [0, {rows}), the rows of the model's embedding"
+            refuse(ValueError, "generate", name, takes, i)
     outside = (prompt < 0) | (prompt >= rows)
     if outside.any():
         row, position = outside.nonzero()[0].tolist()

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from ._checks import flag, instance, integer, refuse
+from ._checks import choice, flag, instance, integer, is_tensor, refuse, sized, tensor
 from .block_edits import BlockEdits
 from .config import DecodeConfig
 from .decode_progress import BlockProgress, NoProgressError, StuckRow, ending
@@ -122,11 +123,14 @@ def generate(
     >>> out.sequences.shape, out.nfe <= 32
     (torch.Size([1, 35]), True)
     """
-    _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask)
-    _check_options(config, rows, edit, max_edits)
+    _check(prompt, config, rows, edit, max_edits, cache, attention_mask, on_step, progress, trace)
+    gen_length, block_length = _lengths(gen_length, block_length)
+    logits_shift = integer("generate", "logits_shift", logits_shift, 0, 1)
     assert config.mask_id is not None  # checked
-    check_inputs(model, prompt, attention_mask, gen_length=gen_length, mask_id=config.mask_id)
     stops = stop_ids(stop_id, where="generate")
+    check_inputs(
+        model, prompt, attention_mask, gen_length=gen_length, mask_id=config.mask_id, stops=stops
+    )
     device = torch.device(getattr(model, "device", prompt.device))
     if cuda_graph:
         check_graph(cuda_graph, device, on_step=on_step, progress=progress, trace=trace)
@@ -238,44 +242,36 @@ def _progress_bar(total: int):
     return tqdm(total=total, unit="tok", desc="generate")
 
 
-def _check_options(config: DecodeConfig, rows, edit: bool, max_edits: int) -> None:
+def _check(
+    prompt, config, rows, edit, max_edits, cache, attention_mask, on_step, progress, trace
+) -> None:
+    """What is not a number that the loop goes on with."""
+    where = "generate"
+    tensor(where, "prompt", prompt, "[B, P]", torch.int64)
+    instance(where, "config", config, DecodeConfig)
     if config.mask_id is None:
-        refuse(ValueError, "generate", "config.mask_id", "the model's mask token", None)
-    instance("generate", "rows", rows, RowParams, optional=True)
-    if flag("generate", "edit", edit) and config.edit_threshold is None:
-        refuse(ValueError, "generate", "edit", "False where config.edit_threshold is None", edit)
-    integer("generate", "max_edits", max_edits, 1, 2**31 - 1)
-
-
-def _check(prompt, gen_length, block_length, config, cache, logits_shift, attention_mask) -> None:
-    if not isinstance(prompt, torch.Tensor):
-        raise TypeError(f"generate: prompt takes a torch.Tensor, got {type(prompt).__name__}")
-    if prompt.dtype != torch.int64:
-        raise TypeError(f"generate: prompt takes dtype torch.int64, got {prompt.dtype}")
-    if prompt.dim() != 2:
-        raise ValueError(f"generate: prompt takes shape [B, P], got {list(prompt.shape)}")
-    if not isinstance(config, DecodeConfig):
-        raise TypeError(f"generate: config takes a DecodeConfig, got {type(config).__name__}")
-    for name, value, least in (("gen_length", gen_length, 0), ("block_length", block_length, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"generate: {name} takes an integer >= {least}, got {value!r}")
-        if value < least:
-            raise ValueError(f"generate: {name} takes an integer >= {least}, got {value}")
-    if gen_length % block_length:
-        raise ValueError(
-            f"generate: gen_length takes a multiple of block_length ({block_length}), "
-            f"got {gen_length}"
-        )
-    if cache not in CACHES:
-        raise ValueError(f"generate: cache takes one of {CACHES}, got {cache!r}")
-    if logits_shift not in (0, 1):
-        raise ValueError(f"generate: logits_shift takes 0 or 1, got {logits_shift!r}")
+        refuse(ValueError, where, "config.mask_id", "the model's mask token", None)
+    instance(where, "rows", rows, RowParams, optional=True)
+    for option in dataclasses.fields(RowParams) if rows is not None else ():
+        if getattr(rows, option.name) is not None:
+            sized(where, f"rows.{option.name}", getattr(rows, option.name), "[B]", prompt.shape[:1])
+    for name, value in (("edit", edit), ("progress", progress), ("trace", trace)):
+        flag(where, name, value)
+    if edit and config.edit_threshold is None:
+        refuse(ValueError, where, "edit", "False where config.edit_threshold is None", edit)
+    integer(where, "max_edits", max_edits, 1, 2**31 - 1)
+    choice(where, "cache", cache, CACHES)
+    if on_step is not None and not callable(on_step):
+        refuse(TypeError, where, "on_step", "a callable or None", on_step)
     if attention_mask is not None:
-        if not isinstance(attention_mask, torch.Tensor):
-            got = type(attention_mask).__name__
-            raise TypeError(f"generate: attention_mask takes a torch.Tensor, got {got}")
-        if attention_mask.shape != prompt.shape:
-            raise ValueError(
-                f"generate: attention_mask takes the shape of prompt {list(prompt.shape)}, got "
-                f"{list(attention_mask.shape)}"
-            )
+        is_tensor(where, attention_mask=attention_mask)
+        sized(where, "attention_mask", attention_mask, "of prompt", prompt.shape)
+
+
+def _lengths(gen_length, block_length) -> tuple[int, int]:
+    gen_length = integer("generate", "gen_length", gen_length, 0)
+    block_length = integer("generate", "block_length", block_length, 1)
+    if gen_length % block_length:
+        takes = f"a multiple of block_length ({block_length})"
+        refuse(ValueError, "generate", "gen_length", takes, gen_length)
+    return gen_length, block_length

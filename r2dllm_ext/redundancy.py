@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import instance, integer
+from ._checks import instance, integer, refuse
 from .config import DecodeConfig, Rule
 from .ops.positional_ambiguity import positional_ambiguity
 from .ops.window_pool import window_pool
@@ -216,4 +216,8 @@ def _check(
     """`exclude_ids` as plain integers."""
     instance(function, "trace", trace, Trace)
     instance(function, "config", config, DecodeConfig)
-    return [integer(function, "exclude_ids", i, 0) for i in exclude_ids]
+    try:
+        ids = list(exclude_ids)
+    except TypeError:
+        refuse(TypeError, function, "exclude_ids", "ids", exclude_ids)
+    return [integer(function, "exclude_ids", i, 0) for i in ids]

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import device as checked_device
 from ._checks import flag, instance, integer, refuse
 
 # Some rows of a state: see `DecodeState.reset`.
@@ -86,6 +88,7 @@ class DecodeState:
         rows = integer("DecodeState", "rows", rows, 0)
         shape = (rows, integer("DecodeState", "block_length", block_length, 0))
         flag("DecodeState", "step_map", step_map)
+        device = checked_device("DecodeState", "device", "cpu" if device is None else device)
         self.streak_count = torch.zeros(shape, dtype=torch.int32, device=device)
         self.streak_id = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.streak_sum = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -141,6 +144,7 @@ class DecodeState:
 
     def to(self, device: torch.device | str) -> DecodeState:
         """A state with its tensors on `device`; those already there are shared, not copied."""
+        device = checked_device("DecodeState.to", "device", device)
         return self._map(lambda tensor: tensor.to(device))
 
     def take(self, rows: Rows) -> DecodeState:
@@ -168,13 +172,14 @@ class DecodeState:
         where = "DecodeState.put"
         instance(where, "other", other, DecodeState)
         self._check_like(where, "other", other)
-        index = row_index(where, rows, self.rows, self.device)
+        index = row_index(where, rows, self.rows, self.device, distinct=True)
         count = self.counters[index].shape[0]
         if other.rows != count:
             refuse(ValueError, where, "other", f"a state of {count} rows", other)
         for name in DecodeState.__slots__:
-            if getattr(self, name) is not None:
-                getattr(self, name)[index] = getattr(other, name)
+            own, given = getattr(self, name), getattr(other, name)
+            if own is not None:
+                own[index] = given.clone() if given is own else given
         return self
 
     @staticmethod
@@ -229,15 +234,27 @@ def taken(tensor: Tensor, index: Tensor | slice) -> Tensor:
     return tensor[index].clone() if isinstance(index, slice) else tensor[index]
 
 
-def row_index(where: str, rows: Any, count: int, device: torch.device) -> Tensor | slice:
-    """What `rows` (see `DecodeState.reset`) means as an index into `count` rows."""
+def row_index(
+    where: str, rows: Any, count: int, device: torch.device, *, distinct: bool = False
+) -> Tensor | slice:
+    """What `rows` (see `DecodeState.reset`) means as an index into `count` rows.
+
+    `distinct`: each row may come once; seen where the indices are on the host.
+    """
     takes = f"indices of {count} rows, a slice or a bool mask [{count}]"
     if isinstance(rows, slice):
-        return rows
-    if isinstance(rows, str):
+        try:
+            every = range(count)[rows]
+        except (TypeError, ValueError):
+            refuse(TypeError, where, "rows", takes, rows)
+        if every.step > 0:
+            return rows
+        rows = every
+    # A set has no order for rows to come in.
+    if isinstance(rows, (str, bytes, bytearray, Set, Mapping)):
         refuse(TypeError, where, "rows", takes, rows)
     if not isinstance(rows, Tensor) and hasattr(rows, "__array__"):
-        rows = torch.as_tensor(rows, device="cpu")
+        rows = np.asarray(rows).tolist()
     if isinstance(rows, Tensor):
         if rows.is_floating_point() or rows.is_complex():
             refuse(TypeError, where, "rows", takes, rows.dtype)
@@ -249,9 +266,17 @@ def row_index(where: str, rows: Any, count: int, device: torch.device) -> Tensor
         given = list(rows)
     except TypeError:
         given = [rows]
-    if given and all(isinstance(row, bool) for row in given):
+    if given and all(_is_bool(row) for row in given):
         if len(given) != count:
             refuse(ValueError, where, "rows", takes, rows)
-        return torch.tensor(given, dtype=torch.bool, device=device)
+        return torch.tensor([bool(row) for row in given], dtype=torch.bool, device=device)
     indices = [integer(where, "rows", row, -count, count - 1) for row in given]
+    if distinct and len({row % count for row in indices}) < len(indices):
+        refuse(ValueError, where, "rows", "each row once", rows)
     return torch.tensor(indices, dtype=torch.int64, device=device)
+
+
+def _is_bool(value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return True
+    return isinstance(value, Tensor) and value.dtype == torch.bool and value.dim() == 0

@@ -108,7 +108,7 @@ class LoopCounters:
 
     def reset(self, left: list[int]) -> None:
         """For a new block."""
-        self._left.copy_(torch.tensor(left))
+        self._left.copy_(torch.tensor(left, dtype=torch.int32, device="cpu"))
 
     def goes_on(self, remaining: Tensor) -> Tensor:
         """0-dim bool: after a step, is anything left, and has every row that has something left
@@ -174,11 +174,12 @@ class _BlockStep:
         self._config, self._mask_id, self._rows = config, config.mask_id, rows
         self._edits, self._stops = edits, stops
         self._batch = list(range(len(sequences)))
-        self._columns = torch.arange(state.block_length, device=sequences.device)
+        self._in_block = torch.arange(state.block_length, device=sequences.device)
+        self._columns = self._in_block.clone()
         driver.columns = self._columns
 
     def begin_block(self, start: int) -> None:
-        torch.arange(start, start + len(self._columns), out=self._columns)
+        self._columns.copy_(self._in_block).add_(start)
         self._state.reset()
         if self._edits is not None:
             self._edits.begin(self._sequences.index_select(1, self._columns))

@@ -3,11 +3,12 @@
 // all run before anything is written.
 #pragma once
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "../rules/confidence.h"
 
@@ -51,12 +52,21 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
                     t.strides());
 }
 
-// A tensor that the op writes: no two of its elements may share memory.
+// A tensor that the op writes: no two of its elements may share memory, those of an expanded view
+// or of overlapping windows. Each dimension has to step over all that the narrower ones reach.
 inline void check_writable(const char* op, const char* name, const Tensor& t) {
-  TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": ", name,
-                    " takes a tensor whose elements do not share memory, got an expanded view of "
-                    "strides ",
-                    t.strides());
+  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, steps taken
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) > 1) steps.emplace_back(t.stride(i), t.size(i) - 1);
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (const auto& [stride, count] : steps) {
+    TORCH_CHECK_VALUE(t.numel() == 0 || stride > reach, op, ": ", name,
+                      " takes a tensor whose elements do not share memory, got sizes ", t.sizes(),
+                      " and strides ", t.strides());
+    reach += stride * count;
+  }
 }
 
 // Dtype, V and its stride; V is the last dimension.

@@ -58,10 +58,13 @@ def _shown(text: str) -> str:
 
 def device(name: str) -> torch.device:
     """The device of that name; ValueError if there is none."""
+    takes = f"--device takes cpu, cuda or cuda:N, got {name!r}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}") from error
+        raise ValueError(takes) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(takes)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch sees no CUDA device")
     return device

@@ -188,7 +188,9 @@ class Session:
         )
 
     def _mask_id(self) -> int:
-        mask_id = getattr(self._args, "mask_id", self.model.mask_id)
+        mask_id = getattr(self._args, "mask_id", None)
+        if mask_id is None:
+            mask_id = self.model.mask_id
         if mask_id is None:
             raise ValueError(
                 f"config.json of {self._args.model!r} names no mask_token_id: give --mask-id"
@@ -214,7 +216,7 @@ class Session:
             raise ValueError(f"{name}: token id {i}, the model takes 0..{rows - 1}")
 
     def _check_lengths(self, prompts: list[Prompt], gen_length: int) -> None:
-        longest, positions = max(len(p.ids) for p in prompts), self.model.config.max_length
+        longest, positions = max(len(p.ids) for p in prompts), self.model.config.context_length
         if longest + gen_length > positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and {gen_length} to decode (--gen-length) are "

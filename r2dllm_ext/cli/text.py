@@ -22,8 +22,8 @@ class PlainIds:
     def encode(self, text: str) -> list[int]:
         words = text.replace(",", " ").split()
         for word in words:
-            if not word.isdecimal():
-                raise ValueError(f"--ids: a prompt takes token ids, got {word!r}")
+            if not word.isdecimal() or len(word) > 19:
+                raise ValueError(f"--ids: a prompt takes token ids, got {word[:40]!r}")
         return [int(word) for word in words]
 
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:

@@ -97,7 +97,7 @@ def probability(threshold: float) -> float | None:
 
 
 def seed() -> int:
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
 
 
 def check_remasking(where: str, remasking: str) -> None:

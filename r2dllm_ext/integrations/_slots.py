@@ -16,6 +16,10 @@ from torch import Tensor
 from ..state import DecodeState
 
 
+def _indices(numbers: list[int] | list[list[int]]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 class Block:
     """What an engine keeps of a block from step to step, one for each request.
 
@@ -81,7 +85,7 @@ class BlockSlots:
                 self._grow(len(rows), device)
             for row in rows:
                 blocks[row].slot = self._free.pop()
-            begun = torch.tensor([rows, [blocks[row].slot for row in rows]])
+            begun = _indices([rows, [blocks[row].slot for row in rows]])
             fresh = Fresh(*begun.to(device, non_blocking=True))
             assert self.state is not None
             self.state.reset(fresh.slots)
@@ -90,7 +94,7 @@ class BlockSlots:
         order = [block.slot for block in blocks]
         if self._slots is None or order != self._order:
             self._order = order
-            self._slots = torch.tensor(order).to(device, non_blocking=True)
+            self._slots = _indices(order).to(device, non_blocking=True)
         return self._slots, fresh
 
     def _grow(self, more: int, device: torch.device) -> None:

@@ -41,7 +41,9 @@ class Answers:
             self._pad = self.eos[0]
         self._most = options.max_length
         self._done = input_ids.shape[1]  # positions that are known to be finished
-        self._ends = torch.full((len(input_ids),), self._most)  # position after the last token
+        self._ends = torch.full(
+            (len(input_ids),), self._most, dtype=torch.int64, device="cpu"
+        )  # position after the last token
 
     def on_step(self, event: StepEvent) -> None:
         """Looks at a block when no cell of it is masked; raises `Finished` when all rows ended."""
@@ -75,7 +77,7 @@ class Answers:
 
     def _padded(self, sequences: Tensor, begin: int) -> Tensor:
         """Columns from `begin` on, without what follows the ends."""
-        columns = torch.arange(begin, sequences.shape[1])
+        columns = torch.arange(begin, sequences.shape[1], device="cpu")
         after = (columns >= self._ends[:, None]).to(sequences.device)
         tokens = sequences[:, begin:]
         return tokens if self._pad is None else tokens.masked_fill(after, self._pad)

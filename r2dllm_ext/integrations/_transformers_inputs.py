@@ -48,7 +48,7 @@ def sampling_of(config: DecodeConfig, options: Any, processors: Any) -> DecodeCo
         top_k=options.top_k or None,
         top_p=options.top_p,
         min_p=options.min_p or None,
-        seed=int(torch.randint(2**62, ())),
+        seed=int(torch.randint(2**62, (), dtype=torch.int64, device="cpu")),
     )
 
 

@@ -64,7 +64,7 @@ class R2Decoder(ParallelDecoder):
         self.near_ties = near_ties
         self.threshold = config.threshold  # runners that smooth over iterations read it
         self._state: DecodeState | None = None
-        self._slots = self._remaining = torch.empty(0, dtype=torch.int64)
+        self._slots = self._remaining = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def block_init(self, block_x: torch.Tensor, block_id: int) -> None:
         """A block [B, L] int64 begins; with block 0 a new batch of sequences does."""

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._checks import device as checked_device
+from .._checks import instance, integer, refuse
 from .config import ModelConfig
 from .keys import is_rotary_buffer, naming_hint, published_key
 from .transformer import Transformer
@@ -64,6 +66,10 @@ def load_model(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"load_model: dtype takes a floating torch.dtype or None, got {dtype!r}")
+    if not isinstance(path_or_hub_id, (str, os.PathLike)):
+        takes = "a str or a path"
+        refuse(TypeError, "load_model", "path_or_hub_id", takes, path_or_hub_id)
+    device = checked_device("load_model", "device", device)
     folder = _locate(path_or_hub_id)
     if dtype is None and os.fspath(path_or_hub_id) in _ALIASES:
         dtype = torch.float32
@@ -89,7 +95,7 @@ def load_model(
         dtype = dtype or stored.dtype
         _assign(model, name, stored.to(device, dtype, copy=True))
         del stored
-    model.rotary.to(torch.device(device))
+    model.rotary.to(device)
     return model
 
 
@@ -116,8 +122,8 @@ def save_model(
     >>> torch.equal(same.lm_head_weight, model.lm_head_weight)
     True
     """
-    if max_shard_size < 1:
-        raise ValueError(f"save_model: max_shard_size takes bytes >= 1, got {max_shard_size}")
+    instance("save_model", "model", model, Transformer)
+    max_shard_size = integer("save_model", "max_shard_size", max_shard_size, 1)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = model.config.family
@@ -172,10 +178,12 @@ def _safetensors():
 def _locate(path_or_hub_id: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_hub_id)
     path = _ALIASES.get(name, Path(name).expanduser())
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"load_model: no folder {str(path)!r}, and no hub id either")
+        raise FileNotFoundError(
+            f"load_model: no folder {name and str(path)!r}, and no hub id either"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

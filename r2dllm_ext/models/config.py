@@ -57,7 +57,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in _LAYOUTS:
+        if not isinstance(self.family, str) or self.family not in _LAYOUTS:
             raise ValueError(f"ModelConfig: family takes 'llada' or 'dream', got {self.family!r}")
         for name, value in _completed(vars(self)).items():
             object.__setattr__(self, name, value)
@@ -98,6 +98,9 @@ class ModelConfig:
             if fields.get(name) is not None and fields[name] not in allowed:
                 takes = " or ".join(map(repr, allowed))
                 raise ValueError(f"{where}: {name} takes {takes}, got {fields[name]!r}")
+        kinds = fields.get("layer_types")
+        if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {"full_attention"}):
+            raise ValueError(f"{where}: layer_types takes 'full_attention' alone, got {kinds!r}")
 
         names = layout.names | _TOKEN_IDS
         given = {ours: fields.get(name) for ours, name in names.items()}
@@ -151,6 +154,12 @@ class _Layout:
 _FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None, {}),
     "compression_config": (None, {}),
+    # What relatives of these families compute.
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "is_causal": (False,),
+    "partial_rotary_factor": (1,),
+    "use_sliding_window": (False,),
 }
 _LAYOUTS = {
     "llada": _Layout(
@@ -211,7 +220,6 @@ _LAYOUTS = {
         defaults={"norm_eps": 1e-6, "qkv_bias": True, "tied_head": False, "max_length": 4096},
         fixed={
             "hidden_act": ("silu",),
-            "use_sliding_window": (False,),
             "use_mrope": (False,),
         },
         written={"model_type": "Dream", "hidden_act": "silu"},

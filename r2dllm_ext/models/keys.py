@@ -37,6 +37,7 @@ _KEYS = {
         "blocks.{}.down_proj": "model.layers.{}.mlp.down_proj",
     },
 }
+_ROTARY_BUFFERS = ("inv_freq", "cos_cached", "sin_cached")
 # What wrappers put into the names of what they wrap: torch.compile, DDP and FSDP, checkpointing.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -60,7 +61,8 @@ def is_rotary_buffer(key: str) -> bool:
     >>> is_rotary_buffer("model.layers.0.self_attn.rotary_emb.inv_freq")
     True
     """
-    return "rotary_emb" in key.split(".")[:-1]
+    *modules, name = key.split(".")
+    return "rotary_emb" in modules or name in _ROTARY_BUFFERS
 
 
 def naming_hint(wanted: str, stored: Iterable[str]) -> str:

@@ -142,16 +142,20 @@ def read_rope(
 
 
 def _read_scaling(given: dict[str, Any], context: dict[str, Any], where: str) -> RopeScaling | None:
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _KEYS or given.get("type", kind) != kind:
+    names = [given[key] for key in ("rope_type", "type") if key in given]
+    kind, *others = [name for name in names if name is not None] or names or ["default"]
+    if not isinstance(kind, str) or kind not in _KEYS or others not in ([], [kind]):
         raise ValueError(
             f"{where} takes a rope_type of {', '.join(map(repr, _KEYS))} (dynamic and longrope "
             f"change with the length of the sequence: not supported), got {given!r}"
         )
     keys = _KEYS[kind]
     neutral = {"rope_type": kind, "type": kind, "rope_theta": ..., "partial_rotary_factor": 1}
+    if kind == "default":
+        neutral["factor"] = 1
+    given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
-        if value is None or key in keys or neutral.get(key) in (..., value):
+        if key in keys or neutral.get(key) in (..., value):
             continue
         raise ValueError(f"{where} of rope_type {kind!r} takes no {key}, got {given!r}")
     if kind == "default":
@@ -159,7 +163,7 @@ def _read_scaling(given: dict[str, Any], context: dict[str, Any], where: str) ->
 
     values: dict[str, Any] = {}
     for key, default in keys.items():
-        source = given if given.get(key) is not None else context
+        source = given if key in given else context
         if source.get(key) is None:
             if default is ...:
                 raise ValueError(f"{where} of rope_type {kind!r} takes a {key}, got {given!r}")

@@ -258,11 +258,14 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int = 0, std: float = 0.02) -> Transformer:
         """Draws every matrix from N(0, std), residual outputs scaled by 1 / sqrt(2 layers)."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 scale = (2 * self.config.layers) ** -0.5 if name.endswith(_RESIDUAL) else 1.0
-                weight.copy_(torch.randn(weight.shape, generator=generator) * (std * scale))
+                drawn = torch.randn(
+                    weight.shape, generator=generator, dtype=torch.float32, device="cpu"
+                )
+                weight.copy_(drawn * (std * scale))
             else:
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)
         return self

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import is_tensor, no_tangent, same_device
-from .sft_loss import gate_index, normalizer_tensor
+from .._checks import flag, integer, is_tensor, no_tangent, number, same_device
+from .row_stats import check_temperature
+from .sft_loss import check_constants, gate_index, normalizer_tensor
 
 _CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of logits; enough rows for an efficient product
 
@@ -82,6 +83,8 @@ def linear_sft_loss(
     """
     op = "linear_sft_loss"
     is_tensor(op, hidden=hidden, lm_head_weight=lm_head_weight, targets=targets)
+    is_tensor(op, weight=weight, bias=bias, rows=rows, optional=True)
+    flag(op, "inplace_backward", inplace_backward)
     no_tangent(op, hidden=hidden, lm_head_weight=lm_head_weight, bias=bias)
     if hidden.dim() not in (2, 3) or targets.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -102,22 +105,22 @@ def linear_sft_loss(
         bias,
         normalizer_tensor(op, normalizer, hidden),
         rows,
-        max_rows,
-        chunk_rows,
+        integer(op, "max_rows", max_rows, 0, optional=True),
+        integer(op, "chunk_rows", chunk_rows, 1, optional=True),
         _product_dtype(hidden),
-        entropy_weight,
-        entropy_temperature,
+        number(op, "entropy_weight", entropy_weight),
+        number(op, "entropy_temperature", entropy_temperature),
         gate_index(op, entropy_gate),
-        ignore_index,
+        integer(op, "ignore_index", ignore_index),
         [grad and t is not None and t.requires_grad for t in (hidden, lm_head_weight, bias)],
     )[0]
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return hidden.dtype
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return hidden.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -127,9 +130,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 # ---- rows and chunks -------------------------------------------------------------------------
 
 
-def _check(
-    hidden, head, targets, bias, rows, max_rows, chunk_rows, dtype, temperature, ignore_index
-) -> None:
+def _check(hidden, head, targets, bias, rows, max_rows, dtype, temperature) -> None:
+    """All that does not lie in a tensor."""
     op, vocab = "linear_sft_loss", head.shape[0]
 
     def refuse(error: type[Exception], name: str, takes: str, got: object) -> None:
@@ -152,32 +154,33 @@ def _check(
             refuse(TypeError, name, f"the dtype of hidden ({hidden.dtype})", t.dtype)
     if targets.dtype != torch.int64:
         refuse(TypeError, "targets", "dtype torch.int64", targets.dtype)
-    if not 1e-6 <= temperature <= 1e6:
-        refuse(ValueError, "entropy_temperature", "a number in [1e-6, 1e6]", temperature)
-    for name, count, least in (("chunk_rows", chunk_rows, 1), ("max_rows", max_rows, 0)):
-        if count is not None and count < least:
-            refuse(ValueError, name, f"an integer >= {least}", count)
+    check_temperature(op, "entropy_temperature", temperature)
     if rows is not None:
         if max_rows is not None:
             refuse(ValueError, "max_rows", "None beside rows", max_rows)
         if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device != hidden.device:
             got = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
             refuse(ValueError, "rows", f"[R] torch.int64 on {hidden.device}", got)
-    if not hidden.is_cpu:
-        return
+
+
+def _check_values(targets, vocab: int, rows, max_rows, ignore_index) -> None:
+    """On the CPU, where they can be read."""
+    op = "linear_sft_loss"
     if rows is not None and rows.numel():
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= len(targets):
-            refuse(ValueError, "rows", f"positions in [0, {len(targets)})", f"{low} .. {high}")
+            takes, got = f"positions in [0, {len(targets)})", f"{low} .. {high}"
+            raise ValueError(f"{op}: rows takes {takes}, got {got}")
         if rows.unique().numel() != rows.numel():
-            refuse(ValueError, "rows", "distinct positions", "some twice")
+            raise ValueError(f"{op}: rows takes distinct positions, got some twice")
     wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab))]
     if wrong.numel():
         takes = f"ids in [0, V = {vocab}) or ignore_index = {ignore_index}"
-        refuse(ValueError, "targets", takes, int(wrong[0]))
+        raise ValueError(f"{op}: targets takes {takes}, got {int(wrong[0])}")
     count = int((targets != ignore_index).sum())
     if max_rows is not None and count > max_rows:
-        refuse(ValueError, "max_rows", "at least the number of rows with a target", max_rows)
+        takes = "at least the number of rows with a target"
+        raise ValueError(f"{op}: max_rows takes {takes}, got {max_rows}")
 
 
 def _computed_rows(
@@ -353,18 +356,9 @@ def _linear_sft_loss(
     ignore_index: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(
-        hidden,
-        head,
-        targets,
-        bias,
-        rows,
-        max_rows,
-        chunk_rows,
-        dtype,
-        entropy_temperature,
-        ignore_index,
-    )
+    _check(hidden, head, targets, bias, rows, max_rows, dtype, entropy_temperature)
+    if hidden.is_cpu:
+        _check_values(targets, len(head), rows, max_rows, ignore_index)
     head_read, bias_read = head.to(dtype), None if bias is None else bias.to(dtype)
     index = _computed_rows(targets, rows, max_rows, ignore_index)
     counted = torch.full_like(targets, ignore_index).index_copy_(0, index, targets[index])
@@ -466,16 +460,9 @@ def _(
     ignore_index,
     needs,
 ):
-    same_device(
-        "linear_sft_loss",
-        hidden=hidden,
-        lm_head_weight=head,
-        targets=targets,
-        weight=weight,
-        bias=bias,
-        normalizer=normalizer,
-        rows=rows,
-    )
+    same_device("linear_sft_loss", hidden=hidden, targets=targets)
+    _check(hidden, head, targets, bias, rows, max_rows, dtype, entropy_temperature)
+    check_constants("linear_sft_loss", targets, weight, normalizer)
     row = hidden.new_empty(targets.shape, dtype=_wide(dtype))
     with_the_loss = _with_the_loss(needs, entropy_weight, entropy_gate, hidden.dtype, dtype)
     computed = needs if with_the_loss else [False] * 3

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import choice, integer, is_tensor, number, same_device
+from .._checks import choice, integer, is_tensor, number, rule_tensors, tensor
 from ..config import TOKEN_CLUSTERS
 
 
@@ -68,11 +68,9 @@ def positional_ambiguity(
 def _(
     prediction, confidence, is_masked, min_confidence, min_run=2, mode=1, seed=0, row=None, step=0
 ):
-    same_device(
-        "positional_ambiguity",
-        prediction=prediction,
-        confidence=confidence,
-        is_masked=is_masked,
-        row=row,
-    )
+    op = "positional_ambiguity"
+    given = [("prediction", prediction, torch.int64), ("is_masked", is_masked, torch.bool)]
+    rule_tensors(op, confidence, given)
+    if row is not None:
+        tensor(op, "row", row, "[B]", torch.int64, like=("confidence", confidence))
     return prediction.new_empty(prediction.shape, dtype=torch.bool)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._checks import integer, is_tensor, no_tangent, number, same_device
+from .._checks import integer, is_tensor, logits_tensor, no_tangent, number, same_device, sized
 
 STATE_SIZE = 6  # floats that a row keeps for its backward (RowState in csrc/rules/row_stats.h)
 
@@ -67,13 +67,26 @@ def row_stats(
     return RowStats(*torch.ops.r2dllm.row_stats(logits, targets, temperature, ignore_index)[:4])
 
 
+def check_rows(op: str, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    """What fake kernels refuse, as the ops do."""
+    logits_tensor(op, logits, or_rows=True)
+    shape, rows = "of the rows of logits", logits.shape[:-1]
+    sized(op, "targets", targets, shape, rows, torch.int64)
+    same_device(op, logits=logits, targets=targets)
+
+
+def check_temperature(op: str, name: str, temperature: float) -> None:
+    number(op, name, temperature, 1e-6, 1e6)
+
+
 def stats_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("r2dllm::row_stats")
 def _(logits, targets, temperature=1.0, ignore_index=-100, with_entropy=True):
-    same_device("row_stats", logits=logits, targets=targets)
+    check_rows("row_stats", logits, targets)
+    check_temperature("row_stats", "temperature", temperature)
     rows = logits.shape[:-1]
     return (
         logits.new_empty(rows, dtype=stats_dtype(logits)),

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import choice, flag, integer, is_tensor, no_tangent, number, same_device
-from .row_stats import STATE_SIZE, stats_dtype
+from .._checks import choice, flag, integer, is_tensor, no_tangent, number, same_device, sized
+from .row_stats import STATE_SIZE, check_rows, check_temperature, stats_dtype
 
 ENTROPY_GATES = ("correct", "all")  # the order of EntropyGate in csrc/rules/sft_loss.h
 
@@ -94,6 +94,19 @@ def normalizer_tensor(
     return torch.full((), value, dtype=torch.float64, device=like.device)
 
 
+def check_constants(
+    op: str, targets: torch.Tensor, weight: torch.Tensor | None, normalizer: torch.Tensor | None
+) -> None:
+    """What fake kernels refuse, as the ops do."""
+    same_device(op, targets=targets, weight=weight, normalizer=normalizer)
+    if weight is not None:
+        sized(op, "weight", weight, "of targets", targets.shape, torch.float32)
+    if normalizer is not None:
+        sized(op, "normalizer", normalizer, "[]", ())
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise TypeError(f"{op}: normalizer takes a number, got dtype {normalizer.dtype}")
+
+
 def gate_index(op: str, gate: str) -> int:
     return ENTROPY_GATES.index(choice(op, "entropy_gate", gate, ENTROPY_GATES))
 
@@ -110,7 +123,9 @@ def _(
     ignore_index=-100,
     inplace_backward=False,
 ):
-    same_device("sft_loss", logits=logits, targets=targets, weight=weight, normalizer=normalizer)
+    check_rows("sft_loss", logits, targets)
+    check_constants("sft_loss", targets, weight, normalizer)
+    check_temperature("sft_loss", "entropy_temperature", entropy_temperature)
     rows, dtype = logits.shape[:-1], stats_dtype(logits)
     return (
         logits.new_empty((), dtype=dtype),
@@ -133,7 +148,8 @@ def _(
     ignore_index=-100,
     op="sft_reduce",
 ):
-    same_device("sft_reduce", nll=nll, targets=targets, weight=weight, normalizer=normalizer)
+    same_device("sft_reduce", nll=nll, targets=targets)
+    check_constants(op, targets, weight, normalizer)
     return nll.new_empty(()), nll.new_empty(nll.shape), nll.new_empty(nll.shape)
 
 

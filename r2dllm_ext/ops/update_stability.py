@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import choice, instance, integer, is_tensor, number, same_device
+from .._checks import choice, instance, integer, is_tensor, number, rule_tensors
 from ..config import TEMPORAL_EVALS
 from ..state import DecodeState
 
@@ -88,12 +88,14 @@ def _(
     min_confidence,
     temporal_eval=0,
 ):
-    same_device(
-        "update_stability_",
-        prediction=prediction,
-        confidence=confidence,
-        was_masked=was_masked,
-        is_masked=is_masked,
-        state=streak_count,
-    )
+    given = [
+        ("state.streak_count", streak_count, torch.int32),
+        ("state.streak_id", streak_id, torch.int64),
+        ("state.streak_sum", streak_sum, torch.float32),
+        ("state.streak_max", streak_max, torch.float32),
+        ("prediction", prediction, torch.int64),
+        ("was_masked", was_masked, torch.bool),
+        ("is_masked", is_masked, torch.bool),
+    ]
+    rule_tensors("update_stability_", confidence, given)
     return prediction.new_empty(prediction.shape, dtype=torch.bool)

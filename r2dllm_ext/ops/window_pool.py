@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import integer, is_tensor, number, same_device
+from .._checks import integer, is_tensor, number, rule_tensors
 
 
 def window_pool(
@@ -54,5 +54,5 @@ def window_pool(
 
 @torch.library.register_fake("r2dllm::window_pool")
 def _(confidence, is_masked, window, min_confidence, max_unmasked=None):
-    same_device("window_pool", confidence=confidence, is_masked=is_masked)
+    rule_tensors("window_pool", confidence, [("is_masked", is_masked, torch.bool)])
     return confidence.new_empty(confidence.shape, dtype=torch.bool)

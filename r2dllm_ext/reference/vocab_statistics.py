@@ -34,8 +34,8 @@ def vocab_statistics(
     index = (z == top[..., None]).to(torch.uint8).argmax(-1)
     u = z - top[..., None]
     values = torch.stack([top, u.exp().sum(-1), (first_id + index).double(), moment(u)], -1)
-    values[top == -torch.inf] = torch.tensor([-torch.inf, 0, -1, 0], dtype=torch.float64)
-    values[top.isnan() | (top == torch.inf), 1:] = torch.tensor([torch.nan, -1, torch.nan]).double()
+    values[top == -torch.inf] = values.new_tensor([-torch.inf, 0, -1, 0])
+    values[top.isnan() | (top == torch.inf), 1:] = values.new_tensor([torch.nan, -1, torch.nan])
     if not with_entropy:
         values[..., 3] = torch.nan
     return values
@@ -52,8 +52,8 @@ def merge_statistics(parts: Tensor) -> Tensor:
     shift = below.masked_fill(below == -torch.inf, 0)
     carried = (shrunk * (parts[..., 3] + shift * parts[..., 1])).sum(0)
     merged = torch.stack([top, mass, index, carried], -1)
-    merged[~top.isfinite() & (top != -torch.inf), 1:] = torch.tensor(
-        [torch.nan, -1, torch.nan], dtype=torch.float64
+    merged[~top.isfinite() & (top != -torch.inf), 1:] = merged.new_tensor(
+        [torch.nan, -1, torch.nan]
     )
     return merged
 

@@ -23,7 +23,7 @@ def get_task(name: str) -> Task:
     >>> get_task("ledger").answer_length
     96
     """
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise ValueError(f"get_task: name is {name!r}, takes one of {', '.join(TASKS)}")
     return TASKS[name]()
 

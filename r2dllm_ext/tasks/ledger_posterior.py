@@ -11,7 +11,7 @@ not know yet; and how far it is from the truth is a number.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from . import ledger
 
 _FILLER, _ADVERB = -2, -3  # emissions of more than one token
 _NO_FLAG = -1
+# Tables are kept: neither dtype nor device may be those that a caller happens to have as default.
+_INTEGERS: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+_BOOLS: dict[str, Any] = {"dtype": torch.bool, "device": "cpu"}
 
 
 class _Edge(NamedTuple):
@@ -125,10 +129,10 @@ def _table(automaton: Automaton, *, forward: bool) -> _Table:
     width = max(map(len, near))
     padded = [row + [(0, _Edge(0.0))] * (width - len(row)) for row in near]
     return _Table(
-        torch.tensor([[state for state, _ in row] for row in padded]),
-        torch.tensor([[edge.weight for _, edge in row] for row in padded]),
-        torch.tensor([[edge.flag for _, edge in row] for row in padded]),
-        torch.tensor([[edge.negated for _, edge in row] for row in padded]),
+        torch.tensor([[state for state, _ in row] for row in padded], **_INTEGERS),
+        torch.tensor([[edge.weight for _, edge in row] for row in padded], **_FLOATS),
+        torch.tensor([[edge.flag for _, edge in row] for row in padded], **_INTEGERS),
+        torch.tensor([[edge.negated for _, edge in row] for row in padded], **_BOOLS),
     )
 
 
@@ -159,23 +163,27 @@ def posterior(
     """
     (operations,) = {len(problem.operands) for problem in problems}
     automaton, into, out_of = _compiled(operations)
-    two_digits = torch.tensor([[value > 9 for value in p.values] for p in problems])
-    tokens = torch.tensor([_emitted(automaton, problem, words) for problem in problems])
-    fillers = torch.tensor([words.id_of(word, 0) for word in ledger._OPENERS])
-    adverbs = torch.tensor([words.id_of(word, 0) for word in ledger._ADVERBS])
+    two_digits = torch.tensor([[value > 9 for value in p.values] for p in problems], **_BOOLS)
+    tokens = torch.tensor(
+        [_emitted(automaton, problem, words) for problem in problems], **_INTEGERS
+    )
+    fillers = torch.tensor([words.id_of(word, 0) for word in ledger._OPENERS], **_INTEGERS)
+    adverbs = torch.tensor([words.id_of(word, 0) for word in ledger._ADVERBS], **_INTEGERS)
     (B, A), S, V = answers.shape, len(automaton.emissions), len(words)
 
     # What a state emits, [B, S, V]; then how likely it makes a visible cell, [B, A, S].
-    emits = torch.zeros(B, S, V).scatter_(2, tokens.clamp(min=0)[..., None], 1.0)
+    emits = torch.zeros(B, S, V, **_FLOATS).scatter_(2, tokens.clamp(min=0)[..., None], 1.0)
     for code, several in ((_FILLER, fillers), (_ADVERB, adverbs)):
-        spread = torch.zeros(V).index_fill_(0, several, 1 / len(several))
+        spread = torch.zeros(V, **_FLOATS).index_fill_(0, several, 1 / len(several))
         emits = torch.where((tokens == code)[..., None], spread, emits)
     likely = emits.gather(2, answers[:, None].expand(B, S, A)).transpose(1, 2)
     likely = torch.where(hidden[..., None], 1.0, likely)
 
     forward_weight, backward_weight = _weights(into, two_digits), _weights(out_of, two_digits)
-    state = torch.zeros(B, S)
-    state[:, [s for s, _ in automaton.start]] = torch.tensor([w for _, w in automaton.start])
+    state = torch.zeros(B, S, **_FLOATS)
+    state[:, [s for s, _ in automaton.start]] = torch.tensor(
+        [w for _, w in automaton.start], **_FLOATS
+    )
     forward, tiny = [], torch.finfo(torch.float32).tiny
     for i in range(A):
         if i:
@@ -184,7 +192,7 @@ def posterior(
         state = state / state.sum(1, keepdim=True).clamp(min=tiny)
         forward.append(state)
     # An answer has ended before the last cell: that is how the generator draws it.
-    state = torch.zeros(B, S)
+    state = torch.zeros(B, S, **_FLOATS)
     state[:, automaton.end] = 1.0
     both = [forward[-1] * state]
     for i in range(A - 1, 0, -1):
