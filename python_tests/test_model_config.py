@@ -101,6 +101,7 @@ def test_null_among_the_rope_fields_is_absent(config):
         ("is_causal", True, False),
         ("layer_types", ["full_attention", "sliding_attention"], ["full_attention"] * 2),
         ("layer_types", "sliding_attention", None),
+        ("layer_types", [{}], None),
         ("attn_logit_softcapping", 50.0, None),
         ("final_logit_softcapping", 30.0, None),
     ],

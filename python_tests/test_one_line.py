@@ -110,7 +110,7 @@ def test_prompts_with_nan_are_those_that_the_run_began_with(tmp_path):
     "arguments, words",
     [
         (["--ids", THIRTY], ["token id 9", "the model takes 0..55"]),
-        (["--ids", "1" * 5000], []),
+        (["--ids", "1" * 5000], ["--ids: a prompt takes token ids, got '1111"]),
         ([PROMPT, "--gen-length", THIRTY], ["--gen-length", "takes an integer >= 1 of 64 bits"]),
         ([PROMPT, "--gen-length", "9" * 5000], ["--gen-length"]),
         ([PROMPT, "--gen-length", 2**63 - 32], ["--gen-length", "512 positions"]),
@@ -121,6 +121,7 @@ def test_prompts_with_nan_are_those_that_the_run_began_with(tmp_path):
         ([PROMPT, "--stop-id", 56], ["stop_id: token id 56, the model takes 0..55"]),
         ([PROMPT, "--stop-id", -1], ["stop_id: token id -1"]),
         ([PROMPT, "--mask-id", THIRTY], ["--mask-id"]),
+        ([PROMPT, "--device", "meta"], ["--device takes cpu, cuda or cuda:N, got 'meta'"]),
         ([PROMPT, "--seed", f"-{THIRTY}"], ["--seed"]),
         ([PROMPT, "--top-k", THIRTY], ["--top-k"]),
     ],

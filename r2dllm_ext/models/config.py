@@ -99,7 +99,8 @@ class ModelConfig:
                 takes = " or ".join(map(repr, allowed))
                 raise ValueError(f"{where}: {name} takes {takes}, got {fields[name]!r}")
         kinds = fields.get("layer_types")
-        if kinds is not None and (not isinstance(kinds, list) or set(kinds) - {"full_attention"}):
+        are_full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+        if kinds is not None and not are_full:
             raise ValueError(f"{where}: layer_types takes 'full_attention' alone, got {kinds!r}")
 
         names = layout.names | _TOKEN_IDS
