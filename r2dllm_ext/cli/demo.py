@@ -49,7 +49,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--show",
         choices=options.PRESETS,
-        default="budget",
+        default="r2",
         metavar="NAME",
         help="decoder whose first answer is shown (default: %(default)s)",
     )
