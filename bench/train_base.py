@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from r2dllm_ext.models import ModelConfig, Transformer, load_model, save_model
 from r2dllm_ext.sft.training import learning_rate
 from r2dllm_ext.tasks import TASKS, Pronounce, Task, get_task
+from r2dllm_ext.tasks.pronounce import FEWEST
 
 BLOCK_LENGTH = 32
 
@@ -59,6 +60,7 @@ class Stage:
         takes `exact`). `front_weight` is added to the loss weight of 1 of the four cells that it is
         surest of there: one of these it commits.
     short: prompts and answers of half the length, where a task has such (pronounce).
+    any_number: prompts of one word and more (pronounce), as people type them.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Stage:
     front_weight: float = 0.0
     behind_weight: float = 0.0
     short: bool = False
+    any_number: bool = False
 
 
 class Schedule(NamedTuple):
@@ -117,6 +120,8 @@ PLANS = {
             Stage("1", 0, 1500, 128, 3e-3, warmup=100, iid_share=0.6, behind_weight=0.3,
                   short=True),
             Stage("2", 1, 5000, 64, 2e-3, warmup=100, iid_share=0.6, behind_weight=0.3),
+            Stage("3", 2, 450, 64, 6e-4, warmup=30, ema_decay=0.98, iid_share=0.6,
+                  behind_weight=0.3, any_number=True),
         ),
     ),
 }  # fmt: skip
@@ -483,7 +488,9 @@ def main(arguments: list[str] | None = None) -> None:
     for number, stage, folder in unfinished(plan, args.out):
         if number < first:
             continue
-        task = Pronounce(short=True) if stage.short else get_task(args.task)
+        task = get_task(args.task)
+        if stage.short or stage.any_number:
+            task = Pronounce(short=stage.short, fewest=1 if stage.any_number else FEWEST)
         trainer = Trainer(task, plan.shape, stage, compiled=not args.no_compile, bfloat16=bfloat16)
         if (folder / "checkpoint.pt").is_file():
             trainer.load(folder / "checkpoint.pt")

@@ -253,15 +253,15 @@ class Pronounce(Task):
     """The task as the trainers and commands see it.
 
     `short` prompts, of two or three words in half the slots, are what training begins with: which
-    letter a phoneme belongs to is found far sooner among few.
+    letter a phoneme belongs to is found far sooner among few. `fewest`: words of other prompts.
     """
 
     name, part = "pronounce", "word"
     tokenizer: Tokenizer
 
-    def __init__(self, *, short: bool = False) -> None:
+    def __init__(self, *, short: bool = False, fewest: int = FEWEST) -> None:
         self.tokenizer, self.is_short = Tokenizer(), short
-        self.fewest, self.most = (2, 3) if short else (FEWEST, MOST)
+        self.fewest, self.most = (2, 3) if short else (fewest, MOST)
         self.prompt_length = PROMPT_LENGTH // (2 if short else 1)
         self.answer_length = ANSWER_LENGTH // (2 if short else 1)
 
