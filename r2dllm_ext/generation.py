@@ -125,7 +125,9 @@ def generate(
     """
     _check(prompt, config, rows, edit, max_edits, cache, attention_mask, on_step, progress, trace)
     gen_length, block_length = _lengths(gen_length, block_length)
-    logits_shift = integer("generate", "logits_shift", logits_shift, 0, 1)
+    logits_shift = integer("generate", "logits_shift", logits_shift)
+    if logits_shift not in (0, 1):
+        refuse(ValueError, "generate", "logits_shift", "0 or 1", logits_shift)
     assert config.mask_id is not None  # checked
     stops = stop_ids(stop_id, where="generate")
     check_inputs(
@@ -265,7 +267,9 @@ def _check(
         refuse(TypeError, where, "on_step", "a callable or None", on_step)
     if attention_mask is not None:
         is_tensor(where, attention_mask=attention_mask)
-        sized(where, "attention_mask", attention_mask, "of prompt", prompt.shape)
+        if attention_mask.shape != prompt.shape:
+            takes = f"the shape of prompt {list(prompt.shape)}"
+            refuse(ValueError, where, "attention_mask", takes, list(attention_mask.shape))
 
 
 def _lengths(gen_length, block_length) -> tuple[int, int]:
