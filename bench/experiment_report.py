@@ -120,9 +120,10 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
     results = content["results"]
     decoders = [n for n, one in results["base"].items() if isinstance(one, dict) and n != "vanilla"]
-    figure, panels = pyplot.subplots(
-        1, len(decoders), figsize=(4 * len(decoders), 4), layout="constrained", sharey=True
-    )
+    figure, (panels,) = pyplot.subplots(
+        1, len(decoders), figsize=(4 * len(decoders), 4), layout="constrained", sharey=True,
+        squeeze=False,
+    )  # fmt: skip
     for axes, name in zip(panels, decoders, strict=True):
         for arm, one in results.items():
             curve = sorted(one[name]["curve"].items(), key=lambda item: item[1]["nfe"])

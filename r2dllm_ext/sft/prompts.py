@@ -54,10 +54,10 @@ def _ids(record: dict[str, Any], encode: Callable[[str], list[int]]) -> list[int
 def check_prompts(prompts: Sequence[Prompt], *, gen_length: int, config: Any) -> None:
     """That each prompt and its answer fit a model of this `ModelConfig`."""
     for number, prompt in enumerate(prompts, start=1):
-        if len(prompt.ids) + gen_length > config.max_length:
+        if len(prompt.ids) + gen_length > config.context_length:
             raise ValueError(
                 f"prompt {number}: {len(prompt.ids)} tokens and {gen_length} to decode are more "
-                f"than the model's context of {config.max_length}"
+                f"than the model's context of {config.context_length}"
             )
         high = max(prompt.ids, default=0)
         if high >= config.embedding_size:

@@ -124,7 +124,8 @@ def examples(
     weights: list[Any] = [None] * len(selected)
     serial: list[Any] = [None] * len(selected)
     if task is not None and selected:
-        answers = torch.tensor([r["token_ids"] for r in selected], device="cpu")
+        ids = [r["token_ids"] for r in selected]
+        answers = torch.tensor(ids, dtype=torch.int64, device="cpu")
         weights, serial = task.weights(answers).tolist(), task.serial(answers).tolist()
     return [
         Example(prompts[r["prompt"]].ids, r["token_ids"], r["commit_step"], weights[i], serial[i])
