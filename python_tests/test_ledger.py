@@ -178,5 +178,5 @@ def test_bundled_models_answer_unseen_prompts(name):
     )
     texts = [words.decode(row) for row in tokens[:, ids.size(1) :].tolist()]
     right = sum(verify(s.problem, text).correct for s, text in zip(asked, texts, strict=True))
-    # Over 95 % of 512 (bench/results/ledger_curves.json); the bound: 3 standard errors of 64 below.
+    # 97 % and more of 96 (bench/README.md); the bound is 3 standard errors of 64 below 95 %.
     assert right / len(asked) >= 0.86, texts[:3]
