@@ -873,3 +873,8 @@ def test_ledger_needs_no_prompts(tmp_path, capsys):
     assert recipe["selection"]["filter"] == "correct"
     record = json.loads((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()[0])
     assert WORDS.encode(record["prompt"]) == record["prompt_ids"]
+
+
+def test_greedy_first_is_a_flag():
+    with pytest.raises(TypeError, match="Rollout: greedy_first takes "):
+        sft.Rollout(DecodeConfig.fast_dllm(MASK), gen_length=16, block_length=L, greedy_first="no")

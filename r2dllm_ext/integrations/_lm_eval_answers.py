@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..sft.artefacts import read_lines
+from ..sft.artefacts import differences, read_lines
 
 _FIELDS = {"key", "task", "text", "tokens", "nfe", "seconds", "finished"}
 
@@ -66,12 +66,10 @@ class AnswersFile:
         before = lines[0]["settings"]
         if not all(_FIELDS <= line.keys() for line in lines[1:]):
             raise ValueError(no_answers)
-        names = sorted(before.keys() | self._settings.keys())
-        pairs = ((name, before.get(name), self._settings.get(name)) for name in names)
-        differences = [f"{name} was {a!r}, is {b!r}" for name, a, b in pairs if a != b]
-        if differences:
+        changed = differences(before, self._settings)
+        if changed:
             raise ValueError(
-                f"{self.path}: its answers are of other settings: {'; '.join(differences)}. Take "
+                f"{self.path}: its answers are of other settings: {'; '.join(changed)}. Take "
                 "them, or another file"
             )
         return {line["key"]: line for line in lines[1:]}

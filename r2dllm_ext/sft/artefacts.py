@@ -69,18 +69,19 @@ def settle(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, settings)
         return
-    differences = _differences(read_json(path), settings)
-    if differences:
+    found = differences(read_json(path), settings)
+    if found:
         raise ValueError(
-            f"{path}: this run was begun with other settings: {'; '.join(differences)}. Take them, "
+            f"{path}: this run was begun with other settings: {'; '.join(found)}. Take them, "
             "or another folder"
         )
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two JSON values, in words, by the names of the fields."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
-        inner = (_differences(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
+        inner = (differences(before.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
         return [difference for found in inner for difference in found]
     return [] if before == now else [f"{name} was {before!r}, is {now!r}"]
 

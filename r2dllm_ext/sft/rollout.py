@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import integer, refuse
+from .._checks import flag, integer, refuse
 from ..config import DecodeConfig, Rule
 from ..generation import NoProgressError, generate
 from ..redundancy import redundancy_score
@@ -49,6 +49,7 @@ class Rollout:
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length", "samples", "batch_size"):
             integer("Rollout", name, getattr(self, name), 1)
+        flag("Rollout", "greedy_first", self.greedy_first)
         stop_ids(self.stop_id, where="Rollout")
         if self.gen_length % self.block_length:
             raise ValueError(
