@@ -23,6 +23,7 @@ from r2dllm_ext import DecodeConfig, generate, load_model, sft
 from r2dllm_ext.cli import main
 from r2dllm_ext.models import ModelConfig, Transformer, save_model
 from r2dllm_ext.sft.artefacts import read_lines
+from r2dllm_ext.sft.rounds import choose
 from r2dllm_ext.sft.selection import spearman
 from r2dllm_ext.sft.training import example_order, last_step
 from r2dllm_ext.tasks.ledger import Tokenizer
@@ -86,7 +87,7 @@ def gradients(one: sft.Trainer) -> dict[str, torch.Tensor]:
 # ---- select ----------------------------------------------------------------------------------
 
 
-def rollout(prompt, sample, total, *, correct=True, complete=True, length=10, nfe=5):
+def rollout_of(prompt, sample, total, *, correct=True, complete=True, length=10, nfe=5):
     score = {
         "total": total,
         "stability": total,
@@ -107,14 +108,14 @@ def rollout(prompt, sample, total, *, correct=True, complete=True, length=10, nf
 
 
 POOL = [
-    rollout(0, 0, 3.0),
-    rollout(0, 1, 1.0, nfe=8),
-    rollout(1, 0, 0.1, correct=False),
-    rollout(1, 1, 2.0, length=4),
-    rollout(2, 0, 0.2, complete=False),
-    rollout(3, 0, 1.5),
-    rollout(4, 0, 1.0),
-    rollout(5, 0, 4.0),
+    rollout_of(0, 0, 3.0),
+    rollout_of(0, 1, 1.0, nfe=8),
+    rollout_of(1, 0, 0.1, correct=False),
+    rollout_of(1, 1, 2.0, length=4),
+    rollout_of(2, 0, 0.2, complete=False),
+    rollout_of(3, 0, 1.5),
+    rollout_of(4, 0, 1.0),
+    rollout_of(5, 0, 4.0),
 ]
 
 
@@ -148,9 +149,13 @@ def test_random_selection_hangs_on_seed_and_answer_alone():
     "pool, options, message",
     [
         ([], {}, "nothing to train on: of 0 answers 0 are complete"),
-        ([rollout(0, 0, 1.0, correct=False)], {}, "1 are complete and 0 of these correct"),
-        ([rollout(0, 0, 1.0, correct=None)], {}, "There was no verifier"),
-        ([rollout(0, 0, 1.0, complete=False)], {"filter": "none"}, "of 1 answers 0 are complete"),
+        ([rollout_of(0, 0, 1.0, correct=False)], {}, "1 are complete and 0 of these correct"),
+        ([rollout_of(0, 0, 1.0, correct=None)], {}, "There was no verifier"),
+        (
+            [rollout_of(0, 0, 1.0, complete=False)],
+            {"filter": "none"},
+            "of 1 answers 0 are complete",
+        ),
     ],
 )
 def test_empty_pool(pool, options, message):
@@ -750,6 +755,44 @@ def test_blend_of_first_and_last_weights(place, arguments, tmp_path):
     for name, weight in blend.items():
         torch.testing.assert_close(weight, 0.75 * first[name] + 0.25 * last[name])
     assert any(not torch.equal(blend[name], last[name]) for name in blend)
+
+
+@pytest.mark.parametrize("replay", [0, 1, 2])
+def test_replay_is_of_the_last_rounds(arguments, tmp_path, monkeypatch, replay):
+    learned = []
+
+    class Spy(sft.Trainer):
+        def __init__(self, model, examples, *args, **options) -> None:
+            learned.append(len(examples))
+            super().__init__(model, examples, *args, **options)
+
+    monkeypatch.setattr("r2dllm_ext.sft.pipeline.Trainer", Spy)
+    out = tmp_path / "out"
+    assert main(arguments(out, rounds=3, replay=replay, steps=1, quantile=1.0, samples=1)) == 0
+    own = [len(read_lines(out / f"round-{n}" / "selected.jsonl")) for n in (1, 2, 3)]
+    assert own == [1, 2, 3]
+    assert learned == [sum(own[max(0, i - replay) : i + 1]) for i in range(3)]
+
+
+def test_hard_prompts_are_a_share_and_right(tmp_path):
+    """Of 30 prompts 12 are solved; of the others every second one is, one token a step."""
+    calls = []
+
+    def decoded(model, prompts, rollout, folder, name=""):
+        calls.append((folder.name, len(prompts), rollout.config, rollout.samples))
+        patient = folder.name == "hard"
+        return [
+            rollout_of(i, 0, 1.0, correct=i % 2 == 0 if patient else i < 12)
+            for i in range(len(prompts))
+        ]
+
+    selection, rounds = sft.Selection(quantile=1.0), sft.Rounds(hard_share=0.25)
+    chosen, report = choose(None, prompts(30), ROLLOUT, selection, rounds, tmp_path, decoded)
+    assert [(name, n) for name, n, *_ in calls] == [("rollouts", 30), ("hard", 18)]
+    assert calls[1][2:] == (DecodeConfig.vanilla(MASK), 1)
+    # 4 of 16 are hard ones: prompts 12, 14, 16, 18, by their numbers in the round.
+    assert [r["prompt"] for r in chosen] == [*range(12), 12, 14, 16, 18]
+    assert (report["selected"], report["hard"]) == (12, 4)
 
 
 def rollouts(folder: Path) -> list[dict]:
