@@ -395,6 +395,8 @@ TEST(a_quota_is_united_with_what_the_base_rule_commits) {
     options.base.quota = quota;
     CHECK(rules_of(options, p) == want);
   }
+  options.base.quota = 2;
+  CHECK(rules_of(options, {0.95f, 0.9f, 0.99f}) == (Rules{1, 1, 1}));  // the last one too
   options.base.threshold = kNoThreshold;
   options.base.quota = 3;
   CHECK(rules_of(options, p) == (Rules{0, 2, 2, 2}));
