@@ -30,7 +30,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from r2dllm_ext.models import ModelConfig, Transformer, load_model, save_model
 from r2dllm_ext.sft.training import learning_rate
 from r2dllm_ext.tasks import TASKS, Pronounce, Task, get_task
-from r2dllm_ext.tasks.pronounce import FEWEST
 
 BLOCK_LENGTH = 32
 
@@ -60,7 +59,7 @@ class Stage:
         takes `exact`). `front_weight` is added to the loss weight of 1 of the four cells that it is
         surest of there: one of these it commits.
     short: prompts and answers of half the length, where a task has such (pronounce).
-    any_number: prompts of one word and more (pronounce), as people type them.
+    any_number: share of prompts of one word and more (pronounce), as people type them.
     """
 
     name: str
@@ -81,7 +80,7 @@ class Stage:
     front_weight: float = 0.0
     behind_weight: float = 0.0
     short: bool = False
-    any_number: bool = False
+    any_number: float = 0.0
 
 
 class Schedule(NamedTuple):
@@ -121,7 +120,9 @@ PLANS = {
                   short=True),
             Stage("2", 1, 5000, 64, 2e-3, warmup=100, iid_share=0.6, behind_weight=0.3),
             Stage("3", 2, 450, 64, 6e-4, warmup=30, ema_decay=0.98, iid_share=0.6,
-                  behind_weight=0.3, any_number=True),
+                  behind_weight=0.3, any_number=1.0),
+            Stage("4", 3, 4500, 64, 1.5e-3, warmup=100, iid_share=0.6, behind_weight=0.3,
+                  any_number=0.25),
         ),
     ),
 }  # fmt: skip
@@ -490,7 +491,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         task = get_task(args.task)
         if stage.short or stage.any_number:
-            task = Pronounce(short=stage.short, fewest=1 if stage.any_number else FEWEST)
+            task = Pronounce(short=stage.short, any_number=stage.any_number)
         trainer = Trainer(task, plan.shape, stage, compiled=not args.no_compile, bfloat16=bfloat16)
         if (folder / "checkpoint.pt").is_file():
             trainer.load(folder / "checkpoint.pt")

@@ -253,24 +253,26 @@ class Pronounce(Task):
     """The task as the trainers and commands see it.
 
     `short` prompts, of two or three words in half the slots, are what training begins with: which
-    letter a phoneme belongs to is found far sooner among few. `fewest`: words of other prompts.
+    letter a phoneme belongs to is found far sooner among few. `any_number` is the share of the
+    other prompts that have one word and more, as people type them; it is part of the training.
     """
 
     name, part = "pronounce", "word"
     tokenizer: Tokenizer
 
-    def __init__(self, *, short: bool = False, fewest: int = FEWEST) -> None:
-        self.tokenizer, self.is_short = Tokenizer(), short
-        self.fewest, self.most = (2, 3) if short else (fewest, MOST)
+    def __init__(self, *, short: bool = False, any_number: float = 0.0) -> None:
+        self.tokenizer, self.is_short, self.any_number = Tokenizer(), short, any_number
+        self.fewest, self.most = (2, 3) if short else (FEWEST, MOST)
         self.prompt_length = PROMPT_LENGTH // (2 if short else 1)
         self.answer_length = ANSWER_LENGTH // (2 if short else 1)
 
     def sample(self, seed: int, index: int, *, split: str = "train") -> Sample:
+        few = Random(f"number of words {seed} {index}").random() < self.any_number
         return make_sample(
             seed,
             index,
             split=split,
-            fewest=self.fewest,
+            fewest=1 if few else self.fewest,
             most=self.most,
             prompt_length=self.prompt_length,
             answer_length=self.answer_length,
