@@ -1,65 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy against forwards of a task's models: `python bench/curves.py --task T --model M ...`.
+"""Accuracy against forwards: `python bench/curves.py --task T`.
 
-Decodes the task's unseen prompts with each model and rule, has the verifier count the parts that
-are right, and prints one line a setting: parts right with a 95 % interval, mean forwards. With
-pronounce the phoneme error rate too. `vanilla` also gives the expected calibration error over all
-states of its decodes: an argmax style is chosen more surely than its probability says, so that
-part of it is no fault; where the task knows the true distribution, the error against that too.
+Decodes prompts of a task that no training has seen with its bundled model, or others, by every
+decoder, at the preset's own value of its parameter and at others. The task's verifier counts the
+parts (answers, words) that are right. A forward counts for a prompt if a decode of it alone would
+make it. One token a step also gives the expected calibration error over all states of its decodes:
+an argmax style is chosen more surely than its probability says, so that part of it is no fault;
+where the task knows the true distribution, the error against that too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
+import statistics
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from ledger_decode import decode as engine_decode
-from report import environment, wilson, write_json
-from task_decode import Rule, calibration_error, decode
+from decoders import DECODERS, config_of
+from report import Parser, environment, fail, table, wilson, write_json
+from task_decode import BLOCK_LENGTH, Decoded, calibration_error, decode
 
-from r2dllm_ext.config import DecodeConfig
-from r2dllm_ext.models import load_model
+from r2dllm_ext import load_model
+from r2dllm_ext.config import Rule
 from r2dllm_ext.tasks import TASKS, Task, get_task, pronounce
 
-RULES = (
-    "vanilla", "threshold=0.95", "threshold=0.9", "threshold=0.8", "budget=0.001", "budget=0.005",
-    "budget=0.02", "budget=0.05", "r2=0.9",
-)  # fmt: skip
+
+class Setting(NamedTuple):
+    decoder: str
+    value: float
+    own: bool  # the preset's own value
+    prompts: int
 
 
-def measure(model, task: Task, prompts: list[str], rule: str, batch: int) -> dict:
-    name, _, value = rule.partition("=")
-    if name == "r2":
-        ids = [task.tokenizer.encode(prompt) for prompt in prompts]
-        long = max(map(len, ids))
-        table = torch.tensor([[task.tokenizer.pad_id] * (long - len(row)) + row for row in ids])
-        config = DecodeConfig.r2(task.tokenizer.mask_id, threshold=float(value))
-        real = table != task.tokenizer.pad_id
-        out = engine_decode(model, table, real, config, gen_length=task.answer_length, batch=batch)
-        tokens, nfe, calibration, exact = out.tokens, out.nfe, None, None
-    else:
-        out = decode(
-            model, task, prompts, Rule(name, float(value or 0)), batch=batch,
-            calibrate=name == "vanilla",
-        )  # fmt: skip
-        tokens, nfe, calibration, exact = out.tokens, out.nfe, out.calibration, out.exact
-    texts = [task.tokenizer.decode(row) for row in tokens.tolist()]
+def settings(chosen: list[str], prompts: int, curve_prompts: int) -> list[Setting]:
+    """Of `NAME`, a decoder with its curve, and `NAME=VALUE`; the presets' own values first."""
+    own, others = [], []
+    for text in chosen:
+        name, given, number = text.partition("=")
+        if name not in DECODERS:
+            fail(f"--decoders takes {', '.join(DECODERS)}, each alone or as NAME=VALUE, got {text}")
+        decoder = DECODERS[name]
+        try:
+            value = float(number) if given else decoder.own
+            config_of(name, value, 0)
+        except ValueError as error:
+            fail(f"--decoders {text}: {error}")
+        own.append(Setting(name, value, value == decoder.own, prompts))
+        if not given and curve_prompts:
+            others += [Setting(name, other, False, curve_prompts) for other in decoder.others]
+    return own + others
+
+
+def judge(out: Decoded, prompts: list[str], task: Task) -> dict[str, Any]:
+    """Accuracy, forwards and commits of one setting."""
+    texts = [task.tokenizer.decode(row) for row in out.tokens.tolist()]
     verdicts = [task.verify(p, t) for p, t in zip(prompts, texts, strict=True)]
     right, parts = sum(v.right for v in verdicts), sum(v.parts for v in verdicts)
+    nfe, by_rule = out.nfe.tolist(), Counter(out.rule.flatten().tolist())
+    low, median, high = statistics.quantiles(nfe, n=4, method="inclusive")
     result = {
-        "rule": rule, "prompts": len(prompts), "right": right, "parts": parts,
+        "prompts": len(prompts),
+        "right": right,
+        "parts": parts,
         "accuracy": round(right / parts, 4),
         "wilson95": [round(bound, 4) for bound in wilson(right, parts)],
-        "nfe": round(float(nfe.double().mean()), 2),
+        "nfe": {
+            "mean": round(statistics.fmean(nfe), 3),
+            "sd": round(statistics.stdev(nfe), 3),
+            "min": min(nfe),
+            "q1": low,
+            "median": median,
+            "q3": high,
+            "max": max(nfe),
+        },
+        # The end tokens that fill an answer up are left out.
+        "tokens_per_forward": round(
+            int((out.tokens != task.tokenizer.end_id).sum()) / sum(nfe), 3
+        ),
+        "commit_share": {
+            rule.name: round(by_rule[rule] / out.rule.numel(), 4) for rule in Rule if rule
+        },
     }  # fmt: skip
-    if calibration is not None and name == "vanilla":
-        result["calibration_error"] = round(calibration_error(calibration), 4)
-        if exact.any():
-            result["exact_calibration_error"] = round(calibration_error(exact), 4)
-        result["calibration"] = [[round(x, 2) for x in row] for row in calibration.tolist()]
+    if out.calibration.any():
+        result["calibration_error"] = round(calibration_error(out.calibration), 4)
+        result["calibration"] = [[round(x, 2) for x in row] for row in out.calibration.tolist()]
+    if out.exact.any():
+        result["exact_calibration_error"] = round(calibration_error(out.exact), 4)
     if isinstance(task, pronounce.Pronounce):
         pairs = [pronounce.phoneme_errors(p, t) for p, t in zip(prompts, texts, strict=True)]
         errors, total = (sum(column) for column in zip(*pairs, strict=True))
@@ -67,34 +97,167 @@ def measure(model, task: Task, prompts: list[str], rule: str, batch: int) -> dic
     return result
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--model", nargs="+", required=True, help="bundled names or folders")
-    parser.add_argument("--rules", nargs="+", default=RULES, metavar="NAME=VALUE")
-    parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--split", choices=("train", "test"), default="test")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     task = get_task(args.task)
     prompts = [task.sample(args.seed, i, split=args.split).prompt for i in range(args.prompts)]
     results = []
     for name in args.model:
-        model = load_model(name, dtype=torch.float32)
-        for rule in args.rules:
+        try:
+            model = load_model(name, dtype=torch.float32)
+        except (FileNotFoundError, ImportError, ValueError) as error:
+            fail(str(error))
+        for decoder, value, own, n in args.settings:
             began = time.perf_counter()
-            result = {"model": Path(name).name, **measure(model, task, prompts, rule, args.batch)}
-            result["seconds"] = round(time.perf_counter() - began, 1)
-            results.append(result)
-            short = {k: v for k, v in result.items() if k != "calibration"}
-            print(json.dumps(short), flush=True)
-    settings = {"task": args.task, "split": args.split, "seed": args.seed}
-    write_json(args.json, {"schema": 1, **environment("cpu"), "settings": settings,
-                           "results": results})  # fmt: skip
+            out = decode(
+                model,
+                task,
+                prompts[:n],
+                config_of(decoder, value, task.tokenizer.mask_id),
+                batch=args.batch,
+                calibrate=decoder == "vanilla",
+            )
+            result = {"model": Path(name).name, "decoder": decoder, "value": value, "own": own}
+            result |= judge(out, prompts[:n], task)
+            results.append(result | {"seconds": round(time.perf_counter() - began, 1)})
+            print(
+                f"{name} {decoder}={value:g}: {result['accuracy']:.1%} of {result['parts']} at "
+                f"{result['nfe']['mean']:.1f} forwards",
+                flush=True,
+            )
+    models, order = [Path(name).name for name in args.model], list(DECODERS)
+    return sorted(
+        results, key=lambda r: (models.index(r["model"]), order.index(r["decoder"]), r["value"])
+    )
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    rules = [rule.name for rule in Rule if any(r["commit_share"].get(rule.name) for r in results)]
+    rates = any("phoneme_error_rate" in r for r in results)
+    header = ("model", "decoder", "value", "n", "right", "95 % interval", "NFE", "sd", "tokens/NFE")
+    rows = [
+        (
+            r["model"],
+            r["decoder"] + " *" * r["own"],
+            f"{r['value']:g}",
+            str(r["parts"]),
+            f"{r['accuracy']:.1%}",
+            "{:.1%} .. {:.1%}".format(*r["wilson95"]),
+            f"{r['nfe']['mean']:.2f}",
+            f"{r['nfe']['sd']:.2f}",
+            f"{r['tokens_per_forward']:.2f}",
+            *([f"{r['phoneme_error_rate']:.1%}"] if rates else []),
+            *(f"{r['commit_share'][rule]:.1%}" for rule in rules),
+        )
+        for r in results
+    ]
+    names = (*header, *["phoneme errors"] * rates, *map(str.lower, rules))
+    lines = [table(names, rows, left=2), "* the preset's own value"]
+    for r in results:
+        if "calibration_error" in r:
+            exact = r.get("exact_calibration_error")
+            lines.append(
+                f"{r['model']}: calibration error {r['calibration_error']:.4f}"
+                + ("" if exact is None else f" ({exact:.4f} against the true distribution)")
+            )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over forwards: a panel a model, a line a decoder, the preset's value marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(r["model"] for r in results))
+    figure, (panels,) = pyplot.subplots(
+        1, len(models), figsize=(6 * len(models), 4.5), layout="constrained", sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for axes, model in zip(panels, models, strict=True):
+        for name, decoder in DECODERS.items():
+            points = [r for r in results if (r["model"], r["decoder"]) == (model, name)]
+            if not points:
+                continue
+            points.sort(key=lambda r: r["nfe"]["mean"])
+            x, y = [r["nfe"]["mean"] for r in points], [100 * r["accuracy"] for r in points]
+            low = [100 * (r["accuracy"] - r["wilson95"][0]) for r in points]
+            high = [100 * (r["wilson95"][1] - r["accuracy"]) for r in points]
+            label = f"{name} ({', '.join(decoder.parameters)})"
+            bars = axes.errorbar(
+                x, y, [low, high], marker="o", ms=4, lw=1.2, capsize=2, label=label
+            )
+            own = [i for i, r in enumerate(points) if r["own"]]
+            colour = bars.lines[0].get_color()
+            axes.plot([x[i] for i in own], [y[i] for i in own], "*", ms=13, color=colour)
+        axes.set(title=model, xlabel="forwards per answer (mean)", xscale="log")
+        ticks = (4, 8, 16, 32, 64, 96)
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("right, %")
+    panels[-1].legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"written: {path.name}")
+
+
+# ---- command line ----------------------------------------------------------------------------
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="curves.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--model", nargs="+", metavar="DIR",
+                        help="checkpoints or bundled models; default: the task's name")  # fmt: skip
+    parser.add_argument("--decoders", nargs="+", default=list(DECODERS), metavar="NAME[=VALUE]",
+                        help="default: all, each with its curve")  # fmt: skip
+    parser.add_argument("--prompts", type=int, help="of own and given values; default 512, quick 8")
+    parser.add_argument(
+        "--curve-prompts", type=int, help="of other values; 0 = no curve; default 128, quick 4"
+    )
+    parser.add_argument("--split", choices=("train", "test"), default="test")
+    parser.add_argument("--seed", type=int, default=1, help="of the prompts")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    args = parser.parse_args(arguments)
+    if args.prompts is None:
+        args.prompts = 8 if args.quick else 512
+    if args.curve_prompts is None:
+        args.curve_prompts = min(args.prompts, 4 if args.quick else 128)
+    for name, least in (("prompts", 2), ("curve_prompts", 0), ("batch", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} takes an integer >= {least}, got {value}")
+    if args.curve_prompts > args.prompts or args.curve_prompts == 1:
+        fail(
+            f"--curve-prompts takes 0 or 2 .. {args.prompts} (--prompts), got {args.curve_prompts}"
+        )
+    args.model = args.model or [args.task]
+    args.settings = settings(args.decoders, args.prompts, args.curve_prompts)
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib: pip install matplotlib")
+    began = time.perf_counter()
+    results = run(args)
+    print(report(results))
+    print(f"{time.perf_counter() - began:.0f} s")
+    names = ("task", "prompts", "curve_prompts", "split", "seed", "batch")
+    chosen = {name: getattr(args, name) for name in names} | {"block_length": BLOCK_LENGTH}
+    content = {"schema": 1, **environment("cpu"), "settings": chosen, "results": results}
+    write_json(args.json, content)
+    if args.plot is not None:
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,15 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from decoders import DECODERS, config_of
 from experiment_report import compare, measured, plot, report
 from report import Parser, environment, write_json
-from task_decode import BINS, Rule, calibration_error, decode
+from task_decode import BINS, BLOCK_LENGTH, calibration_error, decode
 
 from r2dllm_ext import load_model, sft
 from r2dllm_ext.config import DecodeConfig
@@ -41,31 +42,8 @@ from r2dllm_ext.models import Transformer
 from r2dllm_ext.sft.artefacts import settle
 from r2dllm_ext.tasks import TASKS, Task, get_task
 
-BLOCK_LENGTH = 32
 ARMS = ("base", "random", "lean", "certain")
 _SEED_OF_TESTS, _SEED_OF_CHOICE, _SEED_OF_POOLS = 1, 900, 1000
-
-
-class Decoder(NamedTuple):
-    preset: Callable[..., DecodeConfig]
-    parameters: tuple[str, ...]  # what takes the value
-    values: tuple[float, ...]
-
-
-DECODERS = {
-    "vanilla": Decoder(DecodeConfig.vanilla, ("quota",), (1,)),
-    "fast_dllm": Decoder(DecodeConfig.fast_dllm, ("threshold",), (0.7, 0.8, 0.9, 0.95, 0.98)),
-    "r2": Decoder(
-        DecodeConfig.r2, ("spatial_threshold", "temporal_threshold"), (0.6, 0.7, 0.8, 0.9)
-    ),
-    "budget": Decoder(DecodeConfig.budget, ("error_budget",), (0.001, 0.005, 0.02, 0.05, 0.1, 0.2)),
-    "entropy": Decoder(DecodeConfig.entropy, ("entropy_budget",), (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)),
-}
-
-
-def config_of(name: str, value: float, mask_id: int) -> DecodeConfig:
-    decoder = DECODERS[name]
-    return decoder.preset(mask_id, **dict.fromkeys(decoder.parameters, value))
 
 
 # ---- models ----------------------------------------------------------------------------------
@@ -216,7 +194,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                             r["number"] = numbers[r["prompt"]]
                             found[which, name, value].append(r)
             texts = [prompt.record["prompt"] for prompt in choice[seed::seeds]]
-            out = decode(model, task, texts, Rule(), calibrate=True)
+            out = decode(
+                model, task, texts, config_of("vanilla", 1, task.tokenizer.mask_id), calibrate=True
+            )
             tables += torch.stack((out.calibration, out.exact))
         results[arm] = judged(found)
         records[arm] = found["curve", "budget", results[arm]["budget"]["chosen"]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from task_decode import BLOCK_LENGTH, _prompt_ids
+from task_decode import BLOCK_LENGTH, prompt_ids
 
 from r2dllm_ext.models import load_model
 from r2dllm_ext.tasks import get_task
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     task, model = get_task("ledger"), load_model(args.model, dtype=torch.float32)
     words = task.tokenizer
     prompts = [task.sample(args.seed, i).prompt for i in range(args.prompts)]
-    ids = _prompt_ids(task, prompts)
+    ids = prompt_ids(task, prompts)
     P, rows, keys = ids.shape[1] - task.answer_length, torch.arange(len(ids)), ids != words.pad_id
     wrong = torch.zeros(len(ids), dtype=torch.bool)
     for start in range(P, ids.shape[1], BLOCK_LENGTH):

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import OFF, STREAKS, spiked_logits
+from cases import STREAKS, spiked_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r2dllm_ext import generate, reference
-from r2dllm_ext.config import TEMPORAL_EVALS, DecodeConfig, Rule
-from r2dllm_ext.models import ModelConfig, Transformer
+from r2dllm_ext import reference
+from r2dllm_ext.config import TEMPORAL_EVALS, DecodeConfig
 from r2dllm_ext.state import DecodeState
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -439,9 +438,11 @@ def test_other_gpu_packages_are_columns_or_reasons(monkeypatch):
         ("run", ("--op", "nothing"), "--op"),
         ("run", ("--threads", "0"), "--threads takes"),
         ("run", ("--seconds", "-1"), "--seconds takes"),
-        ("ledger_decode", ("--model", "no/such/folder/here"), "no folder"),
-        ("ledger_decode", ("--prompts", "1"), "--prompts takes"),
-        ("ledger_decode", ("--prompts", "8", "--curve-prompts", "9"), "--curve-prompts takes"),
+        ("curves", ("--task", "ledger", "--model", "no/such/folder/here"), "no folder"),
+        ("curves", ("--task", "ledger", "--prompts", "1"), "--prompts takes"),
+        ("curves", ("--task", "ledger", "--prompts", "8", "--curve-prompts", "9"), "takes 0 or 2"),
+        ("curves", ("--task", "ledger", "--decoders", "fast"), "--decoders takes"),
+        ("curves", ("--task", "ledger", "--decoders", "budget=-1"), "error_budget"),
         ("experiment", ("--task", "ledger"), "--out"),
         ("experiment", ("--task", "ledger", "--out", "x", "--steps", "0"), "--steps takes"),
         ("experiment", ("--task", "ledger", "--out", "x", "--prompts", "2"), "--prompts takes"),
@@ -463,77 +464,6 @@ def test_cuda_is_refused_without_cuda(r2):
     done = run("run.py", "--device", "cuda")
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.count("\n") == 1 and "--device cuda" in done.stderr
-
-
-# ---- decoding the ledger ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny_model() -> Transformer:
-    """Untrained; in float64, so that the shape of a batch can't tip a decision."""
-    shape = ModelConfig("llada", 64, width=32, layers=2, heads=2, mlp_width=32, mask_id=2)
-    return Transformer(shape).init_weights(3, std=0.4).double().eval()
-
-
-@pytest.mark.parametrize("cache", ["none", "dual"])
-@pytest.mark.parametrize("stop_id", [None, 1])
-@pytest.mark.parametrize("preset", ["vanilla", "fast_dllm", "r2", "budget"])
-def test_nfe_of_a_prompt_does_not_depend_on_its_batch(r2, tiny_model, preset, cache, stop_id):
-    from ledger_decode import decode
-
-    g = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, 64, (5, 6), generator=g)
-    real = torch.rand(5, 6, generator=g).sort(1).values > 0.4
-    config = getattr(DecodeConfig, preset)(2)
-    if preset != "vanilla":
-        config = config.replace(threshold=0.3, spatial_threshold=0.2, temporal_threshold=0.2)
-        config = config.replace(error_budget=1.5)
-    options = {"gen_length": 64, "cache": cache, "stop_id": stop_id}
-    answers = decode(tiny_model, prompts, real, config, batch=3, **options)
-    nfe = []
-    for i in range(len(prompts)):
-        row = slice(i, i + 1)
-        alone = generate(
-            tiny_model, prompts[row], config=config, attention_mask=real[row], **options
-        )
-        nfe.append(alone.nfe)
-        assert torch.equal(answers.tokens[row], alone.sequences[:, 6:])
-    assert answers.nfe.tolist() == nfe
-    if preset == "vanilla" and stop_id is None:
-        assert nfe == [64] * 5
-    if preset == "r2":
-        assert len(set(nfe)) > 1  # else nothing was tested
-
-
-def test_verdict_of_right_and_wrong_answers(r2):
-    from ledger_decode import Answers, judge
-
-    from r2dllm_ext.tasks.ledger import Ledger, make_sample
-
-    tokenizer = Ledger().tokenizer
-    samples = [make_sample(5, i, split="test") for i in range(4)]
-    tokens = torch.tensor([Ledger().encode(s)[1] for s in samples])
-    tokens[0, 3] = tokenizer.pad_id
-    rule = torch.full(tokens.shape, int(Rule.THRESHOLD), dtype=torch.uint8)
-    rule[:, 0] = Rule.WINDOW
-    result = judge(Answers(tokens, torch.tensor([10, 20, 30, 36]), rule), samples, tokenizer)
-    assert (result["correct"], result["prompts"], result["accuracy"]) == (3, 4, 0.75)
-    assert result["nfe"]["mean"] == 24 and result["nfe"]["max"] == 36
-    assert result["tokens_per_forward"] == 4.0
-    assert result["commit_share"]["WINDOW"] == pytest.approx(1 / 96, abs=1e-4)
-    assert result["words_per_forward"] < 4.0
-
-
-def test_presets_lie_on_their_curves():
-    from ledger_decode import METHODS, settings
-
-    for method in METHODS.values():
-        value = getattr(method.preset(2), method.parameter)
-        assert method.own == (32 if value is None else value)
-        assert method.own not in method.others
-    assert [name for name, _, preset in settings(True) if preset] == list(METHODS)
-    assert all(preset for *_, preset in settings(False))
-    assert OFF.items() <= vars(DecodeConfig.vanilla(2)).items()
 
 
 # ---- the experiment --------------------------------------------------------------------------
@@ -624,8 +554,7 @@ def test_experiment_runs(r2, tmp_path, monkeypatch, capsys):
     """All of it, tiny; called again it decodes and trains nothing anew."""
     import experiment
 
-    few = {"vanilla": (1,), "budget": (0.02,)}
-    decoders = {n: experiment.DECODERS[n]._replace(values=values) for n, values in few.items()}
+    decoders = {n: experiment.DECODERS[n]._replace(others=()) for n in ("vanilla", "budget")}
     monkeypatch.setattr(experiment, "DECODERS", decoders)
     command = ["--task", "ledger", "--out", str(tmp_path), "--quick", "--prompts", "2", "--choice"]
     command += ["2", "--pool", "4", "--steps", "1"]
