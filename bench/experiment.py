@@ -62,7 +62,9 @@ def recipe_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> sft.
             greedy_first=True,
             batch_size=64,
         ),
-        selection=sft.Selection("random" if arm == "random" else "nfe", quantile=0.8, seed=seed),
+        selection=sft.Selection(
+            "random" if arm == "random" else "nfe", filter="parts", quantile=0.8, seed=seed
+        ),
         training=sft.Training(
             steps=args.steps,
             batch_size=32,
@@ -79,7 +81,7 @@ def recipe_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> sft.
         ),
         decoders={},
         rounds=sft.Rounds(args.rounds, hard_share=0.1, validation=args.validation),
-        verifier=task.name,
+        verifier=f"r2dllm_ext.tasks.{task.name}:verify_record",
         task=task.name,
     )
 
@@ -101,7 +103,7 @@ def model_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> Trans
         prompts,
         folder,
         decode=task.tokenizer.decode,
-        verifier=lambda record, text: task.verify(record["prompt"], text).correct,
+        verifier=sft.load_verifier(f"r2dllm_ext.tasks.{task.name}:verify_record"),
         task=task,
     )
     return load_model(folder / "model", dtype=torch.float32)

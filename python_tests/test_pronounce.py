@@ -74,7 +74,8 @@ def test_verifier_judges_word_by_word(answer, right, wrong, reason):
     verdict = verify(PROMPT, answer)
     assert (verdict.right, verdict.parts, verdict.wrong_step) == (right, 3, wrong)
     assert verdict.correct == (wrong is None) and reason in verdict.reason
-    assert pronounce.verify_record({"prompt": PROMPT}, answer) == verdict.correct
+    share = pronounce.verify_record({"prompt": PROMPT}, answer)
+    assert (share == 1) == verdict.correct and share <= right / verdict.parts
 
 
 def test_unknown_words_have_no_verdict():
@@ -115,6 +116,39 @@ def test_a_missing_dictionary_is_explained(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'r2dllm_ext\[pronounce\]'"):
         pronounce.dictionary.__wrapped__()
     assert Tokenizer().encode("cat")  # typing words needs no dictionary
+
+
+@pytest.mark.parametrize(
+    "answer, cells",
+    [
+        ("1 K AE T 2 D AO G <end> <end>", "1111111111"),
+        ("1 K AE S 2 D AO G <end>", "100011111"),
+        ("1 K AE T 2 D AO <end>", "11111001"),
+        ("1 K AE T <end> <end>", "111100"),  # it ended too early
+        ("1 K AE T 2 D AO G 3 T <end>", "11111111000"),
+        ("1 K AE T 3 D AO G <end>", "111100000"),  # a number that is not the next
+        ("K AE T 2 D AO G <end>", "00000000"),
+        ("1 K AE T 2 D AO G", "11111111"),
+        ("1 K AE T 2 D AO G <end> <mask>", "1111111111"),
+    ],
+)
+def test_cells_of_right_words(answer, cells):
+    ids = Tokenizer().encode(answer)
+    right = pronounce.Pronounce().right_cells("cat dog", ids)
+    assert "".join(str(int(cell)) for cell in right) == cells
+    share = pronounce.verify_record({"prompt": "cat dog"}, answer.partition(" <end>")[0])
+    assert (share == 1) == ("0" not in cells)
+
+
+def test_any_number_of_words_is_a_share_of_the_prompts():
+    def words(any_number):
+        task = pronounce.Pronounce(any_number=any_number)
+        return [len(task.sample(0, i).prompt.split()) for i in range(400)]
+
+    assert min(words(0.0)) == 6 and max(words(0.0)) == 8
+    few = sum(n < 6 for n in words(0.5))
+    assert 400 * 0.5 * 5 / 8 - 50 < few < 400 * 0.5 * 5 / 8 + 50  # 5 standard deviations
+    assert words(1.0).count(1) > 20
 
 
 def test_short_prompts_are_what_training_begins_with():

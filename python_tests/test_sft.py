@@ -24,9 +24,10 @@ from r2dllm_ext.cli import main
 from r2dllm_ext.models import ModelConfig, Transformer, save_model
 from r2dllm_ext.sft.artefacts import read_lines
 from r2dllm_ext.sft.rounds import choose
+from r2dllm_ext.sft.rounds import examples as chosen_examples
 from r2dllm_ext.sft.selection import spearman
 from r2dllm_ext.sft.training import example_order, last_step
-from r2dllm_ext.tasks.ledger import Tokenizer
+from r2dllm_ext.tasks.ledger import Ledger, Tokenizer
 
 WORDS = Tokenizer()
 MASK, END, VOCAB, L = WORDS.mask_id, WORDS.end_id, len(WORDS), 8
@@ -87,7 +88,9 @@ def gradients(one: sft.Trainer) -> dict[str, torch.Tensor]:
 # ---- select ----------------------------------------------------------------------------------
 
 
-def rollout_of(prompt, sample, total, *, correct=True, complete=True, length=10, nfe=5):
+def rollout_of(prompt, sample, total, *, correct=True, right=None, complete=True, length=10, nfe=5):
+    if right is None:
+        right = None if correct is None else float(correct)
     score = {
         "total": total,
         "stability": total,
@@ -100,6 +103,7 @@ def rollout_of(prompt, sample, total, *, correct=True, complete=True, length=10,
         "prompt": prompt,
         "sample": sample,
         "score": score,
+        "right": right,
         "correct": correct,
         "complete": complete,
         "length": length,
@@ -110,7 +114,7 @@ def rollout_of(prompt, sample, total, *, correct=True, complete=True, length=10,
 POOL = [
     rollout_of(0, 0, 3.0),
     rollout_of(0, 1, 1.0, nfe=8),
-    rollout_of(1, 0, 0.1, correct=False),
+    rollout_of(1, 0, 0.1, correct=False, right=0.5),
     rollout_of(1, 1, 2.0, length=4),
     rollout_of(2, 0, 0.2, complete=False),
     rollout_of(3, 0, 1.5),
@@ -126,6 +130,7 @@ POOL = [
         ({"quantile": 0.2}, [(0, 1)]),
         ({"quantile": 1.0}, [(0, 1), (4, 0), (3, 0), (1, 1), (5, 0)]),
         ({"filter": "none", "quantile": 0.2}, [(1, 0)]),
+        ({"filter": "parts", "quantile": 0.4}, [(1, 0), (0, 1)]),
         ({"order": "length", "quantile": 0.2}, [(1, 1)]),
         ({"order": "nfe", "quantile": 1.0}, [(0, 0), (1, 1), (3, 0), (4, 0), (5, 0)]),
     ],
@@ -150,6 +155,7 @@ def test_random_selection_hangs_on_seed_and_answer_alone():
     [
         ([], {}, "nothing to train on: of 0 answers 0 are complete"),
         ([rollout_of(0, 0, 1.0, correct=False)], {}, "1 are complete and 0 of these correct"),
+        ([rollout_of(0, 0, 1.0, correct=False)], {"filter": "parts"}, "0 of these right in a part"),
         ([rollout_of(0, 0, 1.0, correct=None)], {}, "There was no verifier"),
         (
             [rollout_of(0, 0, 1.0, complete=False)],
@@ -511,6 +517,36 @@ class Breaks:
         return output._replace(logits=logits)
 
 
+@pytest.mark.parametrize("verdict, right", [(True, 1.0), (0, 0.0), (0.25, 0.25), ("yes", 1.0)])
+def test_a_verifier_says_which_share_is_right(tmp_path, verdict, right):
+    judge = {"decode": WORDS.decode, "verifier": lambda record, text: verdict}
+    (record,) = sft.roll_out(tiny(), [sft.Prompt({}, [5])], ROLLOUT, tmp_path, **judge)
+    assert (record["right"], record["correct"]) == (right, right == 1)
+    assert sft.summarise([record] * 2)["right"] == right
+
+
+@pytest.mark.parametrize("verdict", [1.5, -0.1, float("nan")])
+def test_a_share_is_between_0_and_1(tmp_path, verdict):
+    judge = {"decode": WORDS.decode, "verifier": lambda record, text: verdict}
+    with pytest.raises(ValueError, match=r"prompt 1 .* takes a bool or a share in \[0, 1\]"):
+        sft.roll_out(tiny(), [sft.Prompt({}, [5])], ROLLOUT, tmp_path, **judge)
+
+
+def test_of_an_answer_the_right_parts_alone_are_learned():
+    class HalfRight(Ledger):
+        def right_cells(self, prompt, answer):
+            assert prompt == "given"
+            return [i < 8 for i in range(len(answer))]
+
+    task = HalfRight()
+    record = {"prompt": 0, "token_ids": list(range(3, 19)), "commit_step": [0] * 16}
+    prompt = sft.Prompt({"prompt": "given"}, [5])
+    (every,) = chosen_examples([record], [prompt], task)
+    (few,) = chosen_examples([record], [prompt], task, right_alone=True)
+    assert few.token_weights == every.token_weights[:8] + [0.0] * 8
+    assert all(every.token_weights)
+
+
 def test_an_answer_that_can_not_be_finished_costs_the_others_nothing(tmp_path):
     given = [sft.Prompt({}, [i, 5, 6]) for i in range(10, 15)]
     judge = {"decode": WORDS.decode, "verifier": lambda record, text: True}
@@ -816,7 +852,7 @@ def test_a_round_that_costs_answers_is_not_kept(
     status = main(arguments(out, rounds=2, validation=2, steps=4))
     if worse_until == 9:
         assert status == 2 and not (out / "model").exists()
-        assert "50.0% of the validation's prompts are right after" in capsys.readouterr().err
+        assert "50.0% of the validation's answers are right after" in capsys.readouterr().err
         return
     assert status == 0
     attempts = {
@@ -913,7 +949,7 @@ def test_ledger_needs_no_prompts(tmp_path, capsys):
     assert "nothing to train on: of 2 answers" in capsys.readouterr().err
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert recipe["verifier"] == "r2dllm_ext.tasks.ledger:verify_record"
-    assert recipe["selection"]["filter"] == "correct"
+    assert recipe["selection"]["filter"] == "parts"
     record = json.loads((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()[0])
     assert WORDS.encode(record["prompt"]) == record["prompt_ids"]
 

@@ -108,8 +108,9 @@ def _add_data_options(group) -> None:
     )
     add(
         "--filter",
-        "train on correct answers alone, or on all (default: correct with a verifier)",
-        choices=("correct", "none"),
+        "train on correct answers, on the right parts of answers, or on all (default: parts with a "
+        "task's verifier, correct with another)",
+        choices=("correct", "parts", "none"),
     )
     add(
         "--quantile",
@@ -269,11 +270,12 @@ def _prompts(args: argparse.Namespace, session: Session) -> tuple[list[Prompt], 
 def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
     from ..sft import Recipe, Rollout, Rounds, Selection, Training
 
-    verifier = args.verifier
+    verifier, filter_ = args.verifier, args.filter or "correct"
     if verifier is None and session.task is not None and not args.ids:
         verifier = f"r2dllm_ext.tasks.{session.task.name}:verify_record"
-    if verifier is not None and verifier.lower() == "none":
-        verifier = None
+        filter_ = args.filter or "parts"
+    if verifier is None or verifier.lower() == "none":
+        verifier, filter_ = None, args.filter or "none"
 
     def of(owner: type, *besides: str) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(owner)} - set(besides)
@@ -295,7 +297,7 @@ def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
         ),
         selection=Selection(
             order=args.order,
-            filter=args.filter or ("none" if verifier is None else "correct"),
+            filter=filter_,
             quantile=args.quantile,
             seed=seed,
         ),
@@ -327,6 +329,6 @@ def _report(summary: dict[str, Any], out: Path) -> None:
                 )
     for name, pair in summary["evaluation"].items():
         for which, result in pair.items():
-            right = "" if result["correct"] is None else f", {result['accuracy']:.1%} correct"
+            right = "" if result["right"] is None else f", {result['right']:.1%} right"
             print(f"{name:>10} {which:<5}  NFE {result['nfe']:.2f}{right}")
     print(f"{out / 'model'}: the fine-tuned model")

@@ -11,8 +11,10 @@ from ..config import Rule
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the records of `roll_out`: how many are correct (None if nobody knows), forwards, tokens
-    of the answers per forward, and which rule committed what share of them."""
+    """Of the records of `roll_out`: how many are correct and which share of their parts is right
+    (None if nobody knows), forwards, tokens of the answers per forward, and which rule committed
+    what share of them."""
+    right = [r["right"] for r in records if r["right"] is not None]
     judged = [r["correct"] for r in records if r["correct"] is not None]
     nfe = [r["nfe"] for r in records]
     rules = {
@@ -23,6 +25,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "answers": len(records),
         "correct": sum(judged) if judged else None,
         "accuracy": round(sum(judged) / len(judged), 4) if judged else None,
+        "right": round(statistics.fmean(right), 4) if right else None,
         "complete": sum(r["complete"] for r in records),
         "nfe": round(statistics.fmean(nfe), 3),
         "nfe_p90": statistics.quantiles(nfe, n=10, method="inclusive")[8]

@@ -109,7 +109,7 @@ def run(
     load = _Loader(recipe.model, torch.device(device), dtype)
     model = load() if model is None else model
     pad_id = model.config.pad_id or 0
-    _check(recipe, prompts, evaluate_on, model, verifier)
+    _check(recipe, prompts, evaluate_on, model, verifier, task)
     dealt, held_back = recipe.rounds.deal(prompts)
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_first:
@@ -138,7 +138,7 @@ def run(
         )
         del model
         texts = texts[-recipe.rounds.replay :] if recipe.rounds.replay else []
-        texts.append(examples(chosen, own, task))
+        texts.append(examples(chosen, own, task, recipe.selection.filter == "parts"))
         reports.append({"selection": report, "attempts": []})
         for name, training in (("", recipe.training), ("-again", recipe.training.cautious())):
             made = where / f"model{name}"
@@ -155,7 +155,7 @@ def run(
     del model
     if not isinstance(load.source, Path):
         raise ValueError(
-            f"training: {reports[0]['attempts'][-1]['right']:.1%} of the validation's prompts are "
+            f"training: {reports[0]['attempts'][-1]['right']:.1%} of the validation's answers are "
             f"right after the first round, {first:.1%} before it; try a lower learning_rate, fewer "
             "steps or more prompts"
         )
@@ -215,11 +215,19 @@ def _check(
     evaluate_on: Sequence[Prompt],
     model: Transformer,
     verifier: Verifier | None,
+    task: Task | None,
 ) -> None:
     if not prompts:
         raise ValueError("there is no prompt to roll out")
     if verifier is None and (recipe.rounds.validation or recipe.rounds.hard_share):
         raise ValueError("Rounds: validation and hard_share take a verifier, there is none")
+    if recipe.selection.filter == "parts":
+        if task is None:
+            raise ValueError(
+                "Selection: filter 'parts' takes a task, which knows the parts' tokens"
+            )
+        if any("prompt" not in prompt.record for prompt in prompts):
+            raise ValueError("Selection: filter 'parts' takes prompts with a text \"prompt\"")
     mask_id = recipe.rollout.mask_id
     if mask_id >= model.config.embedding_size:
         raise ValueError(
@@ -241,11 +249,11 @@ def _share_right(
     rollout: Rollout,
     decoded: Decoded,
 ) -> float | None:
-    """Of the validation's prompts, one token a step; None if there are none."""
+    """Of the validation's parts, one token a step; None if there are none."""
     if not prompts:
         return None
     records = decoded(model, prompts, patient(rollout), folder, name="validate")
-    return round(sum(record["correct"] for record in records) / len(records), 4)
+    return round(sum(record["right"] for record in records) / len(records), 4)
 
 
 def _train(

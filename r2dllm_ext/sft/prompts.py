@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .artefacts import read_lines
 
-Verifier = Callable[[dict[str, Any], str], bool]
-"""Judges the text of an answer, given the JSON object of its prompt."""
+Verifier = Callable[[dict[str, Any], str], bool | float]
+"""Judges the text of an answer, given the JSON object of its prompt: right or not, or the share of
+its parts that is right."""
 
 
 class Prompt(NamedTuple):

@@ -98,7 +98,8 @@ def roll_out(
         token), length (tokens up to it, itself included), complete (it is there, or none was asked
         for), nfe (forwards in which the row had masked cells), commit_step (a token's forward; -1 =
         filled up), rule_counts (of the answer's tokens), score (`RedundancyScore`, judged by the
-        rules of `DecodeConfig.r2`), correct (None without a verifier).
+        rules of `DecodeConfig.r2`), right (share of its parts; None without a verifier), correct
+        (all of them).
 
     Raises:
         ValueError: a file of `folder` that is not whole or not of this run.
@@ -204,15 +205,15 @@ def _records(
         ids = answers[row].tolist()
         words, ended = answer_length(ids, stops)
         text, whole = decode(ids[:words]), row not in unfinished
+        right = None if verifier is None else whole * _verdict(verifier, prompts[p], p, text)
         rules = torch.bincount(trace.commit_rule[row, : words + ended].long(), minlength=len(Rule))
         records.append(
             {
                 "prompt": p,
                 "sample": s,
                 "text": text,
-                "correct": None
-                if verifier is None
-                else whole and _verdict(verifier, prompts[p], p, text),
+                "right": right,
+                "correct": None if right is None else right == 1,
                 "complete": whole and (ended or not stops),
                 "length": words + ended,
                 "nfe": int(nfe[row]),
@@ -225,11 +226,15 @@ def _records(
     return records
 
 
-def _verdict(verifier: Verifier, prompt: Prompt, number: int, text: str) -> bool:
+def _verdict(verifier: Verifier, prompt: Prompt, number: int, text: str) -> float:
     try:
-        return bool(verifier(prompt.record, text))
+        found = verifier(prompt.record, text)
+        share = float(found if isinstance(found, int | float) else bool(found))
+        if not 0 <= share <= 1:
+            raise ValueError(f"it says {found!r}, takes a bool or a share in [0, 1]")
     except Exception as error:
         raise ValueError(
             f"the verifier failed on prompt {number + 1} and the answer {text!r}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    return share

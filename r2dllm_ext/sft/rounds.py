@@ -96,10 +96,15 @@ def choose(
     selected, report = select_rollouts(records, selection)
     report["hard"] = 0
     if rounds.hard_share:
-        solved = {r["prompt"] for r in records if r["correct"] is not False}
+        solved = {r["prompt"] for r in records if r["correct"] is None or selection.takes(r)}
         numbers = [i for i in range(len(prompts)) if i not in solved]
         wanted = round(len(selected) * rounds.hard_share / (1 - rounds.hard_share))
-        hard = _hard(model, prompts, numbers, rollout, folder, decoded)[:wanted]
+        hard = [
+            r
+            for r in _hard(model, prompts, numbers, rollout, folder, decoded)
+            if selection.takes(r)
+        ]
+        hard = hard[:wanted]
         selected, report["hard"] = selected + hard, len(hard)
     if current_ranks().is_first:
         write_lines(folder / "selected.jsonl", selected)
@@ -109,24 +114,35 @@ def choose(
 
 
 def _hard(model, prompts, numbers, rollout, folder: Path, decoded: Decoded) -> list[dict[str, Any]]:
-    """Right answers to the prompts of these numbers, decoded one token a step."""
+    """Answers to the prompts of these numbers, decoded one token a step."""
     if not numbers:
         return []
     own = [prompts[i] for i in numbers]
     records = decoded(model, own, patient(rollout), folder / "hard", name="roll out, hard")
-    return [r | {"prompt": numbers[r["prompt"]]} for r in records if r["complete"] and r["correct"]]
+    return [r | {"prompt": numbers[r["prompt"]]} for r in records]
 
 
 def examples(
-    selected: Sequence[dict[str, Any]], prompts: Sequence[Prompt], task: Task | None
+    selected: Sequence[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    task: Task | None,
+    right_alone: bool = False,
 ) -> list[Example]:
-    """What `Trainer` takes of the chosen records; `task` knows what its tokens weigh."""
+    """What `Trainer` takes of the chosen records; `task` knows what its tokens weigh.
+
+    With `right_alone` the tokens of wrong parts weigh nothing.
+    """
     weights: list[Any] = [None] * len(selected)
     serial: list[Any] = [None] * len(selected)
     if task is not None and selected:
         ids = [r["token_ids"] for r in selected]
         answers = torch.tensor(ids, dtype=torch.int64, device="cpu")
-        weights, serial = task.weights(answers).tolist(), task.serial(answers).tolist()
+        weight, serial = task.weights(answers), task.serial(answers).tolist()
+        if right_alone:
+            texts = [prompts[r["prompt"]].record["prompt"] for r in selected]
+            right = [task.right_cells(text, row) for text, row in zip(texts, ids, strict=True)]
+            weight = weight * torch.tensor(right, dtype=weight.dtype, device="cpu")
+        weights = weight.tolist()
     return [
         Example(prompts[r["prompt"]].ids, r["token_ids"], r["commit_step"], weights[i], serial[i])
         for i, r in enumerate(selected)

@@ -15,7 +15,7 @@ from .._checks import choice, number
 from ..redundancy import RedundancyScore
 
 ORDERS = (*RedundancyScore._fields, "length", "nfe", "random")
-FILTERS = ("correct", "none")
+FILTERS = ("correct", "parts", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Selection:
 
     order: what is low in a good one: a field of `RedundancyScore`, "length" or "nfe"; "random" is
         the control.
-    filter: "correct": those that the verifier accepted; "none": all. Either way they are complete.
+    filter: "correct": those that the verifier accepted; "parts": those of which it found a part
+        right, and only the right parts' tokens are learned (`Task.right_cells`); "none": all.
+        Either way they are complete.
     quantile: share of the prompts' best answers that is kept, in (0, 1].
     seed: of order="random".
     """
@@ -39,6 +41,14 @@ class Selection:
         choice("Selection", "filter", self.filter, FILTERS)
         number("Selection", "quantile", self.quantile, 0, 1, open_low=True)
 
+    def takes(self, record: dict[str, Any]) -> bool:
+        """Whether an answer may be learned."""
+        if not record["complete"]:
+            return False
+        if self.filter == "parts":
+            return bool(record["right"])
+        return self.filter == "none" or bool(record["correct"])
+
 
 def select_rollouts(
     rollouts: Sequence[dict[str, Any]], selection: Selection
@@ -52,13 +62,14 @@ def select_rollouts(
     Raises ValueError if nothing is left to choose from.
     """
     complete = [r for r in rollouts if r["complete"]]
-    pool = complete if selection.filter == "none" else [r for r in complete if r["correct"]]
+    pool = [r for r in rollouts if selection.takes(r)]
     if not pool:
         judged = any(r["correct"] is not None for r in rollouts)
-        no_verifier = selection.filter == "correct" and not judged
+        no_verifier = selection.filter != "none" and not judged
+        good = {"correct": " and 0 of these correct", "parts": " and 0 of these right in a part"}
         raise ValueError(
             f"nothing to train on: of {len(rollouts)} answers {len(complete)} are complete"
-            + (f" and {len(pool)} of these correct" if selection.filter == "correct" else "")
+            + good.get(selection.filter, "")
             + (". There was no verifier: give one, or filter 'none'" if no_verifier else "")
         )
     keys = _keys(pool, selection)

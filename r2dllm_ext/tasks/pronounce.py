@@ -216,9 +216,14 @@ def verify(prompt: str, answer: str) -> Verdict:
     return Verdict(False, wrong, reason, right, parts)
 
 
-def verify_record(record: dict[str, Any], answer: str) -> bool:
-    """`verify` as a verifier of `r2dllm sft`: `record["prompt"]` is the text of a prompt."""
-    return verify(record["prompt"], answer).correct
+def verify_record(record: dict[str, Any], answer: str) -> float:
+    """Share of the words that are right, for `r2dllm sft`: `record["prompt"]` is a prompt's text.
+
+    Where words are right, but too many, there is a wrong one more.
+    """
+    verdict = verify(record["prompt"], answer)
+    too_many = not verdict.correct and verdict.right == verdict.parts
+    return verdict.right / (verdict.parts + too_many)
 
 
 def phoneme_errors(prompt: str, answer: str) -> tuple[int, int]:
@@ -285,6 +290,24 @@ class Pronounce(Task):
 
     def verify(self, prompt: str, answer: str) -> Verdict:
         return verify(prompt, answer)
+
+    def right_cells(self, prompt: str, answer: list[int]) -> list[bool]:
+        """Numbers in their order, the phonemes of right words, and the end behind the last word."""
+        words, tokens = prompt.lower().split(), self.tokenizer.decode(answer).split()
+        length = tokens.index(END) if END in tokens else len(tokens)
+        found = read_answer(" ".join(tokens[:length]))
+        good = [one in listed(word) for word, one in zip(words, found, strict=False)]
+        right, word = [], -1
+        for token in tokens[:length]:
+            if token in NUMBERS:
+                if token != str(word + 2):
+                    break
+                word += 1
+                right.append(word < len(words))
+            else:
+                right.append(0 <= word < len(good) and good[word])
+        right += [False] * (length - len(right))
+        return right + [len(found) == len(words)] * (len(tokens) - length)
 
     def weights(self, answers: Tensor) -> Tensor:
         # A row has up to 20 end tokens, which are all one decision.

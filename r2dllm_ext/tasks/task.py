@@ -63,6 +63,10 @@ class Task:
         """Judges the text `answer`, end tokens allowed behind it; ValueError: not a prompt."""
         raise NotImplementedError
 
+    def right_cells(self, prompt: str, answer: list[int]) -> list[bool]:
+        """Cells of answer ids [A] that belong to parts which are right; all or none by default."""
+        return [self.verify(prompt, self.tokenizer.decode(answer)).correct] * len(answer)
+
     def weights(self, answers: Tensor) -> Tensor:
         """Loss weights, float32, of answer ids [B, A]: more where an error is likely and fatal."""
         raise NotImplementedError
