@@ -61,6 +61,7 @@ def recipe_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> sft.
             samples=2,
             greedy_first=True,
             batch_size=64,
+            autocast=args.autocast,
         ),
         selection=sft.Selection(
             "random" if arm == "random" else "nfe", filter="parts", quantile=0.8, seed=seed
@@ -227,7 +228,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="to test on; default 512, quick 8")
     parser.add_argument("--choice", type=int, help="to choose on; default 256, quick 8")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--autocast", action="store_true", help="train in bfloat16")
+    parser.add_argument("--autocast", action="store_true", help="roll out and train in bfloat16")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--quick", action="store_true", help="minutes; proves nothing")
     args = parser.parse_args(arguments)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -952,6 +953,26 @@ def test_ledger_needs_no_prompts(tmp_path, capsys):
     assert recipe["selection"]["filter"] == "parts"
     record = json.loads((tmp_path / "out" / "prompts.jsonl").read_text().splitlines()[0])
     assert WORDS.encode(record["prompt"]) == record["prompt_ids"]
+
+
+def test_rollouts_in_bfloat16(tmp_path):
+    seen = []
+
+    class Recording:
+        device = torch.device("cpu")
+        model = tiny()
+
+        def __call__(self, ids, **options):
+            output = self.model(ids, **options)
+            seen.append(output.logits.dtype)
+            return output
+
+    for autocast in (False, True):
+        rollout = dataclasses.replace(ROLLOUT, autocast=autocast)
+        given = [sft.Prompt({}, [5, 6])]
+        sft.roll_out(Recording(), given, rollout, tmp_path / str(autocast), decode=WORDS.decode)
+        assert set(seen) == {torch.bfloat16 if autocast else torch.float32}
+        seen.clear()
 
 
 def test_greedy_first_is_a_flag():

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _NOTES = """\
 Prompts are JSON lines: an object with a text "prompt" or a list of token ids "prompt_ids", and what
-else the verifier wants. A verifier is a function of that object and the text of an answer.
+else the verifier wants. A verifier is a function of that object and the text of an answer:
+right or not, or the share that is right.
 OUT holds recipe.json, prompts.jsonl, round-1/, round-2/ ..., each with rollouts/, selected.jsonl,
 selection.json, train/ and model/; model/ (of the last round), evaluation/ and evaluation.json.
 Killed, the same command goes on. On several processes:
@@ -294,6 +295,7 @@ def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
             samples=args.samples,
             greedy_first=args.greedy_first,
             batch_size=args.rollout_batch,
+            autocast=args.autocast,
         ),
         selection=Selection(
             order=args.order,

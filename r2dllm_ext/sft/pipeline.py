@@ -305,7 +305,7 @@ def _evaluate(
     decoded: Decoded,
 ) -> None:
     for name, config in recipe.decoders.items():
-        rollout = dataclasses.replace(recipe.rollout, config=config, samples=1)
+        rollout = dataclasses.replace(recipe.rollout, config=config, samples=1, autocast=False)
         where = folder / "evaluation" / f"{which}-{name}"
         decoded(model, prompts, rollout, where, name=f"{which} {name}")
 

@@ -34,6 +34,7 @@ class Rollout:
     samples: answers to a prompt; more than one need config.temperature > 0.
     greedy_first: the first of several is decoded at temperature 0.
     batch_size: answers decoded together, and lines of a file.
+    autocast: the model computes in bfloat16; its weights stay what they are.
     """
 
     config: DecodeConfig
@@ -45,11 +46,13 @@ class Rollout:
     samples: int = 1
     greedy_first: bool = False
     batch_size: int = 32
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length", "samples", "batch_size"):
             integer("Rollout", name, getattr(self, name), 1)
         flag("Rollout", "greedy_first", self.greedy_first)
+        flag("Rollout", "autocast", self.autocast)
         stop_ids(self.stop_id, where="Rollout")
         if self.gen_length % self.block_length:
             raise ValueError(
@@ -166,19 +169,20 @@ def _decode(
     seed = (rollout.config.seed * 1_000_003 + number) % 2**63
     unfinished: Sequence[int] = ()
     try:
-        generation = generate(
-            model,
-            tokens.to(device),
-            gen_length=rollout.gen_length,
-            block_length=rollout.block_length,
-            config=rollout.config.replace(seed=seed),
-            rows=rows,
-            cache=rollout.cache,
-            logits_shift=rollout.logits_shift,
-            attention_mask=real.to(device),
-            stop_id=rollout.stop_id,
-            trace=True,
-        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=rollout.autocast):
+            generation = generate(
+                model,
+                tokens.to(device),
+                gen_length=rollout.gen_length,
+                block_length=rollout.block_length,
+                config=rollout.config.replace(seed=seed),
+                rows=rows,
+                cache=rollout.cache,
+                logits_shift=rollout.logits_shift,
+                attention_mask=real.to(device),
+                stop_id=rollout.stop_id,
+                trace=True,
+            )
     except NoProgressError as error:
         generation, unfinished = error.generation, error.rows
         warnings.warn(f"roll out: {len(unfinished)} of {len(ids)} answers: {error}", stacklevel=2)
