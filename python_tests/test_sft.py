@@ -533,6 +533,17 @@ def test_a_share_is_between_0_and_1(tmp_path, verdict):
         sft.roll_out(tiny(), [sft.Prompt({}, [5])], ROLLOUT, tmp_path, **judge)
 
 
+def test_a_record_that_lacks_a_field_is_a_damaged_file(tmp_path):
+    given = [sft.Prompt({}, [5])]
+    sft.roll_out(tiny(), given, ROLLOUT, tmp_path, decode=WORDS.decode)
+    file = tmp_path / "000000.jsonl"
+    (record,) = read_lines(file)
+    for name in record:
+        file.write_text(json.dumps({k: v for k, v in record.items() if k != name}) + "\n")
+        with pytest.raises(ValueError, match=r"000000.jsonl: .*delete the file"):
+            sft.roll_out(tiny(), given, ROLLOUT, tmp_path, decode=WORDS.decode)
+
+
 def test_of_an_answer_the_right_parts_alone_are_learned():
     class HalfRight(Ledger):
         def right_cells(self, prompt, answer):

@@ -25,6 +25,10 @@ from .prompts import Prompt, Verifier, left_padded
 from .ranks import current_ranks
 
 Item = tuple[int, int]  # prompt, sample
+_FIELDS = frozenset(
+    "prompt sample text right correct complete length nfe score rule_counts token_ids commit_step"
+    .split()
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +151,9 @@ def _read(file: Path, batch: list[Item]) -> list[dict[str, Any]]:
             f"{file}: {len(found)} answers, takes {len(batch)} to (prompt, sample) "
             f"{batch[0]} .. {batch[-1]}{hint}"
         )
+    for line, record in enumerate(records, start=1):
+        for name in _FIELDS - record.keys():
+            raise ValueError(f"{file}: line {line} has no {name!r}{hint}")
     return records
 
 
