@@ -169,6 +169,26 @@ def cuda_bars(records: list[dict[str, Any]], cache: str) -> list[Bar]:
     return bars
 
 
+# Steps of engines, rows of the batch: times faster that ours has to be in the engine's loop.
+ENGINES = {
+    ("fast_dllm get_transfer_index", 1): 200,
+    ("diffusers LLaDA2Pipeline", 1): 10,
+    ("diffusers LLaDA2Pipeline", 8): 10,
+    ("sglang LowConfidence", 8): 5,
+    ("sglang JointThreshold", 8): 5,
+}
+
+
+def engine_bars(records: list[dict[str, Any]]) -> list[Bar]:
+    """Of the vocabulary that is named in them; others are no measure."""
+    bars = []
+    for (step, rows), least in ENGINES.items():
+        matches = [r for r in records if r["op"] == step and r["shape"]["B"] == rows]
+        value = next((ratio(r, "theirs") for r in matches if r["shape"]["V"] == 126464), None)
+        bars.append(held(f"{step}, B = {rows}: times faster", value, ">=", least))
+    return bars
+
+
 def bar_table(bars: Iterable[Bar]) -> str:
     """Those that were measured; nothing if none was."""
     verdict = {True: "pass", False: "FAIL"}

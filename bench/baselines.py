@@ -41,9 +41,7 @@ def authors_step(
 
 def _authors_base(logits, tokens, config, quota) -> tuple[Tensor, Tensor]:
     masked = tokens == config.mask_id
-    prediction = logits.argmax(-1)
-    probabilities = torch.softmax(logits.to(torch.float64), -1)
-    confidence = probabilities.gather(-1, prediction.unsqueeze(-1)).squeeze(-1)
+    prediction, confidence = _authors_confidence(logits)
     score = torch.where(masked, confidence, -torch.inf)
     chosen = torch.zeros_like(masked)
     for b in range(tokens.shape[0]):
@@ -65,6 +63,34 @@ def _authors_base(logits, tokens, config, quota) -> tuple[Tensor, Tensor]:
                     chosen[b, order[k]] = False
     tokens[chosen] = prediction[chosen]
     return prediction, confidence
+
+
+def _authors_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
+    prediction = logits.argmax(-1)
+    probabilities = torch.softmax(logits.to(torch.float64), -1)
+    return prediction, probabilities.gather(-1, prediction.unsqueeze(-1)).squeeze(-1)
+
+
+def authors_transfer_index(
+    logits: Tensor,
+    temperature: float,
+    remasking: str,
+    mask_index: Tensor,
+    x: Tensor,
+    num_transfer_tokens: Tensor | None,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """Fast-dLLM's `get_transfer_index` with a threshold, greedy: prediction and chosen cells."""
+    prediction, confidence = _authors_confidence(logits)
+    score = torch.where(mask_index, confidence, -torch.inf)
+    chosen = torch.zeros_like(mask_index)
+    for b, open_cells in enumerate(mask_index.sum(1)):
+        order = score[b].topk(int(open_cells)).indices
+        chosen[b, order] = True
+        for k in range(1, int(open_cells)):
+            if score[b, order[k]] < threshold:
+                chosen[b, order[k]] = False
+    return torch.where(mask_index, prediction, x), chosen
 
 
 def authors_windows(prediction: Tensor, confidence: Tensor, tokens: Tensor, config) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak extra memory of one step or loss, measured in a process of its own.
+"""Peak extra memory of a step or loss, measured in a process of its own.
 
 CPU: torch's counters do not see the scratch of C++ code, and the kernel's high-water mark (VmHWM)
 counts in batches of pages. So glibc's malloc is told to keep whatever it once got: after
@@ -37,12 +37,13 @@ _KNOWN = 2**20
 
 
 def peak_memory(
-    shape: Shape, dtype: str, device: str, threads: int, loss: str | None = None, share: int = 100
+    shape: Shape, dtype: str, device: str, threads: int, op: str | None = None, share: int = 100
 ) -> dict[str, int] | str:
-    """Bytes by variant of a step or a loss, and "error"; or why they can't be measured."""
+    """Bytes by variant of a step, or of a loss or an engine's step that `op` names, and "error"; or
+    why they can't be measured."""
     if device == "cpu" and not Path("/proc/self/smaps_rollup").exists():
         return "no /proc/self/smaps_rollup on this system"
-    command = [sys.executable, __file__, json.dumps([shape, dtype, device, threads, loss, share])]
+    command = [sys.executable, __file__, json.dumps([shape, dtype, device, threads, op, share])]
     done = subprocess.run(command, env=os.environ | _KEEP_ALL, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
@@ -75,9 +76,10 @@ def _grown_on_cuda(call: Callable[[], Any]) -> int:
 
 
 def _probe(
-    shape: Shape, dtype: str, device: str, threads: int, loss: str | None, share: int
+    shape: Shape, dtype: str, device: str, threads: int, op: str | None, share: int
 ) -> dict[str, int]:
     from comparisons import step_variants
+    from engine_cases import STEPS, engine_case
     from loss import memory_variants
 
     no_huge_pages = 41  # PR_SET_THP_DISABLE
@@ -86,10 +88,12 @@ def _probe(
     grown = _grown_on_cuda if device == "cuda" else _grown_on_cpu
     known = [grown(lambda: torch.ones(_KNOWN // 4, device=device)) for _ in range(1 + _REPEATS)]
     peaks = {"error": max((size - _KNOWN for size in known[1:]), key=abs)}
-    if loss is None:
+    if op is None:
         variants = step_variants(spiked_block(shape, DTYPES[dtype], device))
+    elif op in STEPS:
+        variants = engine_case(op, shape, DTYPES[dtype], device).variants
     else:
-        variants = memory_variants(loss, shape, DTYPES[dtype], share, device)
+        variants = memory_variants(op, shape, DTYPES[dtype], share, device)
     for variant in variants:
         sizes = []
         for _ in range(1 + _REPEATS):  # the first call also loads code

@@ -126,6 +126,15 @@ class Block:
 
 
 @torch.no_grad()
+def spike(logits: Tensor, target: Tensor, p: Tensor) -> None:
+    """Give `target` [B, L] the probability `p` [B, L], in place."""
+    for b in range(len(logits)):  # one row at a time: no copy of the logits
+        rows, place = logits[b], target[b, :, None]
+        others = rows.scatter_(-1, place, -torch.inf).float().logsumexp(-1, keepdim=True)
+        rows.scatter_(-1, place, (others + p[b, :, None].logit()).to(logits.dtype))
+
+
+@torch.no_grad()
 def spiked_block(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Block:
     """Gaussian logits with one spike a row, placed so that every rule commits something."""
     B, L, V = shape
@@ -142,10 +151,7 @@ def spiked_block(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: in
     p = torch.tensor(_PATTERN, device=device)[cell].expand(B, L).clone()
     p[1::2] = p[1::2].where(p[1::2] < 0.9, _SECOND)
     p[1::2, 0] = _BEST
-    for b in range(B):  # one row at a time: no copy of the logits
-        rows, place = logits[b], target[b, :, None]
-        others = rows.scatter_(-1, place, -torch.inf).float().logsumexp(-1, keepdim=True)
-        rows.scatter_(-1, place, (others + p[b, :, None].logit()).to(dtype))
+    spike(logits, target, p)
 
     ripe = ((cell == _STABLE) & (row >= 0)).int()
     streaks = (ripe * 2, torch.where(ripe > 0, target, -1))

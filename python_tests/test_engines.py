@@ -53,6 +53,23 @@ def test_every_integration_has_its_lines():
     }
 
 
+def test_an_engine_is_a_small_file():
+    for name in USES:
+        path = Path(r2dllm_ext.integrations.__path__[0]) / f"{name}.py"
+        assert len(path.read_text().splitlines()) < 150, name
+
+
+def test_ci_runs_engines_that_it_knows():
+    folder = README.parent / ".ci"
+    if not folder.exists():
+        pytest.skip("needs the source tree beside the tests")
+    (names,) = re.findall(r"^exec \.ci/engines (.+)$", (folder / "run").read_text(), re.MULTILINE)
+    known = set(re.findall(r"^    (\w+)\)", (folder / "engines").read_text(), re.MULTILINE))
+    assert set(names.split()) == {"diffusers", "transformers", "lmdeploy"} <= known
+    for name in known:
+        assert name in ENGINES and Path(__file__).with_name(f"test_{name}.py").exists()
+
+
 def test_the_readme_has_the_table():
     if not README.exists():
         pytest.skip("needs the source tree beside the tests")

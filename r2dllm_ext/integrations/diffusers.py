@@ -134,10 +134,9 @@ class R2BlockRefinementScheduler(BlockRefinementScheduler):
 
     def _state_of(self, sample: Tensor, index: int, draws: bool, generator: Any) -> DecodeState:
         state, rows = self._state, tuple(sample.shape)
-        if (
-            state is None
-            or (state.rows, state.block_length) != rows
-            or state.device != sample.device
+        if state is None or (state.rows, state.block_length, state.device) != (
+            *rows,
+            sample.device,
         ):
             self._state = state = DecodeState(*rows, device=sample.device)
         elif index == 0:

@@ -130,9 +130,8 @@ class R2RemaskingPolicy:
             refuse(TypeError, "R2RemaskingPolicy.apply", "logits", "[L, V]", None)
         if not isinstance(logits, torch.Tensor):  # lists: numpy reads them several times as fast
             logits = torch.from_numpy(np.asarray(logits, dtype=np.float32))
-        options = dict(remasking_config or {})
+        draft, options = tuple(input_draft), dict(remasking_config or {})
         request = options.pop("request_id", None)
-        draft = tuple(input_draft)
         config = policy_config(self.config, options, len(draft))
         before, state = self._blocks.pop(request, (None, None))
         if state is None or before != draft:

@@ -11,31 +11,20 @@ themselves, by an entry point (their pull request 4013): there it is `lm_eval --
 from __future__ import annotations
 
 import sys
-import warnings
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-
-from .._checks import refuse
-from .._command import INTERRUPTED
 from .._version import __version__
-from ..cli.session import Session
-from ..cli.text import Pretrained
 from ..sft.artefacts import write_json
 from ._lm_eval_answers import AnswersFile, summary
+from ._lm_eval_command import main, register
 from ._lm_eval_decode import batches, decode
-from ._lm_eval_options import WHERE, as_arguments, batch_rows, session_options
+from ._lm_eval_model import SessionModel
 from ._lm_eval_requests import read_requests, settings_of
-from ._versions import require
 
-require("lm_eval")
-
-from lm_eval.api.model import LM  # noqa: E402  (after our own error)
-from lm_eval.utils import simple_parse_args_string  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+__all__ = ["R2DLLM", "main", "register"]
 
 
-class R2DLLM(LM):
+class R2DLLM(SessionModel):
     """The harness's model `r2dllm`: `generate_until` by the rules of a `DecodeConfig`.
 
     Args (each as `--model_args name=value`):
@@ -73,34 +62,14 @@ class R2DLLM(LM):
         answers: str | None = None,
         **arguments: Any,
     ) -> None:
-        super().__init__()
-        self._batch_size = batch_rows(batch_size)
-        args = session_options(pretrained, arguments)
-        with as_arguments():
-            self._session = Session(args)
-            self._codec = self._session.codec
-        self._gen_length = args.gen_length  # or None: as its tasks ask
-        self._device = self._session.model.device
+        super().__init__(pretrained, batch_size, arguments)
         self._settings = settings_of(self._session, self._gen_length)
         self._answers = AnswersFile(answers, self._settings)
         self._costs: dict[str, Any] = {}
 
-    @classmethod
-    def create_from_arg_obj(cls, arg_dict, additional_config=None):
-        """A model's arguments go before the harness's options, which have values unless asked."""
-        given = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        # So has --device, "cuda:0" on all machines; its other models fall back too.
-        device = given.get("device") if "device" not in arg_dict else None
-        if str(device).startswith("cuda") and not torch.cuda.is_available():
-            warnings.warn(f"{WHERE}: this torch sees no {device}: on the CPU", stacklevel=2)
-            del given["device"]
-        return cls(**{**given, **arg_dict})
-
-    @classmethod
-    def create_from_arg_string(cls, arg_string, additional_config=None):
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        from tqdm import tqdm  # the harness has it
+
         asked = read_requests(self._session, requests, self._settings, self._gen_length)
         with (
             self._answers.open() as answers,
@@ -118,30 +87,6 @@ class R2DLLM(LM):
         self._costs = summary(found)
         self._report()
         return [record["text"] for record in found]
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> NoReturn:
-        self._refuse_likelihood("loglikelihood", requests)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> NoReturn:
-        self._refuse_likelihood("loglikelihood_rolling", requests)
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        if not isinstance(self._codec, Pretrained) or self._codec.chat_template is None:
-            takes = "a checkpoint whose tokenizer has a chat template"
-            refuse(ValueError, WHERE, "--apply_chat_template", takes, self._session.name)
-        return self._codec.chat_text(chat_history, answer_begun=not add_generation_prompt)
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        if isinstance(chat_template, str):
-            takes = "no name: it is the tokenizer's template"
-            refuse(ValueError, WHERE, "--apply_chat_template", takes, chat_template)
-        return getattr(self._codec, "chat_template", None) if chat_template else None
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self._session.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness adds to "config" of its results."""
@@ -170,47 +115,6 @@ class R2DLLM(LM):
             path = self._answers.path.with_suffix(".summary.json")
             write_json(path, self._summary())
             print(f"r2dllm: {path}")
-
-    def _refuse_likelihood(self, kind: str, requests: list[Any]) -> NoReturn:
-        tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
-        raise NotImplementedError(
-            f"{WHERE}: takes tasks of output_type generate_until, got {kind} requests of {tasks}: "
-            "a masked-diffusion model has no likelihood in closed form"
-        )
-
-
-def register() -> None:
-    """Make `r2dllm` a name of `--model` where it is none yet."""
-    import lm_eval.models  # noqa: F401  (the harness's own: it fills an empty registry alone)
-    from lm_eval.api.registry import MODEL_REGISTRY, register_model
-
-    # By the module's own name, which is not __main__: there is one class of this name.
-    from r2dllm_ext.integrations.lm_eval import R2DLLM
-
-    if "r2dllm" not in MODEL_REGISTRY:
-        register_model("r2dllm")(R2DLLM)
-
-
-def main() -> int:
-    """The harness's command line with the model `r2dllm`; returns the exit status.
-
-    An error is one line on stderr and status 2 (with `--traceback` it is raised), Ctrl-C 130.
-    """
-    from lm_eval.__main__ import cli_evaluate
-
-    shown = "--traceback" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
-    register()
-    try:
-        cli_evaluate()
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
-        if shown:
-            raise
-        print(f"r2dllm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
