@@ -183,7 +183,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             x, y = [r["nfe"]["mean"] for r in points], [100 * r["accuracy"] for r in points]
             low = [100 * (r["accuracy"] - r["wilson95"][0]) for r in points]
             high = [100 * (r["wilson95"][1] - r["accuracy"]) for r in points]
-            label = f"{name} ({', '.join(decoder.parameters)})"
+            label = f"{name} ({decoder.parameter})"
             bars = axes.errorbar(
                 x, y, [low, high], marker="o", ms=4, lw=1.2, capsize=2, label=label
             )
