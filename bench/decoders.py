@@ -21,8 +21,8 @@ class Decoder(NamedTuple):
 
 
 def _r2(mask_id: int, value: float) -> DecodeConfig:
-    """All thresholds move together: as in the preset, 0.8 and 0.9, a cell that stands for itself may
-    be wrong half as often as one of a window or a streak."""
+    """All thresholds move together: as in the preset, 0.8 and 0.9, a cell that stands for itself
+    may be wrong half as often as one of a window or a streak."""
     return DecodeConfig.r2(
         mask_id,
         threshold=round((1 + value) / 2, 6),
@@ -34,7 +34,8 @@ def _r2(mask_id: int, value: float) -> DecodeConfig:
 DECODERS = {
     "vanilla": Decoder(lambda m, x: DecodeConfig.vanilla(m, quota=int(x)), "quota", 1, ()),
     "fast_dllm": Decoder(
-        lambda m, x: DecodeConfig.fast_dllm(m, threshold=x), "threshold", 0.9, (0.7, 0.8, 0.95, 0.98)
+        lambda m, x: DecodeConfig.fast_dllm(m, threshold=x),
+        "threshold", 0.9, (0.7, 0.8, 0.95, 0.98),
     ),
     "r2": Decoder(_r2, "spatial_threshold", 0.8, (0.6, 0.7, 0.85, 0.9, 0.95)),
     "budget": Decoder(
