@@ -141,7 +141,8 @@ def generate(
         (batch, prompt_length + gen_length), config.mask_id, dtype=torch.int64, device=device
     )
     sequences[:, :prompt_length] = prompt
-    driver = ModelDriver(model, cache, logits_shift, _key_mask(attention_mask, gen_length, device))
+    key_mask = _key_mask(attention_mask, gen_length, device)
+    driver = ModelDriver(model, cache, logits_shift, key_mask, prompt_length)
     state = DecodeState(batch, block_length, device=device)
     stuck: dict[int, StuckRow] = {}
     edits = None
