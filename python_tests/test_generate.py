@@ -716,6 +716,9 @@ def test_cuda_graph_errors():
         run(model, prompt, cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph takes False, True or 'loop', got 'yes'"):
         run(model, prompt, cuda_graph="yes")
+    for wrong in (None, 0, 1, torch.tensor(True)):  # the false ones would go unnoticed
+        with pytest.raises(TypeError, match="cuda_graph takes False, True or 'loop', got"):
+            run(model, prompt, cuda_graph=wrong)
     model.device = "cuda"
     if not step_graph.HAS_LOOPS:
         with pytest.raises(ValueError, match="'loop' with torch 2.15 or newer"):

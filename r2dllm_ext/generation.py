@@ -134,6 +134,9 @@ def generate(
         model, prompt, attention_mask, gen_length=gen_length, mask_id=config.mask_id, stops=stops
     )
     device = torch.device(getattr(model, "device", prompt.device))
+    if not isinstance(cuda_graph, bool) and cuda_graph != "loop":
+        error = ValueError if isinstance(cuda_graph, str) else TypeError
+        refuse(error, "generate", "cuda_graph", "False, True or 'loop'", cuda_graph)
     if cuda_graph:
         check_graph(cuda_graph, device, on_step=on_step, progress=progress, trace=trace)
     batch, prompt_length = prompt.shape
