@@ -17,9 +17,12 @@ from typing import NoReturn
 
 from setuptools import setup
 
-# Empty counts as unset, also for torch's build helpers, which read most of these themselves.
-for name in ("CC", "CXX", "CUDA_HOME", "MAX_JOBS", "R2DLLM_CUDA", "TORCH_CUDA_ARCH_LIST"):
-    if os.environ.get(name) == "":
+# Blank counts as unset, also for torch's build helpers, which read most of these themselves.
+for name in (
+    *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"),
+    *("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "R2DLLM_CUDA", "TORCH_CUDA_ARCH_LIST"),
+):
+    if not os.environ.get(name, name).strip():
         del os.environ[name]
 
 ROOT = Path(__file__).parent

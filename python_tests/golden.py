@@ -25,7 +25,8 @@ from r2dllm_ext.state import DecodeState
 
 SHIPPED = Path(__file__).parent / "golden"
 RECORDED = Path(
-    os.environ.get("R2DLLM_GOLDEN") or Path(__file__).parents[1] / ".." / "shared" / "golden"
+    os.environ.get("R2DLLM_GOLDEN", "").strip()
+    or Path(__file__).parents[1] / ".." / "shared" / "golden"
 )
 FILES = (
     *(f"dream_{name}" for name in ("bf16", "edge", "f32")),

@@ -31,8 +31,9 @@ def test_a_set_that_is_here_is_used(name):
     assert result.stdout.split() == [name], result.stderr
 
 
-def test_empty_counts_as_unset():
-    assert run(IN_USE, R2DLLM_CPU="").stdout.split() == [INFO["cpu_supported"][0]]
+@pytest.mark.parametrize("blank", ["", " ", " \t\n"])
+def test_empty_counts_as_unset(blank):
+    assert run(IN_USE, R2DLLM_CPU=blank).stdout.split() == [INFO["cpu_supported"][0]]
 
 
 @pytest.mark.parametrize("name", [*(set(KNOWN) - set(INFO["cpu_supported"])), "sse", " portable"])

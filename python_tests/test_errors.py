@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import STREAKS, assert_same, clone, runs_cuda, same_bits, state_tensors
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from r2dllm_ext.config import DecodeConfig, Rule
@@ -258,6 +259,34 @@ def test_grad_mode(r2, device):
         r2.decode_step(call.logits, call.tokens, call.state, call.config)
     step = r2.decode_step(call.logits.detach(), call.tokens, call.state, call.config)
     assert step.rule.any() and not step.confidence.requires_grad
+
+
+@pytest.mark.parametrize("op", ["decode_step", "select", "token_confidence", "vocab_statistics"])
+def test_forward_mode_raises(r2, device, op):
+    """A confidence without a tangent would be taken for a constant."""
+    call = Call(device)
+    own = (call.tokens, call.state, call.config) if op in ("decode_step", "select") else ()
+    words = f"{op}: logits takes no tangent of forward-mode differentiation"
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(call.logits, torch.ones_like(call.logits))
+        with pytest.raises(NotImplementedError, match=words):
+            getattr(r2, op)(dual, *own)
+        getattr(r2, op)(call.logits, *own)
+
+
+def test_forward_mode_of_a_streak_raises(r2, device):
+    is_masked = torch.ones(2, 4, dtype=torch.bool, device=device)
+    confidence = torch.ones(2, 4, device=device)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="confidence takes no"):
+        r2.update_stability_(
+            r2.DecodeState(2, 4, device=device),
+            torch.zeros(2, 4, dtype=torch.int64, device=device),
+            forward_ad.make_dual(confidence, confidence),
+            was_masked=is_masked,
+            is_masked=is_masked,
+            steps=1,
+            min_confidence=0.5,
+        )
 
 
 def test_float64_is_for_the_cpu(r2, device):

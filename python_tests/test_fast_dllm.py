@@ -28,7 +28,7 @@ from r2dllm_ext.models import ModelConfig, Transformer
 WILD, SHARP = 0.3, 4.0
 LOOPS = ("generate", "generate_with_prefix_cache", "generate_with_dual_cache")
 CACHES = ("none", "prefix", "dual")
-SOURCES = os.environ.get("R2DLLM_ENGINE_SOURCES")
+SOURCES = os.environ.get("R2DLLM_ENGINE_SOURCES", "").strip()  # blank counts as unset
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_what_a_replaced_loop_refuses(release):
 @pytest.fixture
 def checkout(request, monkeypatch) -> ModuleType:
     """`llada/generate.py` of a checkout; what it imports of the model is not needed."""
-    path = Path(SOURCES or "", request.param, "llada", "generate.py")
+    path = Path(SOURCES, request.param, "llada", "generate.py")
     if not (SOURCES and path.exists()):
         pytest.skip(f"needs R2DLLM_ENGINE_SOURCES=DIR with the checkout DIR/{request.param}")
     for name in ("model", "model.modeling_llada", "transformers"):

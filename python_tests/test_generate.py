@@ -716,6 +716,9 @@ def test_cuda_graph_errors():
         run(model, prompt, cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph takes False, True or 'loop', got 'yes'"):
         run(model, prompt, cuda_graph="yes")
+    for wrong in (None, 0, 1, torch.tensor(True)):  # the false ones would go unnoticed
+        with pytest.raises(TypeError, match="cuda_graph takes False, True or 'loop', got"):
+            run(model, prompt, cuda_graph=wrong)
     model.device = "cuda"
     if not step_graph.HAS_LOOPS:
         with pytest.raises(ValueError, match="'loop' with torch 2.15 or newer"):
@@ -779,3 +782,54 @@ def test_graphs_with_rows_and_edits(request, graphs, cache, shift, kind):
     graph = r2.generate(model, prompt, **options, cuda_graph=kind)
     assert torch.equal(graph.sequences, plain.sequences) and sum(edits) > 3
     assert plain.nfe <= graph.nfe <= plain.nfe + (3 if kind is True else 0)
+
+
+# ---- padding -----------------------------------------------------------------------------------
+
+
+class Counting:
+    """Row i says which token of its own sequence it is; rows of padding say something else.
+
+    Nothing of the past is computed: caches are of the right shape alone.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, block_alone: bool) -> None:
+        self.supports_logits_positions = block_alone
+
+    def __call__(
+        self, ids, attention_mask=None, past_key_values=None, logits_positions=None, **options
+    ):
+        B, T = ids.shape
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[1]
+        replace = options.get("replace_position")
+        start = past if replace is None else replace[0].int().argmax()
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        padding = (mask == 0).sum(1, keepdim=True)
+        place = torch.arange(T) + start - padding
+        logits = 9.0 * F.one_hot(torch.where(place < 0, MASK - 1, place % (MASK - 1)), VOCAB)
+        if isinstance(logits_positions, torch.Tensor):
+            logits = logits.index_select(1, logits_positions)
+        elif logits_positions is not None:
+            logits = logits[:, logits_positions[0] : logits_positions[1]]
+        pairs = [(torch.zeros(B, past + T if replace is None else past, 2),) * 2]
+        return SimpleNamespace(logits=logits, past_key_values=pairs)
+
+
+@pytest.mark.parametrize(
+    "block_alone, kind", [(False, False), (True, False), (True, True), (True, "loop")]
+)
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_rows_are_clamped_within_their_own_sequence(graphs_on_cpu, cache, shift, block_alone, kind):
+    """An empty prompt beside others: its first token is not what the padding predicts."""
+    model, options = Counting(block_alone), {"cache": cache, "logits_shift": shift}
+    prompts = [[], [1], [1, 2, 3], []]
+    tokens = torch.tensor([[0] * (3 - len(ids)) + ids for ids in prompts])
+    real = torch.tensor([[0] * (3 - len(ids)) + [1] * len(ids) for ids in prompts])
+    together = run(model, tokens, attention_mask=real, cuda_graph=kind, **options)
+    for ids, row in zip(prompts, together.sequences[:, 3:], strict=True):
+        prompt = torch.tensor([ids], dtype=torch.int64)
+        alone = run(model, prompt, **options)
+        assert row.tolist() == alone.sequences[0, len(ids) :].tolist()

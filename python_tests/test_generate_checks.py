@@ -144,7 +144,7 @@ LOGITS = torch.zeros(1, 6, 50)
     ids=["tuple", "dict", "tensor", "none", "no logits", "list"],
 )
 def test_a_model_that_returns_no_logits_is_refused(cache, output, got):
-    driver = ModelDriver(lambda ids, **_: output, cache, 0, None)
+    driver = ModelDriver(lambda ids, **_: output, cache, 0, None, 0)
     with pytest.raises(TypeError, match=rf"generate: model takes .*`logits`, got {got} "):
         driver.forward(torch.zeros(1, 6, dtype=torch.int64), 2, 6, [0], new_block=True)
 
@@ -153,7 +153,7 @@ def test_a_model_that_returns_no_logits_is_refused(cache, output, got):
 @pytest.mark.parametrize("fields", [{}, {"past_key_values": None}])
 def test_a_model_that_returns_no_cache_is_refused(cache, fields):
     output = SimpleNamespace(logits=LOGITS, **fields)
-    driver = ModelDriver(lambda ids, **_: output, cache, 0, None)
+    driver = ModelDriver(lambda ids, **_: output, cache, 0, None, 0)
     message = f"generate: model takes .*`past_key_values` .*cache='{cache}'"
     with pytest.raises(TypeError, match=message):
         driver.forward(torch.zeros(1, 6, dtype=torch.int64), 2, 6, [0], new_block=True)

@@ -65,18 +65,26 @@ def test_cuda_switch_misspelt():
 
 
 @in_source_tree
-def test_empty_variables_count_as_unset():
+@pytest.mark.parametrize("blank", ["", " ", "\t \n"])
+def test_empty_variables_count_as_unset(blank):
     """The build gets as far as an option that setup.py does not have."""
     code = "import sys, runpy; sys.argv = ['setup.py', '--no-such-option']\n"
     error = one_error(
-        run(code + "runpy.run_path('setup.py', run_name='__main__')", CXX="", R2DLLM_CUDA="")
+        run(
+            code + "runpy.run_path('setup.py', run_name='__main__')",
+            CXX=blank,
+            R2DLLM_CUDA=blank,
+            CUDA_HOME=blank,
+            MAX_JOBS=blank,
+        )
     )
     assert "R2DLLM_CUDA takes" not in error and "--no-such-option" in error
-    code = "import os; os.environ.pop('CXX', None); before = dict(os.environ)\n"
-    code += "import sys, runpy; sys.argv = ['setup.py', '--version']\n"
-    code += "os.environ |= {'CXX': '', 'TORCH_CUDA_ARCH_LIST': ''}\n"
-    code += "runpy.run_path('setup.py', run_name='__main__'); print('CXX' in os.environ)"
-    assert run(code, R2DLLM_CUDA="0").stdout.split()[-1] == "False"
+    names = ["CC", "CXX", "CXXFLAGS", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS", "TORCH_CUDA_ARCH_LIST"]
+    code = "import os, sys, runpy; sys.argv = ['setup.py', '--version']\n"
+    code += "runpy.run_path('setup.py', run_name='__main__')\n"
+    code += f"print([name for name in {names} if os.environ.get(name) == {blank!r}])"
+    done = run(code, R2DLLM_CUDA="0", **dict.fromkeys(names, blank))
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_another_torch_at_import_time():

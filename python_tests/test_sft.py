@@ -19,60 +19,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sft_cases import MASK, ROLLOUT, WORDS, L, examples, prompts, tiny, trainer
 
 from r2dllm_ext import DecodeConfig, generate, load_model, sft
 from r2dllm_ext.cli import main
-from r2dllm_ext.models import ModelConfig, Transformer, save_model
+from r2dllm_ext.models import save_model
 from r2dllm_ext.sft.artefacts import read_lines
 from r2dllm_ext.sft.rounds import choose
 from r2dllm_ext.sft.rounds import examples as chosen_examples
 from r2dllm_ext.sft.selection import spearman
 from r2dllm_ext.sft.training import example_order, last_step
-from r2dllm_ext.tasks.ledger import Ledger, Tokenizer
-
-WORDS = Tokenizer()
-MASK, END, VOCAB, L = WORDS.mask_id, WORDS.end_id, len(WORDS), 8
-
-
-def tiny(family: str = "llada", seed: int = 5, **changes) -> Transformer:
-    """A random model with the ledger's vocabulary."""
-    shape = {
-        "vocab_size": VOCAB,
-        "width": 32,
-        "layers": 2,
-        "heads": 2,
-        "mlp_width": 32,
-        "mask_id": MASK,
-        "eos_id": END,
-        "pad_id": WORDS.pad_id,
-        "max_length": 64,
-    }
-    config = ModelConfig(family, **{**shape, **changes})
-    return Transformer(config).init_weights(seed, std=0.3)
-
-
-def examples(n: int = 5, answer: int = 16) -> list[sft.Example]:
-    """Prompts of different lengths and random answers."""
-    g = torch.Generator().manual_seed(1)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(3, VOCAB, (length,), generator=g).tolist()
-
-    steps = torch.randint(0, 12, (n, answer), generator=g).tolist()
-    return [sft.Example(ids(3 + i % 3), ids(answer), steps[i]) for i in range(n)]
-
-
-def trainer(model=None, data=None, *, micro_batch_size=None, parallel="ddp", **changes):
-    options = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup": 2} | changes
-    return sft.Trainer(
-        model or tiny(),
-        data or examples(),
-        sft.Training(**options),
-        mask_id=MASK,
-        block_length=L,
-        micro_batch_size=micro_batch_size,
-        parallel=parallel,
-    )
+from r2dllm_ext.tasks.ledger import Ledger
 
 
 def gradients(one: sft.Trainer) -> dict[str, torch.Tensor]:
@@ -284,6 +241,48 @@ def test_rows_of_a_flat_batch_are_clamped_within_their_own_sequence(lengths):
         assert (own - first).tolist() == alone.rows.tolist()
 
 
+ANSWER = [5] * 16
+OF_OTHER_TOKENS = [
+    (
+        {"commit_step": [0] * 8},
+        "commit_step takes 16 values, one for each token of the answer, got 8",
+    ),
+    ({"commit_step": [0] * 18}, "commit_step takes 16 values, .*, got 18"),
+    ({"token_weights": [2.0] * 3}, "token_weights takes 16 values, .*, got 3"),
+    ({"serial": []}, "serial takes 16 values, .*, got 0"),
+    ({"answer_ids": ANSWER[:8]}, r"answer_ids takes .* as many as examples\[0\] \(16\), got 8"),
+    ({"answer_ids": []}, "answer_ids takes one token or more, .*, got 0"),
+]
+
+
+@pytest.mark.parametrize("change, message", OF_OTHER_TOKENS)
+def test_what_an_example_says_is_of_its_own_tokens(change, message):
+    """A list that is too short would be taken for the last ones, one too long reach the prompt."""
+    data = [sft.Example([3, 4], ANSWER), sft.Example([3, 4], ANSWER)._replace(**change)]
+    with pytest.raises(ValueError, match=rf"make_batch: examples\[1\].{message}"):
+        sft.make_batch(data, range(2), 0, masking_of("block"), logits_shift=0, pad_id=0)
+    with pytest.raises(ValueError, match=rf"Trainer: examples\[1\].{message}"):
+        trainer(tiny("dream"), data)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"prompt_ids": [5, 56]}, ValueError, r"prompt_ids takes an integer in \[0, 55\], got 56"),
+        ({"answer_ids": [-1] * 16}, ValueError, "answer_ids takes an integer in .*, got -1"),
+        ({"answer_ids": [1.5] * 16}, TypeError, "answer_ids takes an integer in .*, got 1.5"),
+        ({"prompt_ids": [5] * 60}, ValueError, r"takes .* has positions \(64\), got 76"),
+        ({"token_weights": [math.nan] * 16}, ValueError, "token_weights takes .*, got nan"),
+        ({"token_weights": [-1] * 16}, ValueError, "token_weights takes .* >= 0, got -1"),
+        ({"prompt_ids": torch.tensor([5])}, TypeError, "prompt_ids takes a list, got tensor"),
+    ],
+)
+def test_examples_that_the_model_can_not_learn_are_named(change, error, message):
+    data = [sft.Example([3, 4], ANSWER), sft.Example([3, 4], ANSWER)._replace(**change)]
+    with pytest.raises(error, match=rf"Trainer: examples\[1\].*{message}"):
+        trainer(data=data)
+
+
 def test_batches_do_not_hang_on_default_dtype_and_device():
     data, masking = examples(4), sft.Training(iid_share=0.3).masking(MASK, L)
     options = {"logits_shift": 1, "pad_id": 0}
@@ -412,80 +411,6 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
         assert torch.equal(second.trained_weights()[name], weight)
 
 
-def test_a_log_that_lost_lines_is_refused(tmp_path):
-    one = trainer()
-    sft.train(one, tmp_path, save_every=3)
-    (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has 0 whole lines, but step-6 was reached"):
-        sft.train(trainer(), tmp_path, save_every=3)
-
-
-def _truncate(folder):
-    (weights,) = folder.glob("*.distcp")
-    weights.write_bytes(weights.read_bytes()[:-2000])
-
-
-def _poison(folder):
-    shutil.rmtree(folder)
-    one = trainer()
-    one._non_finite = lambda: ""  # as a version that did not look would have done
-    with torch.no_grad():
-        one.model.norm.weight.fill_(torch.nan)
-    one.save(folder)
-
-
-DAMAGES = {
-    "weights cut short": _truncate,
-    "no weights": lambda folder: next(folder.glob("*.distcp")).unlink(),
-    "no metadata": lambda folder: (folder / ".metadata").unlink(),
-    "metadata cut short": lambda folder: (folder / ".metadata").write_bytes(b"\x80\x04"),
-    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
-    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
-    "not finite": _poison,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_of_damaged_checkpoints_the_step_before_is_taken(tmp_path, damage, capfd):
-    whole = trainer()
-    entries = [whole.update() for _ in range(2)]
-    whole.save(tmp_path / "step-2")
-    entries += [whole.update() for _ in range(2)]
-    whole.save(tmp_path / "step-4")
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    entries += [whole.update() for _ in range(2)]
-    DAMAGES[damage](tmp_path / "step-4")
-    one = trainer()
-    with pytest.warns(UserWarning, match="step-4 is no whole checkpoint: .*; the one before"):
-        sft.train(one, tmp_path, save_every=2)
-    assert [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()] == entries
-    for name, weight in whole.trained_weights().items():
-        assert torch.equal(one.trained_weights()[name], weight)
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_damaged_checkpoint_alone_is_one_line(tmp_path, capfd):
-    one = trainer()
-    one.save(tmp_path / "step-2")
-    _truncate(tmp_path / "step-2")
-    with pytest.raises(ValueError, match="step-2 is no whole checkpoint: .*; delete .* to train"):
-        sft.train(trainer(), tmp_path)
-    assert capfd.readouterr().err == ""
-
-
-def test_weights_that_are_not_finite_are_no_checkpoint_and_no_model(tmp_path):
-    one = trainer()
-    name, weight = next(iter(one.trained_weights().items()))
-    with torch.no_grad():
-        one.model.norm.weight[3] = torch.inf
-    with pytest.raises(ValueError, match="after step 0 model.norm.weight is not finite"):
-        one.save(tmp_path / "step-1")
-    large = {name: torch.full_like(weight, 1e30)}  # finite, but not in float16
-    with pytest.raises(ValueError, match=f"export: {name} is not finite in torch.float16"):
-        sft.export(tiny().half(), large, one.training, tmp_path / "model")
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters(tmp_path, dtype):
     pytest.importorskip("peft")
@@ -533,17 +458,6 @@ def test_a_share_is_between_0_and_1(tmp_path, verdict):
         sft.roll_out(tiny(), [sft.Prompt({}, [5])], ROLLOUT, tmp_path, **judge)
 
 
-def test_a_record_that_lacks_a_field_is_a_damaged_file(tmp_path):
-    given = [sft.Prompt({}, [5])]
-    sft.roll_out(tiny(), given, ROLLOUT, tmp_path, decode=WORDS.decode)
-    file = tmp_path / "000000.jsonl"
-    (record,) = read_lines(file)
-    for name in record:
-        file.write_text(json.dumps({k: v for k, v in record.items() if k != name}) + "\n")
-        with pytest.raises(ValueError, match=r"000000.jsonl: .*delete the file"):
-            sft.roll_out(tiny(), given, ROLLOUT, tmp_path, decode=WORDS.decode)
-
-
 def test_of_an_answer_the_right_parts_alone_are_learned():
     class HalfRight(Ledger):
         def right_cells(self, prompt, answer):
@@ -571,12 +485,32 @@ def test_an_answer_that_can_not_be_finished_costs_the_others_nothing(tmp_path):
     assert sorted(record["prompt"] for record in selected) == [0, 2, 3, 4]
 
 
-@pytest.mark.parametrize("empty", [{"RANK": ""}, {"RANK": "0", "WORLD_SIZE": ""}])
+@pytest.mark.parametrize(
+    "empty", [{"RANK": ""}, {"RANK": " "}, {"RANK": "0", "WORLD_SIZE": ""}, {"LOCAL_RANK": " "}]
+)
 def test_empty_environment_variables_are_unset(monkeypatch, empty):
     for name, value in ({"WORLD_SIZE": "1"} | empty).items():
         monkeypatch.setenv(name, value)
     with sft.process_group(torch.device("cpu")) as device:
         assert device == torch.device("cpu") and not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"RANK": "x"}, "variable RANK takes an integer >= 0, got 'x'"),
+        ({"WORLD_SIZE": "-1"}, "variable WORLD_SIZE takes an integer >= 0, got '-1'"),
+        ({"LOCAL_RANK": "0.5"}, "variable LOCAL_RANK takes an integer >= 0, got '0.5'"),
+        ({"MASTER_ADDR": " "}, "variable MASTER_ADDR takes what torchrun sets, got none"),
+        ({"MASTER_PORT": ""}, "variable MASTER_PORT takes what torchrun sets, got none"),
+    ],
+)
+def test_environment_variables_of_torchrun_are_named(monkeypatch, change, message):
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in (launched | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message), sft.process_group(torch.device("cpu")):
+        pass
 
 
 # ---- several processes -----------------------------------------------------------------------
@@ -601,13 +535,6 @@ def _worker(rank: int, folder: str) -> None:
     with pytest.raises(ValueError, match="batch_size takes a multiple of the 2 processes, got 3"):
         trainer(batch_size=3)
     dist.destroy_process_group()
-
-
-ROLLOUT = sft.Rollout(DecodeConfig.fast_dllm(MASK), gen_length=16, block_length=L, batch_size=2)
-
-
-def prompts(n: int = 5) -> list[sft.Prompt]:
-    return [sft.Prompt({"prompt_ids": e.prompt_ids}, e.prompt_ids) for e in examples(n)]
 
 
 def test_two_processes_equal_one(tmp_path):

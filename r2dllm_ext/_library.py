@@ -45,7 +45,7 @@ def build_info() -> dict[str, Any]:
     `cuda_architectures`, `cpu_compiled` (instruction sets with kernels, best first),
     `cpu_supported` (those of them that this processor runs) and `cpu_in_use` (the one that the
     environment variable R2DLLM_CPU names when the package is imported: "avx512", "avx2" or
-    "portable"; unset or empty, the first supported). The import raises ValueError if that one is
+    "portable"; unset or blank, the first supported). The import raises ValueError if that one is
     not supported.
 
     >>> build_info()["cpu_in_use"] in build_info()["cpu_supported"]

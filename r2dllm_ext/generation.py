@@ -134,6 +134,9 @@ def generate(
         model, prompt, attention_mask, gen_length=gen_length, mask_id=config.mask_id, stops=stops
     )
     device = torch.device(getattr(model, "device", prompt.device))
+    if not isinstance(cuda_graph, bool) and cuda_graph != "loop":
+        error = ValueError if isinstance(cuda_graph, str) else TypeError
+        refuse(error, "generate", "cuda_graph", "False, True or 'loop'", cuda_graph)
     if cuda_graph:
         check_graph(cuda_graph, device, on_step=on_step, progress=progress, trace=trace)
     batch, prompt_length = prompt.shape
@@ -141,7 +144,8 @@ def generate(
         (batch, prompt_length + gen_length), config.mask_id, dtype=torch.int64, device=device
     )
     sequences[:, :prompt_length] = prompt
-    driver = ModelDriver(model, cache, logits_shift, _key_mask(attention_mask, gen_length, device))
+    key_mask = _key_mask(attention_mask, gen_length, device)
+    driver = ModelDriver(model, cache, logits_shift, key_mask, prompt_length)
     state = DecodeState(batch, block_length, device=device)
     stuck: dict[int, StuckRow] = {}
     edits = None

@@ -21,15 +21,27 @@ class ModelDriver:
         cache: one of `CACHES`.
         logits_shift: 0 or 1 (Dream).
         key_mask: [B, P + G] with zeros on padding, or None.
+        prompt_length: P.
     """
 
     def __init__(
-        self, model: Any, cache: str, logits_shift: int, key_mask: torch.Tensor | None
+        self,
+        model: Any,
+        cache: str,
+        logits_shift: int,
+        key_mask: torch.Tensor | None,
+        prompt_length: int,
     ) -> None:
         self._model = model
         self.cache = cache
         self._shift = logits_shift
         self._key_mask = key_mask
+        # Tokens of padding before each sequence, [B]; None unless one begins with its answer.
+        self._padding: torch.Tensor | None = None
+        if key_mask is not None and logits_shift:
+            padding = (key_mask == 0).sum(1)
+            if bool((padding == prompt_length).any()):
+                self._padding = padding
         self._block_logits_only = getattr(model, "supports_logits_positions", False)
         self._past: list[tuple[torch.Tensor, ...]] | None = None
         self.owes_block_step = False
@@ -65,7 +77,7 @@ class ModelDriver:
             mask = self._key_mask
             options["attention_mask"] = mask if len(rows) == len(mask) else mask[rows]
         if new_block or self.cache == "none":
-            return self._full_pass(ids, start, end, options)
+            return self._full_pass(ids, start, end, rows, options)
         self.owes_block_step = False
         options.update(use_cache=True, past_key_values=self._past)
         inputs = ids[:, start:]
@@ -88,20 +100,23 @@ class ModelDriver:
             self._past = [tuple(tensor[keep] for tensor in pair) for pair in self._past]
 
     def _full_pass(
-        self, ids: torch.Tensor, start: int, end: int, options: dict[str, Any]
+        self, ids: torch.Tensor, start: int, end: int, rows: list[int], options: dict[str, Any]
     ) -> tuple[torch.Tensor, int, bool]:
         if self.cache != "none":
             options["use_cache"] = True
             self.owes_block_step = self._shift == 1
-        # Position i is predicted by row i - shift; position 0 by row 0.
-        if self.columns is None:
+        # Position i is predicted by row i - shift; the first of a sequence by its own row.
+        if self._padding is not None:
+            shift = 0
+            logits, output = self._behind_padding(ids, start, end, rows, options)
+        elif self.columns is None:
             begin = max(start - self._shift, 0)
             shift = self._shift - (start - begin)
             logits, output = self._logits(ids, (begin, begin + end - start), options)
         else:
             shift = 0
-            rows = (self.columns - self._shift).clamp_(min=0)
-            logits, output = self._logits(ids, rows, options)
+            places = (self.columns - self._shift).clamp_(min=0)
+            logits, output = self._logits(ids, places, options)
         if self.cache != "none":
             past = getattr(output, "past_key_values", None)
             if past is None:
@@ -111,6 +126,25 @@ class ModelDriver:
                 )
             self._keep(past, start)
         return logits, shift, True
+
+    def _behind_padding(
+        self, ids: torch.Tensor, start: int, end: int, rows: list[int], options: dict[str, Any]
+    ) -> tuple[torch.Tensor, Any]:
+        """Shifted rows [B, L, V] where what stands before a block may be padding alone.
+
+        Padding is no part of a sequence; a prompt that is empty is answered as it would be alone.
+        """
+        assert self._padding is not None
+        padding = self._padding if len(rows) == len(self._padding) else self._padding[rows]
+        if self.columns is None:
+            logits, output = self._logits(ids, (start - 1, end), options)
+            begins = padding == start
+        else:
+            places = torch.cat([self.columns[:1] - 1, self.columns])
+            logits, output = self._logits(ids, places, options)
+            begins = padding == self.columns[0]
+        first = logits[:, 1].where(begins[:, None], logits[:, 0])
+        return torch.cat([first[:, None], logits[:, 1:-1]], 1), output
 
     def _keep(self, past: Any, start: int) -> None:
         if self.cache == "prefix":

@@ -26,7 +26,8 @@ std::vector<InstructionSet> instruction_sets() {
 }
 
 const VocabKernels* choose_kernels(const char* wanted) {
-  const std::string_view name = wanted == nullptr ? "" : wanted;
+  std::string_view name = wanted == nullptr ? "" : wanted;
+  if (name.find_first_not_of(" \t\r\n") == name.npos) name = "";  // blank counts as unset
   std::string here, problem = "there is no such instruction set";
   for (const InstructionSet& set : instruction_sets()) {
     if (set.is_supported() && (name.empty() || name == set.name)) return set.kernels;

@@ -80,6 +80,7 @@ void for_each_row(const std::vector<float>& values, F f) {
 TEST(the_best_set_is_chosen_and_one_that_is_not_there_is_refused) {
   CHECK(choose_kernels(nullptr) == sets().front().kernels);
   CHECK(choose_kernels("") == sets().front().kernels);
+  CHECK(choose_kernels(" \t") == sets().front().kernels);
   for (const InstructionSet& set : instruction_sets()) {
     for (const char* name : {set.name, "sse"}) {
       bool refused = false;

@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 
 def checkout(name: str) -> Path:
     """The folder of a checkout; skips where there is none."""
-    root = os.environ.get("R2DLLM_ENGINE_SOURCES")
-    if root is None:
+    root = os.environ.get("R2DLLM_ENGINE_SOURCES", "").strip()  # blank counts as unset
+    if not root:
         pytest.skip("R2DLLM_ENGINE_SOURCES names no folder of checkouts")
     if not (Path(root) / name).is_dir():
         pytest.skip(f"R2DLLM_ENGINE_SOURCES has no {name}")

@@ -140,7 +140,7 @@ def save_model(
     files = [_SINGLE] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     for file, shard in zip(files, shards, strict=True):
         on_cpu = {key: weight.cpu().contiguous() for key, weight in shard.items()}
-        _safetensors().torch.save_file(on_cpu, folder / f"{file}.part", metadata={"format": "pt"})
+        _save_file(on_cpu, folder / f"{file}.part")
         os.replace(folder / f"{file}.part", folder / file)
     if n > 1:
         where = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
@@ -162,6 +162,15 @@ def _open(path: Path):
             yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"load_model: {path} is not a safetensors file: {error}") from error
+
+
+def _save_file(weights: dict[str, Tensor], path: Path) -> None:
+    """A disk that is full, say, is an `OSError` that names the file."""
+    safetensors = _safetensors()
+    try:
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"save_model: {path} can't be written: {error}") from error
 
 
 def _safetensors():

@@ -4,12 +4,14 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch.autograd import forward_ad
 
 from .._checks import (
     instance,
     integer,
     is_tensor,
     logits_tensor,
+    no_tangent,
     refuse,
     same_device,
     sized,
@@ -81,6 +83,7 @@ def decode_step(
     Raises:
         TypeError, ValueError: name the argument, what it got and what it takes. Nothing is written
             then. What lies in a tensor is not read to check it.
+        NotImplementedError: in forward-mode differentiation.
 
     No host synchronisation; nothing of size V is allocated. Tensors are read where they lie: a
     captured graph sees what is written into them between replays. A row's result depends on that
@@ -145,12 +148,20 @@ def _step(op, logits, tokens, state, config, given, rows, logits_shift) -> Decod
         raise
     step = None
     if not torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            _check_tangent(op.__name__, logits)
         writes = op is _DECODE_STEP
         step = _short_step(writes, logits, tokens, held, given, own, logits_shift, options)
     if step is None:
         step = _checked_step(op, logits, tokens, held, given, own, logits_shift, config)
     prediction, confidence, rule, remaining, entropy = step
     return DecodeStep(prediction, confidence, rule, remaining, entropy if has_entropy else None)
+
+
+def _check_tangent(op: str, logits) -> None:
+    values = logits.values if isinstance(logits, VocabStatistics) else logits
+    if isinstance(values, torch.Tensor):
+        no_tangent(op, logits=values)
 
 
 def _checked_step(op, logits, tokens, held, given, own, logits_shift, config):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import integer, is_tensor, logits_tensor, tensor
+from .._checks import integer, is_tensor, logits_tensor, no_tangent, tensor
 
 
 def token_confidence(
@@ -30,6 +30,7 @@ def token_confidence(
 
     Raises:
         TypeError, ValueError: name the argument, what it got and what it takes.
+        NotImplementedError: in forward-mode differentiation.
 
     A row has the same bits alone, in any batch and with any number of threads. No host
     synchronisation.
@@ -39,6 +40,7 @@ def token_confidence(
     """
     op = "token_confidence"
     is_tensor(op, logits=logits)
+    no_tangent(op, logits=logits)
     is_tensor(op, candidates=candidates, optional=True)
     exclude_id = integer(op, "exclude_id", exclude_id, optional=True)
     return torch.ops.r2dllm.token_confidence(logits, candidates, exclude_id)

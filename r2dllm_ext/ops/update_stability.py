@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from .._checks import choice, instance, integer, is_tensor, number, rule_tensors
+from .._checks import choice, instance, integer, is_tensor, no_tangent, number, rule_tensors
 from ..config import TEMPORAL_EVALS
 from ..state import DecodeState
 
@@ -58,6 +58,7 @@ def update_stability_(
     op = "update_stability_"
     instance(op, "state", state, DecodeState)
     is_tensor(op, prediction=prediction, confidence=confidence)
+    no_tangent(op, confidence=confidence)
     is_tensor(op, was_masked=was_masked, is_masked=is_masked)
     return torch.ops.r2dllm.update_stability_(
         state.streak_count,

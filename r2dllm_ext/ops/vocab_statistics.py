@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._checks import flag, instance, integer, is_tensor, logits_tensor, refuse, tensor
+from .._checks import flag, instance, integer, is_tensor, logits_tensor, no_tangent, refuse, tensor
 
 _COLUMNS = 4
 
@@ -62,6 +62,7 @@ def vocab_statistics(
     """
     op = "vocab_statistics"
     is_tensor(op, logits=logits)
+    no_tangent(op, logits=logits)
     is_tensor(op, candidates=candidates, optional=True)
     first_id = integer(op, "first_id", first_id)
     exclude_id = integer(op, "exclude_id", exclude_id, optional=True)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,22 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all, also after a crash of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
+    with naming(part), open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that says of no file what is wrong (of a full disk, say) names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -69,8 +81,13 @@ def settle(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, settings)
         return
-    found = differences(read_json(path), settings)
-    if found:
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise ValueError(
+            f"{path} is not whole: it takes a JSON object, got {type(before).__name__}; delete it "
+            "to have it made anew"
+        )
+    if found := differences(before, settings):
         raise ValueError(
             f"{path}: this run was begun with other settings: {'; '.join(found)}. Take them, "
             "or another folder"
@@ -109,6 +126,13 @@ def copy_folder(source: Path, folder: Path) -> None:
     remove_folder(part)
     shutil.copytree(source, part)
     os.replace(part, folder)
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a folder is there; ValueError if something else has its name."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} takes a folder, there is a file; delete it")
+    return folder.is_dir()
 
 
 def remove_folder(folder: Path) -> None:

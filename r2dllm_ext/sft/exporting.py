@@ -34,12 +34,19 @@ def export_blend(first: Transformer, last: Transformer, share: float, folder: Pa
 
 
 def _write(model: Transformer, folder: Path) -> None:
-    for name, weight in model.named_parameters():  # also what overflows in the model's precision
-        if not weight.isfinite().all():
-            raise ValueError(
-                f"export: {name} is not finite in {weight.dtype}; try a lower learning_rate"
-            )
+    if wrong := non_finite(model):  # also what overflows in the model's precision
+        raise ValueError(
+            f"export: {wrong} is not finite in {model.dtype}; try a lower learning_rate"
+        )
     part = folder.with_name(folder.name + ".part")
     remove_folder(part)
     save_model(model, part)
     os.replace(part, folder)
+
+
+def non_finite(model: Transformer) -> str:
+    """The name of a weight with NaN or inf in it; "" if there is none."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            return name
+    return ""

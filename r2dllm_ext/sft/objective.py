@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._checks import instance, integer, refuse
 from ..corruption import IGNORE_INDEX, corrupt
 from ..models import Transformer
 from ..ops import linear_sft_loss
@@ -30,6 +31,34 @@ class Example(NamedTuple):
     commit_step: list[int] | None = None
     token_weights: list[float] | None = None
     serial: list[bool] | None = None
+
+
+# What an example says of each token of its answer.
+_BESIDE = ("commit_step", "token_weights", "serial")
+
+
+def check_examples(where: str, examples: Sequence[Example]) -> None:
+    """Raises TypeError or ValueError naming example and field.
+
+    A list that is shorter or longer than the answer would say its values of other tokens.
+    """
+    for place, example in enumerate(examples):  # of every step: quick, so ids are not looked at
+        name = f"examples[{place}]"
+        instance(where, name, example, Example)
+        for field, values in example._asdict().items():
+            if values is None and field in _BESIDE:
+                continue
+            if not isinstance(values, (list, tuple)):
+                refuse(TypeError, where, f"{name}.{field}", "a list", values)
+        tokens, like = len(example.answer_ids), len(examples[0].answer_ids)
+        if not tokens or tokens != like:
+            takes = f"one token or more, as many as examples[0] ({like})"
+            refuse(ValueError, where, f"{name}.answer_ids", takes, tokens)
+        for field in _BESIDE:
+            values = getattr(example, field)
+            if values is not None and len(values) != tokens:
+                takes = f"{tokens} values, one for each token of the answer"
+                refuse(ValueError, where, f"{name}.{field}", takes, len(values))
 
 
 class Batch(NamedTuple):
@@ -94,6 +123,8 @@ def make_batch(
     view, their complement, with `masking.complementary`. States of a decode have none: no decode
     comes by with its last tokens decided and its first ones not.
     """
+    check_examples("make_batch", examples)
+    logits_shift = integer("make_batch", "logits_shift", logits_shift, 0, 1)
     prompts, real = left_padded([example.prompt_ids for example in examples], pad_id)
     P = prompts.shape[1]
     answers = torch.tensor(

@@ -18,14 +18,14 @@ from ..models import Transformer, load_model
 from ..tasks import Task
 from .artefacts import (
     copy_folder,
-    read_lines,
+    is_made,
     remove_folder,
     settle,
     settle_lines,
     write_json,
 )
 from .evaluation import summarise
-from .exporting import export, export_blend
+from .exporting import export, export_blend, non_finite
 from .objective import Example
 from .prompts import Prompt, Verifier, check_prompts
 from .ranks import current_ranks
@@ -107,7 +107,7 @@ def run(
     """
     ranks, folder = current_ranks(), Path(folder)
     load = _Loader(recipe.model, torch.device(device), dtype)
-    model = load() if model is None else model
+    model = load() if model is None else load.checked(model)
     pad_id = model.config.pad_id or 0
     _check(recipe, prompts, evaluate_on, model, verifier, task)
     dealt, held_back = recipe.rounds.deal(prompts)
@@ -143,7 +143,7 @@ def run(
         for name, training in (("", recipe.training), ("-again", recipe.training.cautious())):
             made = where / f"model{name}"
             trained(load, list(chain(*texts)), training, where / f"train{name}", made)
-            model = load(made)
+            model = load.of(made)()
             right = validated(model, where / f"validation{name}")
             passed = right is None or first is None or right >= first - recipe.rounds.tolerance
             reports[-1]["attempts"].append({"model": f"{where.name}/{made.name}", "right": right})
@@ -160,25 +160,24 @@ def run(
             "steps or more prompts"
         )
     first_model, result = load.of(recipe.model), folder / "model"
-    if ranks.is_first and not result.is_dir():
+    if not is_made(result) and ranks.is_first:
         if recipe.rounds.blend < 1:
             export_blend(first_model.plain(), load.plain(), recipe.rounds.blend, result)
         else:
             copy_folder(load.source, result)
     ranks.wait()
+    evaluation: dict[str, dict[str, Any]] = {}
+    if evaluate_on:
+        evaluation = {name: {} for name in recipe.decoders}
     for which, source in (("base", first_model), ("tuned", load.of(result))):
         if evaluate_on:
-            _evaluate(source(), which, recipe, evaluate_on, folder, decoded)
+            found = _evaluate(source(), recipe, evaluate_on, folder / "evaluation", which, decoded)
+            for name, records in found.items():
+                evaluation[name][which] = summarise(records)
     summary = {
         "validation": first,
         "rounds": reports,
-        "evaluation": {
-            name: {
-                which: summarise(_read_folder(folder / "evaluation" / f"{which}-{name}"))
-                for which in ("base", "tuned")
-            }
-            for name in (recipe.decoders if evaluate_on else ())
-        },
+        "evaluation": evaluation,
     }
     if ranks.is_first:
         write_json(folder / "evaluation.json", summary)
@@ -197,8 +196,19 @@ class _Loader:
     def of(self, source: str | Path) -> _Loader:
         return dataclasses.replace(self, source=source)
 
-    def __call__(self, path: Path | None = None) -> Transformer:
-        return load_model(path or self.source, device=self.device, dtype=self.dtype)
+    def __call__(self) -> Transformer:
+        try:
+            return self.checked(load_model(self.source, device=self.device, dtype=self.dtype))
+        except (ValueError, FileNotFoundError) as error:
+            if isinstance(self.source, str):
+                raise
+            raise ValueError(f"{error}; delete {self.source} to have it made anew") from error
+
+    def checked(self, model: Transformer) -> Transformer:
+        """`model`, of whose weights all are finite: of others nothing is learned."""
+        if wrong := non_finite(model):
+            raise ValueError(f"{self.source}: {wrong} is not finite in {model.dtype}")
+        return model
 
     def for_training(self, lora: bool) -> Transformer:
         """float32, as small updates would be rounded away; frozen weights as they are."""
@@ -271,7 +281,7 @@ def _train(
 ) -> None:
     """Trains the model of `load`, in `folder`; its result is the folder `made`, if not there."""
     ranks = current_ranks()
-    if not made.is_dir():
+    if not is_made(made):
         trained = load.for_training(bool(training.lora_rank))
         trainer = Trainer(
             trained,
@@ -298,17 +308,16 @@ def _train(
 
 def _evaluate(
     model: Transformer,
-    which: str,
     recipe: Recipe,
     prompts: Sequence[Prompt],
     folder: Path,
+    which: str,
     decoded: Decoded,
-) -> None:
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of the model `which` by each decoder."""
+    found = {}
     for name, config in recipe.decoders.items():
         rollout = dataclasses.replace(recipe.rollout, config=config, samples=1, autocast=False)
-        where = folder / "evaluation" / f"{which}-{name}"
-        decoded(model, prompts, rollout, where, name=f"{which} {name}")
-
-
-def _read_folder(folder: Path) -> list[dict[str, Any]]:
-    return [record for file in sorted(folder.glob("*.jsonl")) for record in read_lines(file)]
+        where = folder / f"{which}-{name}"
+        found[name] = decoded(model, prompts, rollout, where, name=f"{which} {name}")
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,14 +44,28 @@ def current_ranks() -> Ranks:
     return Ranks()
 
 
+def _whole_number(name: str) -> int | None:
+    """What torchrun has put into an environment variable; blank counts as unset."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(f"environment variable {name} takes an integer >= 0, got {text!r}")
+    return int(text)
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """The process group that `torchrun` describes, if it does; yields this process' device."""
-    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):  # empty counts as unset
+    rank, world, local = (_whole_number(n) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank is None or world is None:
         yield device
         return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name, "").strip():  # torch would wait for a host of no name
+            raise ValueError(f"environment variable {name} takes what torchrun sets, got none")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+        device = torch.device("cuda", local or 0)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

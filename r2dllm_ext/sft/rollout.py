@@ -6,15 +6,18 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import flag, integer, refuse
+from .._checks import choice, flag, instance, integer, refuse
 from ..config import DecodeConfig, Rule
+from ..generate_checks import embedding_rows
 from ..generation import NoProgressError, generate
+from ..model_driver import CACHES
 from ..redundancy import redundancy_score
 from ..row_params import RowParams
 from ..stop_ids import StopId, answer_length, stop_ids
@@ -23,12 +26,9 @@ from .artefacts import read_lines, write_lines
 from .progress import bar
 from .prompts import Prompt, Verifier, left_padded
 from .ranks import current_ranks
+from .records import check_record
 
 Item = tuple[int, int]  # prompt, sample
-_FIELDS = frozenset(
-    "prompt sample text right correct complete length nfe score rule_counts token_ids commit_step"
-    .split()
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,20 @@ class Rollout:
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("gen_length", "block_length", "samples", "batch_size"):
-            integer("Rollout", name, getattr(self, name), 1)
+        instance("Rollout", "config", self.config, DecodeConfig)
+        plain: dict[str, Any] = {
+            name: integer("Rollout", name, getattr(self, name), 1)
+            for name in ("gen_length", "block_length", "samples", "batch_size")
+        }
+        plain["logits_shift"] = integer("Rollout", "logits_shift", self.logits_shift, 0, 1)
+        choice("Rollout", "cache", self.cache, CACHES)
         flag("Rollout", "greedy_first", self.greedy_first)
         flag("Rollout", "autocast", self.autocast)
-        stop_ids(self.stop_id, where="Rollout")
+        stops = stop_ids(self.stop_id, where="Rollout")
+        several = len(stops) > 1 or isinstance(self.stop_id, (list, tuple))
+        plain["stop_id"] = None if not stops else stops if several else stops[0]
+        for name, value in plain.items():  # as recipe.json holds them
+            object.__setattr__(self, name, value)
         if self.gen_length % self.block_length:
             raise ValueError(
                 f"Rollout: gen_length takes a multiple of block_length ({self.block_length}), got "
@@ -120,9 +129,10 @@ def roll_out(
     batches = [items[i : i + size] for i in range(0, len(items), size)]
     files = [folder / f"{number:06}.jsonl" for number in range(len(batches))]
     # What is there is read first: a damaged file should not cost the work that comes before it.
+    read = partial(_read, gen_length=rollout.gen_length, judged=verifier is not None, model=model)
     for file, batch in zip(files, batches, strict=True):
         if file.exists():
-            _read(file, batch)
+            read(file, batch)
     # Shared evenly among those that are left, the same way in every process.
     todo = [number for number, file in enumerate(files) if not file.exists()]
     ranks.wait()
@@ -138,11 +148,13 @@ def roll_out(
             b.update(len(batch))
     ranks.wait()
     return [
-        record for file, batch in zip(files, batches, strict=True) for record in _read(file, batch)
+        record for file, batch in zip(files, batches, strict=True) for record in read(file, batch)
     ]
 
 
-def _read(file: Path, batch: list[Item]) -> list[dict[str, Any]]:
+def _read(
+    file: Path, batch: list[Item], *, gen_length: int, judged: bool, model: Any
+) -> list[dict[str, Any]]:
     hint = "; delete the file to have it made anew"
     records = read_lines(file, hint=hint)
     found = [(record.get("prompt"), record.get("sample")) for record in records]
@@ -151,9 +163,11 @@ def _read(file: Path, batch: list[Item]) -> list[dict[str, Any]]:
             f"{file}: {len(found)} answers, takes {len(batch)} to (prompt, sample) "
             f"{batch[0]} .. {batch[-1]}{hint}"
         )
-    for line, record in enumerate(records, start=1):
-        for name in _FIELDS - record.keys():
-            raise ValueError(f"{file}: line {line} has no {name!r}{hint}")
+    for number, record in enumerate(records, start=1):
+        try:
+            check_record(record, gen_length, judged, embedding_rows(model))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: line {number}: {error}{hint}") from error
     return records
 
 

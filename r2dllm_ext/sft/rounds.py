@@ -50,12 +50,16 @@ class Rounds:
     blend: float = 1.0
 
     def __post_init__(self) -> None:
-        integer("Rounds", "number", self.number, 1)
-        integer("Rounds", "replay", self.replay, 0)
-        integer("Rounds", "validation", self.validation, 0)
-        number("Rounds", "hard_share", self.hard_share, 0, 1)
-        number("Rounds", "tolerance", self.tolerance, 0, 1)
-        number("Rounds", "blend", self.blend, 0, 1, open_low=True)
+        plain = {
+            "number": integer("Rounds", "number", self.number, 1),
+            "replay": integer("Rounds", "replay", self.replay, 0),
+            "validation": integer("Rounds", "validation", self.validation, 0),
+            "hard_share": number("Rounds", "hard_share", self.hard_share, 0, 1),
+            "tolerance": number("Rounds", "tolerance", self.tolerance, 0, 1),
+            "blend": number("Rounds", "blend", self.blend, 0, 1, open_low=True),
+        }
+        for name, value in plain.items():  # as recipe.json holds them
+            object.__setattr__(self, name, value)
         if self.hard_share == 1:
             raise ValueError("Rounds: hard_share takes a number in [0, 1), got 1")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from .._checks import choice, number
+from .._checks import choice, integer, number
 from ..redundancy import RedundancyScore
 
 ORDERS = (*RedundancyScore._fields, "length", "nfe", "random")
@@ -39,7 +39,10 @@ class Selection:
     def __post_init__(self) -> None:
         choice("Selection", "order", self.order, ORDERS)
         choice("Selection", "filter", self.filter, FILTERS)
-        number("Selection", "quantile", self.quantile, 0, 1, open_low=True)
+        quantile = number("Selection", "quantile", self.quantile, 0, 1, open_low=True)
+        seed = integer("Selection", "seed", self.seed)
+        object.__setattr__(self, "quantile", quantile)  # as recipe.json holds them
+        object.__setattr__(self, "seed", seed)
 
     def takes(self, record: dict[str, Any]) -> bool:
         """Whether an answer may be learned."""

@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from .._checks import choice, integer, number
+from .._checks import choice, flag, integer, integers, number, refuse
 from ..models import Transformer
 from ..text_input import read_text, split_lines
-from .artefacts import remove_folder, write_text
-from .objective import Batch, Example, Masking, Objective, make_batch
+from .artefacts import naming, remove_folder, write_text
+from .objective import Batch, Example, Masking, Objective, check_examples, make_batch
 from .progress import bar
 from .ranks import current_ranks
 
@@ -85,20 +85,24 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            integer("Training", name, getattr(self, name), 1)
-        for name in ("warmup", "near", "lora_rank"):
-            integer("Training", name, getattr(self, name), 0)
-        for name in ("learning_rate", "entropy_temperature", "lora_alpha"):
-            number("Training", name, getattr(self, name), 0, open_low=True)
-        for name in ("weight_decay", "far_weight", "entropy_weight"):
-            number("Training", name, getattr(self, name), 0)
+        def settle(check: Any, *names: str, **bounds: Any) -> None:
+            """As recipe.json holds them: numpy's numbers are Python's from here on."""
+            for name in names:
+                value = check("Training", name, getattr(self, name), **bounds)
+                object.__setattr__(self, name, value)
+
+        settle(integer, "steps", "batch_size", low=1)
+        settle(integer, "warmup", "near", "lora_rank", low=0)
+        settle(integer, "seed")
+        settle(number, "learning_rate", "lora_alpha", low=0, open_low=True)
+        settle(number, "entropy_temperature", low=1e-6, high=1e6)  # what the loss takes
+        settle(number, "weight_decay", "far_weight", "entropy_weight", low=0)
         if self.clip_norm != math.inf:  # which clips nothing
-            number("Training", "clip_norm", self.clip_norm, 0, open_low=True)
-        number("Training", "ema_decay", self.ema_decay, 0, 1)
+            settle(number, "clip_norm", low=0, open_low=True)
+        settle(number, "ema_decay", low=0, high=1)
+        settle(flag, "complementary", "autocast")
         shares = ("trajectory_share", "iid_share", "frontier_share")
-        for name in shares:
-            number("Training", name, getattr(self, name), 0, 1)
+        settle(number, *shares, low=0, high=1)
         if sum(getattr(self, name) for name in shares) > 1 + 1e-9:
             raise ValueError(
                 f"Training: {' + '.join(shares)} takes at most 1, got "
@@ -107,8 +111,15 @@ class Training:
         # No "mean": the loss is a mean over rows, not over sequences.
         choice("Training", "weighting", self.weighting, ("flat", "elbo"))
         choice("Training", "entropy_gate", self.entropy_gate, ("correct", "all"))
-        if len(self.ratio) != 2 or not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
-            raise ValueError(f"Training: ratio takes 0 <= low <= high <= 1, got {self.ratio!r}")
+        takes = "(low, high) with 0 <= low <= high <= 1"
+        if not isinstance(self.ratio, (tuple, list)):
+            refuse(TypeError, "Training", "ratio", takes, self.ratio)
+        if len(self.ratio) != 2:
+            refuse(ValueError, "Training", "ratio", takes, self.ratio)
+        low, high = (number("Training", "ratio", bound, 0, 1) for bound in self.ratio)
+        if low > high:
+            refuse(ValueError, "Training", "ratio", takes, self.ratio)
+        object.__setattr__(self, "ratio", (low, high))
 
     def cautious(self) -> Training:
         """Half the learning rate, and at least 60 % iid and frontier masks where there are any:
@@ -195,16 +206,24 @@ class Trainer:
     ) -> None:
         if not examples:
             raise ValueError("Trainer: examples takes at least one, got none")
-        if parallel not in PARALLEL:
-            raise ValueError(f"Trainer: parallel takes one of {PARALLEL}, got {parallel!r}")
+        check_examples("Trainer", examples)
+        choice("Trainer", "parallel", parallel, PARALLEL)
         self.ranks = current_ranks()
         if training.batch_size % self.ranks.world:
             raise ValueError(
                 f"Trainer: batch_size takes a multiple of the {self.ranks.world} processes, got "
                 f"{training.batch_size}"
             )
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"Trainer: micro_batch_size takes >= 1, got {micro_batch_size}")
+        micro_batch_size = integer(
+            "Trainer", "micro_batch_size", micro_batch_size, 1, optional=True
+        )
+        block_length = integer("Trainer", "block_length", block_length, 1)
+        logits_shift = integer("Trainer", "logits_shift", logits_shift, 0, 1)
+        highest = model.config.embedding_size - 1
+        mask_id = integer("Trainer", "mask_id", mask_id, 0, highest)
+        pad_id = integer("Trainer", "pad_id", pad_id, 0, highest)
+        for place, example in enumerate(examples):
+            _check_example(f"examples[{place}]", example, model)
         self.training, self.examples, self.step = training, examples, 0
         self.device = model.device
         self._masking = training.masking(mask_id, block_length)
@@ -308,7 +327,8 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Writes weights (those that are trained) and optimiser, each process its share.
 
-        Raises ValueError, and writes nothing, if a weight is not finite.
+        Raises ValueError, and writes nothing, if a weight is not finite, its average or what the
+        optimiser knows of it.
         """
         wrong = self._non_finite()
         if self._anywhere(bool(wrong)):
@@ -321,7 +341,7 @@ class Trainer:
             remove_folder(part)
             part.parent.mkdir(parents=True, exist_ok=True)
         self.ranks.wait()
-        with _checkpointing():
+        with naming(part), _checkpointing():
             dcp.save(self._state(), checkpoint_id=part, no_dist=self.ranks.world == 1)
         self.ranks.wait()
         if self.ranks.is_first:
@@ -332,13 +352,14 @@ class Trainer:
     def load(self, folder: Path, step: int) -> None:
         """Goes on from what `save` wrote after `step` updates, on any number of processes.
 
-        Raises CheckpointError if it is damaged, in all processes if it is in one. The weights are
-        then of no use until another one is loaded.
+        Raises CheckpointError if it is damaged, of another step or of more than is trained here, in
+        all processes if it is in one. The weights are then of no use until another one is loaded.
         """
         self.optimizer.zero_grad()  # or torch would not prepare its state to be filled
         state, reason = self._state(), ""
         try:
             with _checkpointing():
+                _check_keys(folder, state)
                 dcp.load(state, checkpoint_id=folder, no_dist=self.ranks.world == 1)
             set_state_dict(
                 self.objective,
@@ -349,6 +370,8 @@ class Trainer:
             )
             if wrong := self._non_finite():
                 reason = f"{wrong} is not finite"
+            elif (updates := self._updates()) not in (0, step):
+                reason = f"it was written after {updates} updates"
         except Exception as error:  # what a damaged pickle raises is up to its bytes
             reason = f"{type(error).__name__}: {error}"
         if self._anywhere(bool(reason)):
@@ -357,11 +380,24 @@ class Trainer:
         self.step = step
 
     def _non_finite(self) -> str:
-        """A trained weight that is not finite in the share of this process; "" if all are."""
-        for name, weight in self.objective.named_parameters():
-            if weight.requires_grad and not _local(weight).isfinite().all():
-                return name
+        """A trained weight that is not finite in the share of this process, or its average, or what
+        the optimiser knows of it; "" if all are."""
+        trained = [(n, p) for n, p in self.objective.named_parameters() if p.requires_grad]
+        for place, (name, weight) in enumerate(trained):
+            held: dict[str, Tensor] = {name: weight}
+            if self.average:
+                held[f"the average of {name}"] = self.average[place]
+            known = self.optimizer.state.get(weight, {})
+            held |= {f"{key} of {name}": value for key, value in known.items()}
+            for what, tensor in held.items():
+                if not _local(tensor).isfinite().all():
+                    return what
         return ""
+
+    def _updates(self) -> int:
+        """How many the optimiser has counted."""
+        counts = [state["step"] for state in self.optimizer.state.values()]
+        return int(_local(counts[0])) if counts else 0
 
     def _anywhere(self, here: bool) -> bool:
         """Whether `here` is true in any process; all have to call it."""
@@ -403,6 +439,30 @@ class Trainer:
                 kept = weight.detach().clone()
                 weight.copy_(average)
                 average.copy_(kept)
+
+
+def _check_keys(folder: Path, state: dict[str, Any]) -> None:
+    """Raises ValueError for a checkpoint of more than is trained: a larger model, an average. What
+    it lacks is found when it is read."""
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for part in ("model", "average"):
+        wanted = {f"{part}.{name}" for name in state[part]}
+        more = [name for name in stored if name.startswith(f"{part}.") and name not in wanted]
+        if more:
+            raise ValueError(f"it holds {more[0]} (one of {len(more)}), which is not trained here")
+
+
+def _check_example(name: str, example: Example, model: Transformer) -> None:
+    """Once for all steps: ids that the model has, positions that it has, weights to learn by."""
+    for field in ("prompt_ids", "answer_ids"):
+        ids = getattr(example, field)
+        integers("Trainer", f"{name}.{field}", ids, 0, model.config.embedding_size - 1)
+    length = len(example.prompt_ids) + len(example.answer_ids)
+    if length > model.context_length:
+        takes = f"at most as many tokens as the model has positions ({model.context_length})"
+        refuse(ValueError, "Trainer", name, takes, length)
+    for weight in example.token_weights or ():
+        number("Trainer", f"{name}.token_weights", weight, 0)
 
 
 def _local(weight: Tensor) -> Tensor:
@@ -466,25 +526,24 @@ def train(trainer: Trainer, folder: Path, *, save_every: int = 100, progress: bo
     `folder` gets `log.jsonl` and, as the last one, `step-N`. A run that was killed goes on from its
     last checkpoint and writes the lines of the log that it had lost; the result is the same.
 
-    A checkpoint that is damaged is passed over with a warning, and the one before is taken.
+    A checkpoint that is damaged, or of which the log has lost lines, is passed over with a warning,
+    and the one before is taken.
 
-    Raises ValueError if the log has fewer lines than the checkpoint has steps, or if there are
-    checkpoints and none of them is whole.
+    Raises ValueError if there are checkpoints and none of them can be taken, or one of a step
+    beyond the last.
     """
-    if save_every < 1:
-        raise ValueError(f"train: save_every takes an integer >= 1, got {save_every}")
+    save_every = integer("train", "save_every", save_every, 1)
     log, first, steps = folder / "log.jsonl", trainer.ranks.is_first, trainer.training.steps
-    done = _load_latest(trainer, folder)
+    logged = _logged(log)
+    trainer.ranks.wait()  # all have read it before it is written
+    done = _load_latest(trainer, folder, log, len(logged))
+    if done > steps:
+        raise ValueError(f"train: {folder} takes at most step-{steps}, the last, got step-{done}")
     if first:
-        lines = split_lines(read_text(log))[:done] if log.exists() else []
-        if len(lines) < done:
-            raise ValueError(
-                f"{log} has {len(lines)} whole lines, but step-{done} was reached; delete the "
-                "folder to train anew"
-            )
-        write_text(log, "".join(line + "\n" for line in lines))
+        write_text(log, "".join(line + "\n" for line in logged[:done]))
     trainer.ranks.wait()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming(log))
         b = stack.enter_context(bar(progress and first, "train", steps, "step", done))
         file = stack.enter_context(open(log, "a", encoding="utf-8")) if first else None
         while trainer.step < steps:
@@ -495,17 +554,35 @@ def train(trainer: Trainer, folder: Path, *, save_every: int = 100, progress: bo
             b.update()
             b.set_postfix(loss=entry["loss"], refresh=False)
             if trainer.step % save_every == 0 or trainer.step == steps:
+                if file is not None:
+                    os.fsync(file.fileno())  # a checkpoint is of no use without its lines
                 trainer.save(folder / f"step-{trainer.step}")
                 if first and done:
                     remove_folder(folder / f"step-{done}")
                 done = trainer.step
 
 
-def _load_latest(trainer: Trainer, folder: Path) -> int:
-    """Loads the latest whole checkpoint; its step, 0 where there is none to load."""
+def _logged(log: Path) -> list[str]:
+    """The lines of the log up to one that is damaged; none where there is no log."""
+    lines: list[str] = []
+    for line in split_lines(read_text(log)) if log.exists() else ():
+        try:
+            if json.loads(line)["step"] != len(lines) + 1:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        lines.append(line)
+    return lines
+
+
+def _load_latest(trainer: Trainer, folder: Path, log: Path, lines: int) -> int:
+    """Loads the latest whole checkpoint of those whose `lines` the log has; its step, 0 where there
+    is none to load."""
     saved = saved_steps(folder)
     for step in saved:
         try:
+            if step > lines:
+                raise CheckpointError(f"{log} has {lines} whole lines, but step-{step} was reached")
             trainer.load(folder / f"step-{step}", step)
             return step
         except CheckpointError as error:
