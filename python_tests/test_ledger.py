@@ -163,7 +163,7 @@ def test_digits_weigh_more_and_come_in_order():
 
 
 def test_the_tuned_model_takes_fewer_forwards():
-    """With r2 20.8 instead of 39.2 in the demo (README)."""
+    """With r2 19.0 instead of 39.2 in the demo (README)."""
     forwards = {}
     prompts = [torch.tensor([Tokenizer().encode(s.prompt)]) for s in samples(4, "test", seed=0)]
     for name in ("ledger", "ledger-base"):
