@@ -123,7 +123,9 @@ def test_bars():
 def test_recorded_runs_hold_the_bars():
     from bars import ENGINES, engine_bars
 
-    for path in (BENCH / "results").glob("engines_*.json"):
+    paths = list((BENCH / "results").glob("engines_*.json"))
+    assert paths
+    for path in paths:
         bars = engine_bars(json.loads(path.read_text())["records"])
         assert len(bars) == len(ENGINES) and all(bar["passed"] for bar in bars), path.name
 
