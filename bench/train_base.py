@@ -123,6 +123,8 @@ PLANS = {
                   behind_weight=0.3, any_number=1.0),
             Stage("4", 3, 4500, 64, 1.5e-3, warmup=100, iid_share=0.6, behind_weight=0.3,
                   any_number=0.25),
+            Stage("5", 4, 1600, 64, 1e-3, warmup=50, iid_share=0.6, behind_weight=0.3,
+                  any_number=0.25),
         ),
     ),
 }  # fmt: skip

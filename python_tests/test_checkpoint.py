@@ -2,6 +2,7 @@
 """Checkpoints of both published layouts, against a plain reimplementation of the published math."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -53,6 +54,19 @@ def test_round_trip_is_exact(tmp_path, name, size):
     assert again.config == model.config
     for mine, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have modes on POSIX")
+@pytest.mark.parametrize("size", [10**9, 20_000])
+def test_weights_are_as_readable_as_the_config(tmp_path, size):
+    """safetensors 0.8 writes files that the owner alone may read, whatever the umask says."""
+    umask = os.umask(0o027)
+    try:
+        model = load_model(write(tmp_path / "a", LLADA, random_weights(LLADA)))
+        save_model(model, tmp_path / "b", max_shard_size=size)
+    finally:
+        os.umask(umask)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "b").iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("name", ["llada", "dream"])

@@ -167,8 +167,11 @@ def _open(path: Path):
 def _save_file(weights: dict[str, Tensor], path: Path) -> None:
     """A disk that is full, say, is an `OSError` that names the file."""
     safetensors = _safetensors()
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors 0.8 lets the owner alone read
     try:
         safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except safetensors.SafetensorError as error:
         raise OSError(f"save_model: {path} can't be written: {error}") from error
 
