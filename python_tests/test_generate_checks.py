@@ -187,7 +187,13 @@ WRONG = {
     "on_step": [(3, TypeError), ("print", TypeError)],
     "rows": [([0.9], TypeError)],
     "rows.threshold": [(r2.RowParams(threshold=torch.ones(2)), ValueError)],
-    "stop_id": [(56, ValueError), ((3, 10**6), ValueError), ({3, 5}, TypeError)],
+    "stop_id": [
+        (56, ValueError),
+        ((3, 10**6), ValueError),
+        ({3, 5}, TypeError),
+        (2, ValueError),  # the mask token
+        ([2, 2], ValueError),
+    ],
     "attention_mask": [([[1, 1, 1]], TypeError), (torch.ones(1, 35), ValueError)],
 }
 

@@ -833,7 +833,7 @@ def test_care_halves_the_rate_and_keeps_more_plain_masks():
         ({"verifier": "os:sep"}, "is no function but a str"),
         ({"verifier": "json:loads"}, "the verifier failed on prompt 1"),
         ({"verifier": "none", "filter": "correct"}, "There was no verifier"),
-        ({"stop_id": MASK}, "of 16 answers 0 are complete"),
+        ({"stop_id": MASK}, "stop_id takes an id that is not config.mask_id"),
         ({"temperature": 0}, "all samples of a prompt are the same"),
         ({"quantile": 0}, "Selection: quantile takes a number in (0, 1], got 0"),
         ({"order": "best"}, "Selection: order takes one of"),

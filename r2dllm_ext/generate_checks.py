@@ -27,6 +27,9 @@ def check_inputs(
     if attention_mask is not None:
         _check_attention_mask(attention_mask)
     _check_length(model, prompt.shape[1], gen_length)
+    if set(stops) == {mask_id}:  # a cell that holds it is not decided: nothing would ever end
+        takes = f"an id that is not config.mask_id ({mask_id})"
+        refuse(ValueError, "generate", "stop_id", takes, mask_id)
     rows = embedding_rows(model)
     if rows is None:
         return
