@@ -21,7 +21,18 @@ from typing import Any, NamedTuple
 
 import torch
 from decoders import DECODERS, config_of
-from report import Parser, environment, fail, table, wilson, write_json
+from report import (
+    SHARE_HEADER,
+    Parser,
+    calibration_line,
+    environment,
+    fail,
+    share,
+    share_cells,
+    table,
+    use_threads,
+    write_json,
+)
 from task_decode import BLOCK_LENGTH, Decoded, calibration_error, decode
 
 from r2dllm_ext import load_model
@@ -64,10 +75,7 @@ def judge(out: Decoded, prompts: list[str], task: Task) -> dict[str, Any]:
     low, median, high = statistics.quantiles(nfe, n=4, method="inclusive")
     result = {
         "prompts": len(prompts),
-        "right": right,
-        "parts": parts,
-        "accuracy": round(right / parts, 4),
-        "wilson95": [round(bound, 4) for bound in wilson(right, parts)],
+        **share(right, parts),
         "nfe": {
             "mean": round(statistics.fmean(nfe), 3),
             "sd": round(statistics.stdev(nfe), 3),
@@ -97,11 +105,18 @@ def judge(out: Decoded, prompts: list[str], task: Task) -> dict[str, Any]:
     return result
 
 
+def shown(model: str) -> str:
+    """A bundled model's name, or a folder's last two parts: many a folder is called model."""
+    return "/".join(Path(model).parts[-2:])
+
+
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     task = get_task(args.task)
     prompts = [task.sample(args.seed, i, split=args.split).prompt for i in range(args.prompts)]
-    results = []
+    results: list[dict[str, Any]] = []
+    order = list(DECODERS)
     for name in args.model:
+        own_results = []
         try:
             model = load_model(name, dtype=torch.float32)
         except (FileNotFoundError, ImportError, ValueError) as error:
@@ -116,32 +131,28 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 batch=args.batch,
                 calibrate=decoder == "vanilla",
             )
-            result = {"model": Path(name).name, "decoder": decoder, "value": value, "own": own}
+            result = {"model": shown(name), "decoder": decoder, "value": value, "own": own}
             result |= judge(out, prompts[:n], task)
-            results.append(result | {"seconds": round(time.perf_counter() - began, 1)})
+            own_results.append(result | {"seconds": round(time.perf_counter() - began, 1)})
             print(
                 f"{name} {decoder}={value:g}: {result['accuracy']:.1%} of {result['parts']} at "
                 f"{result['nfe']['mean']:.1f} forwards",
                 flush=True,
             )
-    models, order = [Path(name).name for name in args.model], list(DECODERS)
-    return sorted(
-        results, key=lambda r: (models.index(r["model"]), order.index(r["decoder"]), r["value"])
-    )
+        results += sorted(own_results, key=lambda r: (order.index(r["decoder"]), r["value"]))
+    return results
 
 
 def report(results: list[dict[str, Any]]) -> str:
     rules = [rule.name for rule in Rule if any(r["commit_share"].get(rule.name) for r in results)]
     rates = any("phoneme_error_rate" in r for r in results)
-    header = ("model", "decoder", "value", "n", "right", "95 % interval", "NFE", "sd", "tokens/NFE")
+    header = ("model", "decoder", "value", *SHARE_HEADER, "NFE", "sd", "tokens/NFE")
     rows = [
         (
             r["model"],
             r["decoder"] + " *" * r["own"],
             f"{r['value']:g}",
-            str(r["parts"]),
-            f"{r['accuracy']:.1%}",
-            "{:.1%} .. {:.1%}".format(*r["wilson95"]),
+            *share_cells(r),
             f"{r['nfe']['mean']:.2f}",
             f"{r['nfe']['sd']:.2f}",
             f"{r['tokens_per_forward']:.2f}",
@@ -152,13 +163,7 @@ def report(results: list[dict[str, Any]]) -> str:
     ]
     names = (*header, *["phoneme errors"] * rates, *map(str.lower, rules))
     lines = [table(names, rows, left=2), "* the preset's own value"]
-    for r in results:
-        if "calibration_error" in r:
-            exact = r.get("exact_calibration_error")
-            lines.append(
-                f"{r['model']}: calibration error {r['calibration_error']:.4f}"
-                + ("" if exact is None else f" ({exact:.4f} against the true distribution)")
-            )
+    lines += [calibration_line(r["model"], r) for r in results if "calibration_error" in r]
     return "\n".join(lines)
 
 
@@ -229,9 +234,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         args.prompts = 8 if args.quick else 512
     if args.curve_prompts is None:
         args.curve_prompts = min(args.prompts, 4 if args.quick else 128)
-    for name, least in (("prompts", 2), ("curve_prompts", 0), ("batch", 1), ("threads", 1)):
+    for name, least in (("prompts", 2), ("curve_prompts", 0), ("batch", 1)):
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value < least:
             fail(f"--{name.replace('_', '-')} takes an integer >= {least}, got {value}")
     if args.curve_prompts > args.prompts or args.curve_prompts == 1:
         fail(
@@ -244,8 +249,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib: pip install matplotlib")
     began = time.perf_counter()

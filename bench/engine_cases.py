@@ -111,22 +111,22 @@ def _problem(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
 # ---- Fast-dLLM -------------------------------------------------------------------------------
 
 
-def fast_dllm_source() -> tuple[Callable[..., tuple[Tensor, Tensor]], str]:
-    """`get_transfer_index` of a checkout in R2DLLM_ENGINE_SOURCES, else as `baselines` has it."""
-    path = Path(os.environ.get("R2DLLM_ENGINE_SOURCES", ""), "Fast-dLLM", "llada", "generate.py")
-    if not path.is_file():
-        return authors_transfer_index, "restated"
-    # What it imports of the model is not needed.
-    names = ("model", "model.modeling_llada", "transformers")
-    stubs = {name: ModuleType(name) for name in names}
+def their_generate(repository: str) -> ModuleType | None:
+    """`llada/generate.py` of a checkout in R2DLLM_ENGINE_SOURCES, or None; what it imports of the
+    model is not needed."""
+    sources = os.environ.get("R2DLLM_ENGINE_SOURCES", "").strip()  # blank counts as unset
+    path = Path(sources, repository, "llada", "generate.py")
+    if not (sources and path.is_file()):
+        return None
+    stubs = {name: ModuleType(name) for name in ("model", "model.modeling_llada", "transformers")}
     for name in ("LLaDAModelLM", "AutoTokenizer", "AutoModel"):
         for stub in stubs.values():
             setattr(stub, name, None)
-    spec = spec_from_file_location("fast_dllm_generate", path)
+    spec = spec_from_file_location("their_generate", path)
     module = module_from_spec(spec)
     with mock.patch.dict(sys.modules, stubs):
         spec.loader.exec_module(module)
-    return module.get_transfer_index, "checkout"
+    return module
 
 
 def _fast_dllm(problem: Problem) -> tuple[Loop, Loop, str]:
@@ -135,13 +135,14 @@ def _fast_dllm(problem: Problem) -> tuple[Loop, Loop, str]:
 
     logits, x, mask_id = problem
     open_cells = x == mask_id
-    theirs, source = fast_dllm_source()
+    checkout = their_generate("Fast-dLLM")
+    theirs = checkout.get_transfer_index if checkout else authors_transfer_index
 
     def loop(way: Callable) -> Loop:
         given = (logits, 0.0, "low_confidence", open_cells, x, None, 0.9)
         return Loop(lambda: way(*given), lambda: 1)
 
-    return loop(get_transfer_index), loop(theirs), source
+    return loop(get_transfer_index), loop(theirs), "checkout" if checkout else "restated"
 
 
 # ---- diffusers -------------------------------------------------------------------------------

@@ -12,7 +12,18 @@ from bars import bar_table, engine_bars
 from comparisons import Disagreement
 from engine_cases import STEPS, engine_case, missing
 from memory import peak_memory
-from report import Parser, duration, environment, fail, mebibytes, table, use_device, write_json
+from report import (
+    Parser,
+    check_seconds,
+    duration,
+    environment,
+    fail,
+    mebibytes,
+    table,
+    use_device,
+    use_threads,
+    write_json,
+)
 from shapes import DTYPES, Shape, parse_shape
 from timing import measure, summary
 
@@ -66,12 +77,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="per row")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
-    if args.threads is not None:
-        if args.threads < 1:
-            fail(f"--threads takes an integer >= 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-    if not 0 < args.seconds < 3600:
-        fail(f"--seconds takes a number in (0, 3600), got {args.seconds:g}")
+    use_threads(args.threads)
+    check_seconds(args.seconds)
     try:
         args.shape = [parse_shape(text) for text in args.shape or ()]
     except ValueError as error:

@@ -82,9 +82,13 @@ def recipe_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> sft.
         ),
         decoders={},
         rounds=sft.Rounds(args.rounds, hard_share=0.1, validation=args.validation),
-        verifier=f"r2dllm_ext.tasks.{task.name}:verify_record",
+        verifier=verifier_of(task),
         task=task.name,
     )
+
+
+def verifier_of(task: Task) -> str:
+    return f"r2dllm_ext.tasks.{task.name}:verify_record"
 
 
 def prompts_of(task: Task, seed: int, n: int, split: str) -> list[sft.Prompt]:
@@ -104,7 +108,7 @@ def model_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> Trans
         prompts,
         folder,
         decode=task.tokenizer.decode,
-        verifier=sft.load_verifier(f"r2dllm_ext.tasks.{task.name}:verify_record"),
+        verifier=sft.load_verifier(verifier_of(task)),
         task=task,
     )
     return load_model(folder / "model", dtype=torch.float32)
@@ -197,9 +201,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                             r["number"] = numbers[r["prompt"]]
                             found[which, name, value].append(r)
             texts = [prompt.record["prompt"] for prompt in choice[seed::seeds]]
-            out = decode(
-                model, task, texts, config_of("vanilla", 1, task.tokenizer.mask_id), calibrate=True
-            )
+            patient = DecodeConfig.vanilla(task.tokenizer.mask_id)
+            out = decode(model, task, texts, patient, calibrate=True)
             tables += torch.stack((out.calibration, out.exact))
         results[arm] = judged(found)
         records[arm] = found["curve", "budget", results[arm]["budget"]["chosen"]]

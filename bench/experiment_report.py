@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from report import Z95, table, wilson
+from report import SHARE_HEADER, Z95, calibration_line, share, share_cells, table
 
 
 def measured(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -18,10 +18,7 @@ def measured(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     nfe = [r["nfe"] for r in records]
     return {
         "prompts": len(records),
-        "right": right,
-        "parts": parts,
-        "accuracy": round(right / parts, 4),
-        "wilson95": [round(bound, 4) for bound in wilson(right, parts)],
+        **share(right, parts),
         "nfe": round(statistics.fmean(nfe), 2),
         "tokens_per_forward": round(sum(r["length"] for r in records) / sum(nfe), 3),
     }
@@ -85,22 +82,16 @@ def report(content: dict[str, Any]) -> str:
                     name,
                     arm,
                     f"{value:g}",
-                    str(m["parts"]),
-                    f"{m['accuracy']:.1%}",
-                    "{:.1%} .. {:.1%}".format(*m["wilson95"]),
+                    *share_cells(m),
                     f"{m['nfe']:.2f}",
                     f"{m['tokens_per_forward']:.2f}",
                     f"{area(one[name]['curve'], y_max):g}",
                 )
             )
-    header = ("decoder", "arm", "value", "n", "right", "95 % interval", "NFE", "tokens/NFE", "AUP")
+    header = ("decoder", "arm", "value", *SHARE_HEADER, "NFE", "tokens/NFE", "AUP")
     lines = [table(header, rows, left=2), f"AUP with y_max = {y_max:g}"]
     for arm, one in results.items():
-        exact = one.get("exact_calibration_error")
-        lines.append(
-            f"{arm}: {one['styles']} styles, calibration error {one['calibration_error']:.4f}"
-            + ("" if exact is None else f" ({exact:.4f} against the true distribution)")
-        )
+        lines.append(f"{calibration_line(arm, one)}, {one['styles']} styles")
     claim = content["lean_against_random"]
     low, high = claim["forwards"]["interval95"]
     lines.append(

@@ -54,6 +54,19 @@ def use_device(device: str) -> None:
             fail("--device cuda: torch finds no CUDA device")
 
 
+def use_threads(threads: int | None) -> None:
+    """torch's own choice for None."""
+    if threads is not None:
+        if threads < 1:
+            fail(f"--threads takes an integer >= 1, got {threads}")
+        torch.set_num_threads(threads)
+
+
+def check_seconds(seconds: float) -> None:
+    if not 0 < seconds < 3600:
+        fail(f"--seconds takes a number in (0, 3600), got {seconds:g}")
+
+
 def environment(device: str) -> dict[str, Any]:
     """Machine, versions, commit and command of this run."""
     info = r2dllm_ext.build_info()
@@ -114,6 +127,31 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     centre, scale = (p + z * z / (2 * n)), 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def share(right: int, parts: int) -> dict[str, Any]:
+    """Of what was judged: counts, their quotient and its 95 % interval."""
+    return {
+        "right": right,
+        "parts": parts,
+        "accuracy": round(right / parts, 4),
+        "wilson95": [round(bound, 4) for bound in wilson(right, parts)],
+    }
+
+
+SHARE_HEADER = ("n", "right", "95 % interval")
+
+
+def share_cells(found: dict[str, Any]) -> tuple[str, ...]:
+    """Of a `share`, under SHARE_HEADER."""
+    interval = "{:.1%} .. {:.1%}".format(*found["wilson95"])
+    return str(found["parts"]), f"{found['accuracy']:.1%}", interval
+
+
+def calibration_line(name: str, found: dict[str, Any]) -> str:
+    exact = found.get("exact_calibration_error")
+    truth = "" if exact is None else f" ({exact:.4f} against the true distribution)"
+    return f"{name}: calibration error {found['calibration_error']:.4f}{truth}"
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:

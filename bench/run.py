@@ -21,7 +21,18 @@ from comparisons import (
 from loss import CASES, LOSSES, SHARES, WIDTH, returned_bytes
 from memory import peak_memory
 from reading import fastest_read
-from report import Parser, duration, environment, fail, mebibytes, table, use_device, write_json
+from report import (
+    Parser,
+    check_seconds,
+    duration,
+    environment,
+    fail,
+    mebibytes,
+    table,
+    use_device,
+    use_threads,
+    write_json,
+)
 from shapes import DTYPES, NAMED, TINY, Shape, parse_shape, spiked_block
 from timing import Variant, cache_state, device_work, measure, summary
 
@@ -319,12 +330,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.threads is not None:
-        if args.threads < 1:
-            fail(f"--threads takes an integer >= 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-    if not 0 < args.seconds < 3600:
-        fail(f"--seconds takes a number in (0, 3600), got {args.seconds:g}")
+    use_threads(args.threads)
+    check_seconds(args.seconds)
     args.threads = torch.get_num_threads()
     use_device(args.device)
     try:

@@ -77,6 +77,8 @@ def _decode(model, task, prompts, config, calibrate) -> Decoded:
         masked = tokens == words.mask_id
         step = decode_step(logits, tokens, state, config, slots=open_)
         nfe[open_] += 1
+        if not step.rule.any(1).all():
+            raise ValueError("decode: a row commits nothing: its logits are not finite")
         if calibrate:
             row, column = masked.nonzero(as_tuple=True)
             prediction, confidence = step.prediction[row, column], step.confidence[row, column]

@@ -56,6 +56,21 @@ def test_the_restated_pass_is_fast_dllm_s():
         assert all(torch.equal(*pair) for pair in zip(got, want, strict=True)), seed
 
 
+def test_a_checkout_is_looked_for_where_one_is_named(tmp_path, monkeypatch):
+    from engine_cases import their_generate
+
+    file = tmp_path / "Fast-dLLM" / "llada" / "generate.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("from model.modeling_llada import LLaDAModelLM\nname = __name__\n")
+    monkeypatch.chdir(tmp_path)  # not here, which is what a blank path would mean
+    for blank in ("", " "):
+        monkeypatch.setenv("R2DLLM_ENGINE_SOURCES", blank)
+        assert their_generate("Fast-dLLM") is None
+    monkeypatch.setenv("R2DLLM_ENGINE_SOURCES", str(tmp_path))
+    assert their_generate("Fast-dLLM").name == "their_generate"
+    assert their_generate("R2-dLLM") is None and "model.modeling_llada" not in sys.modules
+
+
 @pytest.mark.parametrize("which", ["tokens", "forwards"])
 def test_a_difference_ends_the_run(r2, monkeypatch, capsys, which):
     import engine_cases

@@ -8,8 +8,6 @@ the checkouts DIR/Fast-dLLM and DIR/R2-dLLM themselves.
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,10 +23,12 @@ from r2dllm_ext import generate as our_generate
 from r2dllm_ext.integrations import fast_dllm
 from r2dllm_ext.models import ModelConfig, Transformer
 
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+from engine_cases import their_generate  # noqa: E402
+
 WILD, SHARP = 0.3, 4.0
 LOOPS = ("generate", "generate_with_prefix_cache", "generate_with_dual_cache")
 CACHES = ("none", "prefix", "dual")
-SOURCES = os.environ.get("R2DLLM_ENGINE_SOURCES", "").strip()  # blank counts as unset
 
 
 @pytest.fixture
@@ -305,18 +305,10 @@ def test_what_a_replaced_loop_refuses(release):
 
 
 @pytest.fixture
-def checkout(request, monkeypatch) -> ModuleType:
-    """`llada/generate.py` of a checkout; what it imports of the model is not needed."""
-    path = Path(SOURCES, request.param, "llada", "generate.py")
-    if not (SOURCES and path.exists()):
+def checkout(request) -> ModuleType:
+    module = their_generate(request.param)
+    if module is None:
         pytest.skip(f"needs R2DLLM_ENGINE_SOURCES=DIR with the checkout DIR/{request.param}")
-    for name in ("model", "model.modeling_llada", "transformers"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["model.modeling_llada"].LLaDAModelLM = None
-    sys.modules["transformers"].AutoTokenizer = sys.modules["transformers"].AutoModel = None
-    spec = importlib.util.spec_from_file_location("their_generate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     return module
 
 

@@ -911,6 +911,10 @@ def test_rollouts_in_bfloat16(tmp_path):
         sft.roll_out(Recording(), given, rollout, tmp_path / str(autocast), decode=WORDS.decode)
         assert set(seen) == {torch.bfloat16 if autocast else torch.float32}
         seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's own stays
+        rollout = dataclasses.replace(ROLLOUT, autocast=False)
+        sft.roll_out(Recording(), given, rollout, tmp_path / "own", decode=WORDS.decode)
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_greedy_first_is_a_flag():

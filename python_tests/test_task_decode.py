@@ -61,6 +61,19 @@ def test_rows_decode_as_generate_does_alone(r2, model, preset):
         assert out.rule.unique().numel() > 2
 
 
+def test_a_row_that_can_not_be_finished_ends_the_decode(r2):
+    """In one line, not never."""
+
+    class Broken(torch.nn.Module):
+        def forward(self, ids, *, attention_mask, logits_positions):
+            logits = torch.zeros(*logits_positions.shape, len(LEDGER.tokenizer))
+            logits[-1] = torch.nan
+            return type("Output", (), {"logits": logits})()
+
+    with pytest.raises(ValueError, match="a row commits nothing"):
+        decode(Broken(), LEDGER, PROMPTS[:2], DecodeConfig.budget(MASK))
+
+
 def test_verdict_of_right_and_wrong_answers(r2):
     samples = [LEDGER.sample(5, i, split="test") for i in range(4)]
     tokens = torch.tensor([LEDGER.encode(s)[1] for s in samples])
@@ -104,6 +117,12 @@ def test_curves_run(r2, tmp_path, capsys):
     ]
     ours, base = results[1], results[3]
     assert ours["nfe"]["mean"] < base["nfe"]["mean"]
+
+
+def test_models_are_told_apart():
+    """Many a folder is called model."""
+    assert curves.shown("ledger") == "ledger"
+    assert curves.shown("a/stage-4/model") == "stage-4/model" != curves.shown("/a/stage-5/model")
 
 
 class Knowing(torch.nn.Module):

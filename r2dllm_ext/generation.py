@@ -90,7 +90,7 @@ def generate(
             class takes it and ignores it: pad nothing there.)
         stop_id: a token id, or several: a row is finished once one of them is decided and
             everything before it is; its undecided cells become that token, and it is not forwarded
-            any more. Default: none.
+            any more. The mask token alone is none, and refused. Default: none.
         on_step: called after each step. Whatever it raises ends the decode.
         progress: True shows a bar of decided tokens (needs tqdm).
         trace: True records every step (copies to the host each step).

@@ -271,12 +271,12 @@ def _prompts(args: argparse.Namespace, session: Session) -> tuple[list[Prompt], 
 def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
     from ..sft import Recipe, Rollout, Rounds, Selection, Training
 
-    verifier, filter_ = args.verifier, args.filter or "correct"
+    verifier, usual_filter = args.verifier, "correct"
     if verifier is None and session.task is not None and not args.ids:
         verifier = f"r2dllm_ext.tasks.{session.task.name}:verify_record"
-        filter_ = args.filter or "parts"
+        usual_filter = "parts"
     if verifier is None or verifier.lower() == "none":
-        verifier, filter_ = None, args.filter or "none"
+        verifier, usual_filter = None, "none"
 
     def of(owner: type, *besides: str) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(owner)} - set(besides)
@@ -299,7 +299,7 @@ def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
         ),
         selection=Selection(
             order=args.order,
-            filter=filter_,
+            filter=args.filter or usual_filter,
             quantile=args.quantile,
             seed=seed,
         ),

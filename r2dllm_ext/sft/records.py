@@ -26,13 +26,8 @@ def check_record(
     if judged:
         right = number(_WHERE, "right", right, 0, 1)
         if flag(_WHERE, "correct", correct) != (right == 1):
-            refuse(
-                ValueError,
-                _WHERE,
-                "correct",
-                f"{str(right == 1).lower()} with right {right}",
-                correct,
-            )
+            takes = f"{str(right == 1).lower()} with right {right}"
+            refuse(ValueError, _WHERE, "correct", takes, correct)
     elif right is not None or correct is not None:
         refuse(TypeError, _WHERE, "right and correct", "null without a verifier", (right, correct))
     integer(_WHERE, "length", record.get("length"), 0, gen_length)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,9 @@ def _decode(
     seed = (rollout.config.seed * 1_000_003 + number) % 2**63
     unfinished: Sequence[int] = ()
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=rollout.autocast):
+        # Off, it would end an autocast of the caller's.
+        narrow = torch.autocast(device.type, torch.bfloat16) if rollout.autocast else nullcontext()
+        with narrow:
             generation = generate(
                 model,
                 tokens.to(device),

@@ -103,12 +103,8 @@ def choose(
         solved = {r["prompt"] for r in records if r["correct"] is None or selection.takes(r)}
         numbers = [i for i in range(len(prompts)) if i not in solved]
         wanted = round(len(selected) * rounds.hard_share / (1 - rounds.hard_share))
-        hard = [
-            r
-            for r in _hard(model, prompts, numbers, rollout, folder, decoded)
-            if selection.takes(r)
-        ]
-        hard = hard[:wanted]
+        again = _again(model, prompts, numbers, rollout, folder, decoded)
+        hard = [record for record in again if selection.takes(record)][:wanted]
         selected, report["hard"] = selected + hard, len(hard)
     if current_ranks().is_first:
         write_lines(folder / "selected.jsonl", selected)
@@ -117,7 +113,9 @@ def choose(
     return selected, report
 
 
-def _hard(model, prompts, numbers, rollout, folder: Path, decoded: Decoded) -> list[dict[str, Any]]:
+def _again(
+    model, prompts, numbers, rollout, folder: Path, decoded: Decoded
+) -> list[dict[str, Any]]:
     """Answers to the prompts of these numbers, decoded one token a step."""
     if not numbers:
         return []
