@@ -458,12 +458,39 @@ def test_a_share_is_between_0_and_1(tmp_path, verdict):
         sft.roll_out(tiny(), [sft.Prompt({}, [5])], ROLLOUT, tmp_path, **judge)
 
 
-def test_of_an_answer_the_right_parts_alone_are_learned():
-    class HalfRight(Ledger):
-        def right_cells(self, prompt, answer):
-            assert prompt == "given"
-            return [i < 8 for i in range(len(answer))]
+class HalfRight(Ledger):
+    def right_cells(self, prompt, answer):
+        assert prompt == "given"
+        return [i < 8 for i in range(len(answer))]
 
+
+@pytest.mark.parametrize("filter_, weigh", [("parts", 8), ("none", 16)])
+def test_a_run_learns_and_validates_by_parts(tmp_path, monkeypatch, filter_, weigh):
+    learned = []
+
+    class Seen(sft.Trainer):
+        def __init__(self, model, examples, *args, **options):
+            learned.extend(sum(w > 0 for w in e.token_weights) for e in examples)
+            super().__init__(model, examples, *args, **options)
+
+    monkeypatch.setattr("r2dllm_ext.sft.pipeline.Trainer", Seen)
+    save_model(tiny(), tmp_path / "checkpoint")
+    recipe = sft.Recipe(
+        model=str(tmp_path / "checkpoint"),
+        rollout=ROLLOUT,
+        selection=sft.Selection(filter=filter_),
+        training=sft.Training(steps=1, batch_size=1),
+        decoders={},
+        rounds=sft.Rounds(validation=1),
+    )
+    judge = {"decode": WORDS.decode, "verifier": lambda record, text: 0.5, "task": HalfRight()}
+    given = [sft.Prompt({"prompt": "given"}, [5])] * 2
+    summary = sft.run(recipe, given, tmp_path / "out", progress=False, **judge)
+    assert learned == [weigh]
+    assert summary["validation"] == summary["rounds"][0]["attempts"][0]["right"] == 0.5
+
+
+def test_of_an_answer_the_right_parts_alone_are_learned():
     task = HalfRight()
     record = {"prompt": 0, "token_ids": list(range(3, 19)), "commit_step": [0] * 16}
     prompt = sft.Prompt({"prompt": "given"}, [5])

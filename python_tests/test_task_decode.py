@@ -98,6 +98,12 @@ def test_presets_lie_on_their_curves():
         for value in decoder.values:
             assert getattr(config_of(name, value, 2), decoder.parameter) == value
     assert OFF.items() <= vars(DecodeConfig.vanilla(2)).items()
+    strict = config_of("r2", 0.9, 2)  # all its thresholds, not those of groups alone
+    assert (strict.threshold, strict.spatial_threshold, strict.temporal_threshold) == (
+        0.95,
+        0.9,
+        0.9,
+    )
     few = curves.settings(["budget", "r2=0.7"], 100, 10)
     assert few[:2] == [("budget", 0.005, True, 100), ("r2", 0.7, False, 100)]
     assert {s.decoder for s in few[2:]} == {"budget"} and {s.prompts for s in few[2:]} == {10}
