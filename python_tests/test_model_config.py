@@ -315,3 +315,19 @@ def test_defaults_of_absent_fields():
     config = read(small)
     assert (config.kv_heads, config.mlp_width, config.embedding_size) == (4, 128, 50)
     assert config.mask_id is None and not config.tied_head
+
+
+def test_a_shape_that_its_layout_cannot_say_is_refused():
+    """Dream's config.json has no field for it: `save_model` would write what cannot be read."""
+    shape = {"vocab_size": 50, "width": 32, "layers": 1, "heads": 4, "mlp_width": 48}
+    assert (ModelConfig("dream", **shape).qkv_bias, ModelConfig("llada", **shape).qkv_bias) == (
+        1,
+        0,
+    )
+    for change in ({"qkv_bias": False}, {"embedding_size": 56}):
+        with pytest.raises(
+            ValueError, match=rf"ModelConfig: {next(iter(change))} takes .* 'dream'"
+        ):
+            ModelConfig("dream", **shape, **change)
+        config = ModelConfig("llada", **shape, **change)
+        assert ModelConfig.from_hf_config(config.to_hf_config()) == config

@@ -3,7 +3,8 @@
 
 The package is the real one; the model runner is ours, and a batch is the four fields of
 `ForwardBatch` that an algorithm sees. Logits depend on a block's tokens and its request alone, so
-that a block has to take the same steps in any batch.
+that a block has to take the same steps in any batch. Two tokens of a cell may be equally likely;
+two cells are not equally sure: `torch.topk`, by which SGLang forces one, chooses as it likes.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class Request:
         target[torch.rand(shape, generator=g) < self.masks] = MASK
         decided = (tokens != MASK).float().mean()
         sure = 1 - 10 ** (-(1 + 3 * decided) * torch.rand(shape, generator=g))
-        return spiked_logits(g, target, sure, VOCAB)[0].to(self.dtype).float()
+        z = spiked_logits(g, target, sure, VOCAB)[0].to(self.dtype).float()
+        tied = torch.rand(len(tokens), generator=g) < 0.1  # two tokens on top
+        z[tied, torch.randint(VOCAB, (1,), generator=g)] = z[tied].amax(-1)
+        return z
 
 
 class Runner:
@@ -137,7 +141,8 @@ DTYPES = pytest.mark.parametrize(
 @pytest.mark.parametrize("threshold", [0.95, 0.7])
 @pytest.mark.parametrize("masks", [0.0, 0.25], ids=["", "mask id on top"])
 def test_low_confidence(dtype, threshold, masks):
-    for seed in range(0, 100, 4):
+    """250 blocks, 1,000 of a dtype."""
+    for seed in range(0, 400, 4):
         requests = [
             Request(s, dtype=dtype, masks=masks) for s in range(seed, seed + 1 + seed // 4 % 4)
         ]
@@ -158,8 +163,9 @@ def test_low_confidence(dtype, threshold, masks):
     ],
 )
 def test_joint_threshold(dtype, masks, vectorized, options):
+    """130 blocks, 1,040 of a dtype."""
     forwards = 0
-    for seed in range(0, 60, 4):
+    for seed in range(0, 208, 4):
         requests = [
             Request(s, dtype=dtype, masks=masks) for s in range(seed, seed + 1 + seed // 4 % 4)
         ]
@@ -167,7 +173,7 @@ def test_joint_threshold(dtype, masks, vectorized, options):
         want = run_together(theirs, requests)
         assert run_together(algorithm("R2JointThreshold", **options), requests) == want
         forwards += want[1]
-    assert forwards > 40
+    assert forwards > 160
 
 
 # ---- first-done-first-out ----------------------------------------------------------------------

@@ -43,12 +43,12 @@ class ModelConfig:
     layers: int
     heads: int
     mlp_width: int
-    # The type of these two is that of a built config: no None is left in one.
+    # The type of these, and of qkv_bias, is that of a built config: no None is left in one.
     kv_heads: int = cast(int, None)  # None: as many as heads
     embedding_size: int = cast(int, None)  # rows of embedding and head; None: vocab_size
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
-    qkv_bias: bool = False
+    qkv_bias: bool = cast(bool, None)  # None: as published, False for llada and True for dream
     tied_head: bool = False
     max_length: int = 4096  # as config.json counts positions; see `context_length`
     mask_id: int | None = None
@@ -59,9 +59,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.family, str) or self.family not in _LAYOUTS:
             raise ValueError(f"ModelConfig: family takes 'llada' or 'dream', got {self.family!r}")
+        layout = _LAYOUTS[self.family]
+        if self.qkv_bias is None:
+            object.__setattr__(self, "qkv_bias", layout.defaults["qkv_bias"])
         for name, value in _completed(vars(self)).items():
             object.__setattr__(self, name, value)
         _validate(vars(self), "ModelConfig", {})
+        only = {"qkv_bias": layout.defaults["qkv_bias"], "embedding_size": self.vocab_size}
+        for name, value in only.items():
+            if name not in layout.names and getattr(self, name) != value:
+                raise ValueError(
+                    f"ModelConfig: {name} takes {value} with family {self.family!r}, whose "
+                    f"config.json can't say otherwise, got {getattr(self, name)!r}"
+                )
         if not isinstance(self.rope_scaling, (RopeScaling, type(None))):
             raise ValueError(
                 f"ModelConfig: rope_scaling takes a RopeScaling or None, got {self.rope_scaling!r}"
