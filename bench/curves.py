@@ -16,6 +16,7 @@ import importlib.util
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,13 +111,16 @@ def shown(model: str) -> str:
     return "/".join(Path(model).parts[-2:])
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(
+    args: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """By model, decoder and value; `keep` is called with what there is, whenever it has grown."""
     task = get_task(args.task)
     prompts = [task.sample(args.seed, i, split=args.split).prompt for i in range(args.prompts)]
     results: list[dict[str, Any]] = []
     order = list(DECODERS)
     for name in args.model:
-        own_results = []
+        own_results: list[dict[str, Any]] = []
         try:
             model = load_model(name, dtype=torch.float32)
         except (FileNotFoundError, ImportError, ValueError) as error:
@@ -134,12 +138,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             result = {"model": shown(name), "decoder": decoder, "value": value, "own": own}
             result |= judge(out, prompts[:n], task)
             own_results.append(result | {"seconds": round(time.perf_counter() - began, 1)})
+            own_results.sort(key=lambda r: (order.index(r["decoder"]), r["value"]))
+            keep(results + own_results)
             print(
                 f"{name} {decoder}={value:g}: {result['accuracy']:.1%} of {result['parts']} at "
                 f"{result['nfe']['mean']:.1f} forwards",
                 flush=True,
             )
-        results += sorted(own_results, key=lambda r: (order.index(r["decoder"]), r["value"]))
+        results += own_results
     return results
 
 
@@ -252,14 +258,13 @@ def main(arguments: list[str] | None = None) -> None:
     use_threads(args.threads)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib: pip install matplotlib")
-    began = time.perf_counter()
-    results = run(args)
-    print(report(results))
-    print(f"{time.perf_counter() - began:.0f} s")
     names = ("task", "prompts", "curve_prompts", "split", "seed", "batch")
     chosen = {name: getattr(args, name) for name in names} | {"block_length": BLOCK_LENGTH}
-    content = {"schema": 1, **environment("cpu"), "settings": chosen, "results": results}
-    write_json(args.json, content)
+    content = {"schema": 1, **environment("cpu"), "settings": chosen}
+    began = time.perf_counter()
+    results = run(args, lambda results: write_json(args.json, content | {"results": results}))
+    print(report(results))
+    print(f"{time.perf_counter() - began:.0f} s")
     if args.plot is not None:
         plot(results, args.plot)
 

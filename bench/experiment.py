@@ -123,6 +123,7 @@ class Evaluator(NamedTuple):
     task: Task
     out: Path
     batch: int
+    autocast: bool
 
     def records(
         self, model: Transformer, prompts: Sequence[sft.Prompt], name: str, value: float, label: str
@@ -133,6 +134,7 @@ class Evaluator(NamedTuple):
             gen_length=self.task.answer_length,
             block_length=BLOCK_LENGTH,
             batch_size=self.batch,
+            autocast=self.autocast,
         )
         found = sft.roll_out(
             model,
@@ -180,7 +182,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     task = get_task(args.task)
     tests = prompts_of(task, _SEED_OF_TESTS, args.prompts, "test")
     choice = prompts_of(task, _SEED_OF_CHOICE, args.choice, "train")
-    evaluator = Evaluator(task, args.out / "evaluation", args.batch)
+    evaluator = Evaluator(task, args.out / "evaluation", args.batch, args.autocast)
     results: dict[str, Any] = {}
     records: dict[str, list[dict[str, Any]]] = {}  # of the decoder that the claim is about
     for arm in ARMS:
@@ -231,7 +233,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="to test on; default 512, quick 8")
     parser.add_argument("--choice", type=int, help="to choose on; default 256, quick 8")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--autocast", action="store_true", help="roll out and train in bfloat16")
+    parser.add_argument("--autocast", action="store_true", help="train and decode in bfloat16")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--quick", action="store_true", help="minutes; proves nothing")
     args = parser.parse_args(arguments)

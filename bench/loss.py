@@ -41,18 +41,31 @@ def differentiate(loss: Tensor, *inputs: Tensor) -> Result:
 # ---- from logits -----------------------------------------------------------------------------
 
 
+class _Output(torch.autograd.Function):
+    """The same memory as a model's output, which an in-place backward may overwrite. It is made in
+    each call: autograd joins the stream on which a tensor was made, and no stream but the one that
+    is captured may wait for a capture."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class LogitsProblem:
-    """N = B * L rows of Gaussian logits. `renew` writes those that are differentiated, an output of
-    a model as far as autograd knows, which an in-place backward may overwrite; they stay where they
-    are, as a captured graph needs."""
+    """N = B * L rows of Gaussian logits. `renew` writes those that are differentiated, which stay
+    where they are, as a captured graph needs."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, share: int, device: str):
         rows = shape.B * shape.L
         generator = torch.Generator(device).manual_seed(0)
         source = torch.empty(rows, shape.V, dtype=dtype, device=device)
-        self.source = source.normal_(0.0, 2.0, generator=generator).requires_grad_()
+        self.source = source.normal_(0.0, 2.0, generator=generator)
         self.targets = loss_targets(rows, shape.V, share, device)
-        self.logits = self.source * 1.0
+        self.logits = self.source.clone().requires_grad_()
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -60,7 +73,8 @@ class LogitsProblem:
 
     def variant(self, name: str, loss: Callable[[Tensor, Tensor], Tensor], **options) -> Variant:
         def call() -> Result:
-            return differentiate(loss(self.logits, self.targets), self.logits)
+            logits = _Output.apply(self.logits)
+            return differentiate(loss(logits, self.targets), logits)
 
         return Variant(name, call, self.renew, **options)
 
@@ -69,7 +83,7 @@ class LogitsProblem:
         count = (self.targets != IGNORED).sum()
         loss, gradient = 0.0, torch.zeros_like(self.source, dtype=torch.float64)
         for i in (self.targets != IGNORED).nonzero().flatten().tolist():
-            row = self.source.detach()[i].double()
+            row = self.source[i].double()
             log_p, target = row.log_softmax(-1), self.targets[i]
             loss = loss - log_p[target] / count
             gradient[i] = log_p.exp() / count

@@ -338,7 +338,12 @@ def main(arguments: list[str] | None = None) -> None:
         todo = cases(args)
     except ValueError as error:
         fail(str(error))
-    began, records = time.perf_counter(), []
+    machine = environment(args.device)
+    used = machine["machine"]["instruction_set"]
+    settings = {key: getattr(args, key) for key in ("threads", "cache", "seconds", "quick")}
+    content = {"schema": 1, **machine, "settings": settings}
+
+    began, records, bars = time.perf_counter(), [], []
     with torch.inference_mode():
         for i, row in enumerate(todo):
             where = "x".join(map(str, row.shape)) if row.op != "overhead" else "tiny"
@@ -353,17 +358,16 @@ def main(arguments: list[str] | None = None) -> None:
             except Disagreement as error:
                 print(f"run.py: {error}")
                 raise SystemExit(1) from None
-    machine = environment(args.device)
-    used = machine["machine"]["instruction_set"]
-    bars = cuda_bars(records, args.cache) if args.device == "cuda" else cpu_bars(records, used)
+            bars = (
+                cuda_bars(records, args.cache) if args.device == "cuda" else cpu_bars(records, used)
+            )
+            # What there is, after each row: whatever ends the run, it is not lost.
+            write_json(args.json, content | {"records": records, "bars": bars})
     print()
     report(records, bars)
     if args.device == "cpu":
         print(held_against(used, args.threads))
     print(f"{time.perf_counter() - began:.0f} s")
-    settings = {key: getattr(args, key) for key in ("threads", "cache", "seconds", "quick")}
-    content = {"schema": 1, **machine, "settings": settings}
-    write_json(args.json, content | {"records": records, "bars": bars})
 
 
 if __name__ == "__main__":

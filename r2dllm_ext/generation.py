@@ -153,7 +153,8 @@ def generate(
         edits = BlockEdits(batch, block_length, max_edits, config.mask_id, device)
     if cuda_graph:
         decoding = (driver, sequences, prompt_length, state, config, rows, edits, stops, stuck)
-        nfe = generate_by_graph(*decoding, loop=cuda_graph == "loop")
+        with torch.cuda.device_of(sequences):  # streams, pool and events are the current device's
+            nfe = generate_by_graph(*decoding, loop=cuda_graph == "loop")
         return _result(Generation(sequences, nfe, None), stuck)
 
     recorder = TraceRecorder(batch, prompt_length, gen_length, block_length) if trace else None

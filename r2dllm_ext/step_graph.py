@@ -37,7 +37,8 @@ def _capture(forward: Callable[[], object], pool: Any) -> Iterator[Any]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        # torch's own choice is one stream for all devices, on that of the first capture.
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             yield graph
     except RuntimeError as error:
         raise RuntimeError(

@@ -15,7 +15,8 @@ struct Launch {
   int64_t blocks;
   int threads;
   int64_t shared_bytes = 0;
-  // May begin while the launch before it still runs: the kernel has to await_previous().
+  // May begin while the launch before it still runs: the kernel has to await_previous(), and does
+  // so only in code for compute capability 9.0 and later.
   bool overlaps = false;
 
   template <class... Parameters, class... Arguments>
@@ -29,9 +30,17 @@ struct Launch {
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = current_stream();
     config.attrs = &overlap;
-    // Cards before compute capability 9.0 don't know the attribute.
-    config.numAttrs = overlaps && major_capability() >= 9 ? 1 : 0;
+    config.numAttrs = overlaps && awaits(kernel) ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, arguments...));
+  }
+
+ private:
+  // Of the code that runs, which on a newer card may be that of an older one's PTX.
+  template <class Kernel>
+  static bool awaits(Kernel kernel) {
+    cudaFuncAttributes code;
+    check(cudaFuncGetAttributes(&code, kernel));
+    return code.ptxVersion >= 90;
   }
 };
 

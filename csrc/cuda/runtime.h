@@ -9,9 +9,6 @@ namespace r2dllm::cuda {
 
 cudaStream_t current_stream();
 
-// Compute capability of the current device, its first number.
-int major_capability();
-
 // Throws what torch throws for a CUDA error.
 void check(cudaError_t error);
 

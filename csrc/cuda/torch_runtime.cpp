@@ -9,13 +9,6 @@ namespace r2dllm::cuda {
 
 cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-int major_capability() {
-  int device, major;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major;
-}
-
 void check(cudaError_t error) { C10_CUDA_CHECK(error); }
 
 }  // namespace r2dllm::cuda

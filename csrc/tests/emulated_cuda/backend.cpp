@@ -14,7 +14,6 @@
 namespace r2dllm::cuda {
 
 cudaStream_t current_stream() { return nullptr; }
-int major_capability() { return 9; }
 void check(cudaError_t error) { TORCH_CHECK(error == 0, "CUDA error ", error); }
 
 }  // namespace r2dllm::cuda

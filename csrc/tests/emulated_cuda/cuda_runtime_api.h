@@ -23,6 +23,10 @@ struct dim3 {
 enum { cudaLaunchAttributeProgrammaticStreamSerialization };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
 struct cudaLaunchAttribute {
   int id;
   struct {
@@ -82,5 +86,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return 0;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = 90;
   return 0;
 }
