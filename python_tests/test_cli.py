@@ -597,7 +597,8 @@ def test_missing_packages_are_named(run, monkeypatch, package, arguments, extra)
     for name in [name for name in sys.modules if name.split(".")[0] == package.split(".")[0]]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "r2dllm_ext.cli.display", raising=False)
+    for module in ("r2dllm_ext.cli.display", "r2dllm_ext.trace_plot"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     fails(run(*arguments), f"pip install 'r2dllm_ext[{extra}]'")
 
 
@@ -626,6 +627,22 @@ def test_interrupted(run, monkeypatch):
 
 
 # as a process
+
+
+@pytest.mark.parametrize(
+    "arguments", ["generate 5 --ids --gen-length 1 --block-length 1", "engines"]
+)
+def test_a_reader_that_never_was(ledger, arguments):
+    """Also where rich writes, which would leave with status 1."""
+    model = f"--model '{ledger}'" if arguments.startswith("generate") else ""
+    command = f"sleep 0.1; exec '{sys.executable}' -m r2dllm_ext {arguments} {model}"
+    result = subprocess.run(
+        ["bash", "-c", f"({command}) | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_as_a_module_whose_reader_leaves(ledger):

@@ -281,6 +281,18 @@ def test_a_row_depends_on_itself_alone(mode):
             assert torch.equal(one[:, 0, shift:], all_rows[:, b])
 
 
+def test_the_front_of_a_long_block_hangs_on_no_padding():
+    """A block longer than its answer: the row alone, and padded by other lengths."""
+    for seed in range(8):
+        rows = []
+        for pad in (0, 3, 40):
+            tokens = torch.tensor([[1] * pad + list(range(1, 9))])
+            answers = torch.arange(pad + 8)[None] >= pad
+            options = {"mode": "frontier", "serial": answers, "block_length": 64, "seed": seed}
+            rows.append(run(tokens, answers, **options)[0][0, 0, pad:].tolist())
+        assert rows[0] == rows[1] == rows[2]
+
+
 @pytest.mark.parametrize("change", [{"seed": 4}, {"step": 1}, {"row": torch.arange(1, 41)}])
 def test_other_numbers_for_another_seed_step_or_row(change):
     tokens, answers = sequences([18] * 40)

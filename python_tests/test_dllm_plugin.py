@@ -233,6 +233,20 @@ def test_whole_decodes(plugin, ledger):
     assert torch.equal(sequence, out.sequences) and forwards == out.nfe
 
 
+def test_an_error_costs_a_block_nothing_that_it_remembers(plugin):
+    """The third step on end commits what stood for three, whatever was refused between them."""
+    config = DecodeConfig.r2(MASK, threshold=1.0, quota=0, temporal_steps=3, temporal_threshold=0.1,
+                             confidence_cluster_size=0, token_cluster=None)  # fmt: skip
+    policy, draft = plugin.ours.R2RemaskingPolicy(config), [MASK] * 4
+    logits = torch.zeros(4, VOCAB)
+    logits[:, 5] = 4.0
+    for _ in range(2):
+        assert policy.apply(input_draft=draft, logits=logits).next_input_block == (MASK,) * 4
+        with pytest.raises(TypeError, match="logits"):
+            policy.apply(input_draft=draft, logits=logits.int())
+    assert policy.apply(input_draft=draft, logits=logits).committed_token_ids == (5,) * 4
+
+
 def test_options(plugin):
     """Of the plugin go before the config's; the others do not exist."""
     z = torch.zeros(4, VOCAB)

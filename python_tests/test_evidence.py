@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`evidence` and `r2dllm evidence`: on made-up decodes whose truth is known, and on a real one."""
 
+import dataclasses
 import json
 import math
 
@@ -51,6 +52,15 @@ def test_a_calibrated_model():
         assert threshold == pytest.approx(1 - 2 * error, abs=0.02)
         assert share == pytest.approx(2 * error, abs=0.02)
     assert found.calibration.shape == (3, BINS) and found.calibration_error < 0.03
+
+
+def test_no_threshold_parts_cells_of_one_confidence():
+    """Of cells that are all sure, 70 % stay: none can be committed at an error of 3 %."""
+    truth = made_up(0, lambda p: p * 0 + 0.7, length=20, rows=10)
+    sure = dataclasses.replace(truth, confidence=torch.ones_like(truth.confidence))
+    found = r2.evidence([sure, sure])
+    assert found.thresholds == (None,) * len(ERRORS)
+    assert found.judges["confidence"].committable == (0,) * len(ERRORS)
 
 
 def test_a_model_that_is_too_sure():
@@ -147,4 +157,6 @@ def test_the_command(run, tmp_path):
 def test_the_command_refuses(run, tmp_path):
     refused = run("evidence", "--out", tmp_path / "curve.txt")
     assert refused.status == 2 and "--out takes a name in" in refused.err
+    refused = run("evidence", "--out", tmp_path / "nowhere" / "curve.png")
+    assert refused.status == 2 and "--out: there is no folder" in refused.err
     assert run("evidence", "--samples", 0).status == 2

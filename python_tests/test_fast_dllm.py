@@ -114,6 +114,12 @@ def test_what_a_call_refuses():
         fast_dllm.get_transfer_index(z, 0.0, "random", x == MASK, x, None, 0.9)
     with pytest.raises(ValueError, match="num_transfer_tokens takes a tensor"):
         fast_dllm.get_transfer_index(z, 0.0, "low_confidence", x == MASK, x, None)
+    fast_dllm.get_transfer_index(z, 1.0, "low_confidence", x == MASK, x, None, 1.0)
+    for temperature, threshold in ((True, 1.0), (1.0, True)):  # which are equal, and no numbers
+        with pytest.raises(TypeError, match="takes a .*number.*, got True"):
+            fast_dllm.get_transfer_index(
+                z, temperature, "low_confidence", x == MASK, x, None, threshold
+            )
     with pytest.raises(ValueError, match="factor takes a finite number > 0, got 0"):
         fast_dllm.get_transfer_index_dynamic(z, 0.0, "low_confidence", x == MASK, x, None, 0)
 
@@ -297,6 +303,8 @@ def test_what_a_replaced_loop_refuses(release):
         loop(Sharp(0, torch.float32), prompt, record_decode=True, threshold=0.9, **call)
     with pytest.raises(ValueError, match="steps takes a multiple of 2 blocks, got 5"):
         loop(Sharp(0, torch.float32), prompt, steps=5, **call)
+    with pytest.raises(ValueError, match="gen_length takes a multiple of block_length .32., got 1"):
+        loop(Sharp(0, torch.float32), prompt, **(call | {"block_length": 32}))
     with pytest.raises(NotImplementedError, match="remasking takes 'low_confidence'"):
         loop(Sharp(0, torch.float32), prompt, remasking="random", threshold=0.9, **call)
 

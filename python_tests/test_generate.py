@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate` on scripted models: what is forwarded, when it stops, what it reports."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,6 +198,19 @@ def test_no_progress_says_where_and_loses_nothing():
     assert caught.value.sequences[0, 5:].tolist() == [1] * 4
 
 
+def test_cells_that_may_be_edited_do_not_speak_for_those_that_are_masked():
+    class BreaksAhead(Scripted):
+        def logits(self, ids, first_position):
+            logits = super().logits(ids, first_position)
+            if len(self.calls) > 1 and len(ids) == 2:
+                logits[1, ids[1] == MASK] = torch.nan
+            return logits
+
+    config = r2.DecodeConfig.vanilla(MASK, edit_threshold=0.99)
+    with pytest.raises(r2.NoProgressError, match="step 2, row 1: .*non-finite"):
+        run(BreaksAhead([[1] * 8, [2] * 8], 1), torch.tensor([[0], [1]]), config=config, edit=True)
+
+
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_rows_that_can_not_be_finished_do_not_cost_the_others_their_answers(cache):
     model, words = r2.load_model("ledger"), r2.ledger.Tokenizer()
@@ -316,7 +330,7 @@ def test_nothing_to_generate():
         ({"block_length": 0}, ValueError, "block_length takes an integer >= 1, got 0"),
         ({"block_length": 4.0}, TypeError, "block_length takes an integer >= 1, got 4.0"),
         ({"cache": "both"}, ValueError, "cache takes one of .*, got 'both'"),
-        ({"logits_shift": 2}, ValueError, "logits_shift takes 0 or 1, got 2"),
+        ({"logits_shift": 2}, ValueError, r"logits_shift takes an integer in \[0, 1\], got 2"),
         ({"config": None}, TypeError, "config takes a DecodeConfig, got NoneType"),
         ({"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask takes the shape of"),
         ({"config": r2.DecodeConfig(VOCAB)}, ValueError, "config.mask_id takes a token id in"),
@@ -390,11 +404,48 @@ def test_rows_that_draw_beside_rows_that_do_not():
     assert not torch.equal(out.sequences[1], plain.sequences[0])
 
 
-def test_a_bad_value_of_a_row_costs_the_others_nothing():
-    rows = r2.RowParams(threshold=torch.tensor([0.9, 1.5]))
-    with pytest.raises(r2.NoProgressError, match="row 1: nothing was committed") as caught:
-        run(Scripted([[1] * 8, [2] * 8], 1), torch.tensor([[0], [1]]), rows=rows)
-    assert caught.value.sequences.tolist() == [[0] + [1] * 8, [1] + [MASK] * 8]
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("threshold", 1.5),
+        ("threshold", math.nan),
+        ("edit_threshold", -0.5),
+        ("quota", -1),
+        ("entropy_budget", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 1.5),
+        ("top_k", -3),
+    ],
+)
+def test_a_bad_value_of_a_row_is_named(name, value):
+    """`generate` reads the tensors once; a step, which does not, would leave the row alone."""
+    good = type(value)(0)
+    rows = r2.RowParams(**{name: torch.tensor([good, value])})
+    model = Scripted([[1] * 8, [2] * 8], 1)
+    with pytest.raises(ValueError, match=rf"generate: rows.{name} takes .*, got {value} in row 1"):
+        run(model, torch.tensor([[0], [1]]), rows=rows)
+    assert not model.calls
+
+
+@pytest.mark.parametrize("kind", [False, True])
+@pytest.mark.parametrize("stop", [None, STOP])
+def test_a_row_with_a_seed_draws_the_same_in_any_batch(graphs_on_cpu, kind, stop):
+    """Beside others, in another order, alone, and while others keep it waiting in its block."""
+    answers = [[1, 2, 3, 4, 5, 6, 7, 1], [2, STOP, 3, 4, 5, 6, 7, 1], [3, 3, 3, 3, 1, 1, 1, 1]]
+    config = r2.DecodeConfig(MASK, temperature=1.0, threshold=0.5)
+    seeds = torch.tensor([11, 2**40, -3])
+
+    def decode(*rows: int) -> list[list[int]]:
+        model = Capturable([answers[row] for row in rows], 2.0)
+        prompt, own = torch.arange(len(rows))[:, None], r2.RowParams(seed=seeds[list(rows)])
+        options = {"config": config, "rows": own, "cuda_graph": kind, "stop_id": stop}
+        return run(model, prompt, **options).sequences[:, 1:].tolist()
+
+    alone = [decode(row)[0] for row in range(3)]
+    assert decode(0, 1, 2) == alone
+    assert decode(2, 0, 1) == [alone[2], alone[0], alone[1]]
+    assert decode(1, 1) == [alone[1]] * 2
+    assert len({tuple(row) for row in alone}) == 3
 
 
 # ---- edits -------------------------------------------------------------------------------------

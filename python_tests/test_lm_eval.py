@@ -148,6 +148,8 @@ def test_a_text_ends_at_the_first_of_its_stops(tiny):
         ("<turn>",): ("w7 w8 ", 3, True),
         ("7 w8 ",): ("w", 3, True),  # ends between a word and the special token
         ("w8", " w8 <"): ("w7", 3, True),
+        (" w8 <turn> w9", " w8"): ("w7", 2, True),  # of two at one place the one that ends first
+        (" w8", " w8 <turn> w9"): ("w7", 2, True),
         ("w7",): ("", 1, True),
         ("w11",): ("w7 w8 w9 w10", 5, False),
     }
@@ -231,6 +233,16 @@ def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
     assert got == answers(R2DLLM(tiny["dream"], **{**options, "answers": None}), requests)
     told = json.loads(path.with_suffix(".summary.json").read_text())
     assert told["tasks"]["t"]["answers"] == 5 and told["settings"]["logits_shift"] == 1
+
+
+def test_each_file_of_answers_has_a_summary_of_its_own(tiny, tmp_path):
+    for name in ("t0.8", "t0.9", "a.jsonl"):
+        path = tmp_path / name
+        answers(
+            R2DLLM(tiny["dream"], gen_length=8, block_length=8, answers=str(path)), ask(PROMPTS)
+        )
+    written = {path.name for path in tmp_path.glob("*.summary.json")}
+    assert written == {"t0.8.summary.json", "t0.9.summary.json", "a.summary.json"}
 
 
 def test_a_file_of_something_else_is_refused(tiny, tmp_path):

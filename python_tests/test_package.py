@@ -94,6 +94,12 @@ def test_another_torch_at_import_time():
     assert "pip install --no-build-isolation" in error
 
 
+def test_the_import_brings_no_compiler_along():
+    """Which would double its time and memory, in every process of an engine."""
+    result = run("import sys, r2dllm_ext; print('torch._dynamo' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stderr
+
+
 def test_oracle_needs_no_extension():
     code = """
 import importlib.util, sys

@@ -151,6 +151,21 @@ def test_any_number_of_words_is_a_share_of_the_prompts():
     assert words(1.0).count(1) > 20
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompt_length": 5}, "prompt_length takes 8 a word and an end, got 5"),
+        ({"answer_length": 48}, "answer_length takes 8 a word"),
+        ({"fewest": 0}, "fewest .. most takes a range within 1..8, got 0 .. 8"),
+        ({"most": 9}, "got 6 .. 9"),
+        ({"split": "all"}, "split is 'all'"),
+    ],
+)
+def test_samples_that_would_hardly_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_sample(0, 0, **options)
+
+
 def test_short_prompts_are_what_training_begins_with():
     short = pronounce.Pronounce(short=True)
     assert (short.prompt_length, short.answer_length) == (32, 32)

@@ -657,6 +657,21 @@ def test_rows_have_options_of_their_own(implementation):
     assert step.prediction[3].tolist() == [1, 2, 3]
 
 
+def test_a_row_that_waits_uses_up_no_random_numbers(implementation):
+    """Steps without a candidate don't count, nor do edits; those that commit nothing do."""
+    ops, device = implementation
+    config = DecodeConfig(MASK, threshold=0.9, quota=0, edit_threshold=0.1, **OFF)
+    logits = sure_logits([(1, 0.95), (2, 0.5)]).expand(4, 2, 16).contiguous().to(device)
+    tokens = torch.tensor([[MASK, MASK], [5, MASK], [5, 5], [1, 2]], device=device)
+    editable = tokens != MASK
+    state = DecodeState(4, 2, device=device)
+    for steps in ([1, 1, 0, 0], [2, 2, 0, 0]):
+        ops.decode_step(logits, tokens, state, config, editable=editable)
+        assert state.counters[:, Counter.STEP].tolist() == steps
+    assert tokens.tolist() == [[1, MASK], [1, MASK], [1, 2], [1, 2]]
+    assert state.counters[:, Counter.BLOCK_STEP].tolist() == [2] * 4
+
+
 def test_slots(implementation):
     """Row b uses row slots[b] of the state; a slot that it does not have leaves the row alone."""
     ops, device = implementation

@@ -382,3 +382,8 @@ def test_options_of_an_engine():
         engine_config("sglang", 3)
     with pytest.raises(TypeError, match="takes threshold, or fields of DecodeConfig, got 'gamma'"):
         engine_config("sglang.LowConfidence", 3, gamma=1.0)
+    rule = "diffusers.BlockRefinementScheduler"
+    with pytest.raises(
+        TypeError, match="takes editing_threshold or edit_threshold, .*, got 'both'"
+    ):
+        engine_config(rule, 3, editing_threshold=0.5, edit_threshold=0.9)

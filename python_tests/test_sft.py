@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from r2dllm_ext.sft.artefacts import read_lines
 from r2dllm_ext.sft.rounds import choose
 from r2dllm_ext.sft.rounds import examples as chosen_examples
 from r2dllm_ext.sft.selection import spearman
-from r2dllm_ext.sft.training import example_order, last_step
+from r2dllm_ext.sft.training import example_order, saved_steps
 from r2dllm_ext.tasks.ledger import Ledger
 
 
@@ -255,6 +256,13 @@ OF_OTHER_TOKENS = [
 ]
 
 
+@pytest.mark.parametrize("count, places", [(0, 0), (2, 1), (2, 3)])
+def test_each_example_has_a_place(count, places):
+    data = [sft.Example([3], ANSWER)] * count
+    with pytest.raises(ValueError, match=rf"make_batch: places takes one for each .* \({count}\)"):
+        sft.make_batch(data, range(places), 0, masking_of("block"), logits_shift=0, pad_id=0)
+
+
 @pytest.mark.parametrize("change, message", OF_OTHER_TOKENS)
 def test_what_an_example_says_is_of_its_own_tokens(change, message):
     """A list that is too short would be taken for the last ones, one too long reach the prompt."""
@@ -404,7 +412,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     entries = [whole.update() for _ in range(6)]
     assert [first.update() for _ in range(3)] == entries[:3]
     first.save(tmp_path / "step-3")
-    assert last_step(tmp_path) == 3
+    assert saved_steps(tmp_path)[0] == 3
     second.load(tmp_path / "step-3", 3)
     assert [second.update() for _ in range(3)] == entries[3:]
     for name, weight in whole.trained_weights().items():
@@ -443,7 +451,10 @@ class Breaks:
         return output._replace(logits=logits)
 
 
-@pytest.mark.parametrize("verdict, right", [(True, 1.0), (0, 0.0), (0.25, 0.25), ("yes", 1.0)])
+@pytest.mark.parametrize(
+    "verdict, right",
+    [(True, 1.0), (0, 0.0), (0.25, 0.25), (np.float32(0.25), 0.25), (torch.tensor(True), 1.0)],
+)
 def test_a_verifier_says_which_share_is_right(tmp_path, verdict, right):
     judge = {"decode": WORDS.decode, "verifier": lambda record, text: verdict}
     (record,) = sft.roll_out(tiny(), [sft.Prompt({}, [5])], ROLLOUT, tmp_path, **judge)
@@ -451,11 +462,27 @@ def test_a_verifier_says_which_share_is_right(tmp_path, verdict, right):
     assert sft.summarise([record] * 2)["right"] == right
 
 
-@pytest.mark.parametrize("verdict", [1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("verdict", [1.5, -0.1, float("nan"), None, "yes", torch.ones(2)])
 def test_a_share_is_between_0_and_1(tmp_path, verdict):
     judge = {"decode": WORDS.decode, "verifier": lambda record, text: verdict}
     with pytest.raises(ValueError, match=r"prompt 1 .* takes a bool or a share in \[0, 1\]"):
         sft.roll_out(tiny(), [sft.Prompt({}, [5])], ROLLOUT, tmp_path, **judge)
+
+
+def test_folders_are_paths_or_their_names(tmp_path):
+    recipe = sft.Recipe(tmp_path, ROLLOUT, sft.Selection(), sft.Training(), {})
+    assert recipe.model == str(tmp_path)
+    sft.roll_out(tiny(), [sft.Prompt({}, [5])], ROLLOUT, str(tmp_path), decode=WORDS.decode)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_round_may_lose_the_tolerance_itself():
+    """Of 100 answers two: 0.05 - 0.03 is more than 0.02 in floating point."""
+    rounds = sft.Rounds(validation=100, tolerance=0.02)
+    for right in range(2, 101):
+        assert rounds.keeps(right / 100, (right - 2) / 100)
+        assert right == 2 or not rounds.keeps(right / 100, (right - 3) / 100)
+    assert rounds.keeps(None, None)
 
 
 class HalfRight(Ledger):
@@ -681,7 +708,7 @@ def test_run_and_killed_run(place, arguments, tmp_path, capsys):
         "000001.jsonl",
     ]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    while not last_step(killed / "round-1" / "train") and process.poll() is None:
+    while not saved_steps(killed / "round-1" / "train") and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.communicate()

@@ -213,6 +213,38 @@ def test_rules_of_r2_take_fewer_forwards():
     assert forwards["r2"] < forwards["low_confidence"]
 
 
+@pytest.mark.parametrize("name", ["R2DLLM", "R2JointThreshold"])
+def test_a_rank_without_requests_waits(name):
+    """An idle batch, which data parallelism gives to ranks that have none."""
+    batch = SimpleNamespace(
+        batch_size=0,
+        input_ids=torch.empty(0, dtype=torch.int64),
+        dllm_prompt_mask=None,
+        requests=[],
+    )
+    runner = Runner()
+    runner.forward = lambda batch, pp_proxy_tensors=None: SimpleNamespace(
+        logits_output=SimpleNamespace(full_logits=torch.empty(0, VOCAB)), can_run_graph=False
+    )
+    got = algorithm(name, fdfo=True).run(runner, batch, [])
+    assert got[1:] == algorithm("LowConfidence", fdfo=True).run(runner, batch, [])[1:]
+
+
+@torch.inference_mode()
+def test_draws_do_not_hang_on_when_python_frees_a_slot():
+    """On one rank the state of an aborted request may live on; blocks that follow draw alike."""
+    answers = []
+    for keep in (False, True):
+        ours = algorithm("R2DLLM", fdfo=True, rules="low_confidence", temperature=1.0)
+        held = []
+        first = batch_of([Request(1), Request(2)])
+        states = ours.run(Runner(), first, [None, None])[3]
+        held.append(states if keep else None)
+        del states
+        answers.append(serve(ours, [Request(seed) for seed in range(10, 16)], at_once=2))
+    assert answers[0] == answers[1]
+
+
 def test_slots_are_used_again():
     """By whoever comes, when a block is finished or SGLang drops it."""
     ours = algorithm("R2DLLM", fdfo=True)  # two slots to begin with

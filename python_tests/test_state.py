@@ -70,6 +70,13 @@ def test_reset_clears_the_block_and_keeps_the_row(rows, which):
         assert torch.equal(state.counters[row, of_block], source.counters[row, of_block])
 
 
+def test_a_state_made_under_inference_mode_is_as_any_other():
+    with torch.inference_mode():
+        state = DecodeState(2, 3, step_map=True)
+    state.reset(0).put([1], DecodeState(1, 3, step_map=True))
+    assert not any(tensor.is_inference() for tensor in state_tensors(state))
+
+
 @pytest.mark.parametrize("step_map", [False, True])
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))]

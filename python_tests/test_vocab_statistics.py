@@ -144,7 +144,7 @@ def test_empty(r2, device):
 
 def test_errors_write_nothing(r2):
     logits, config = torch.zeros(1, 2, 8), DecodeConfig(3)
-    part = r2.vocab_statistics(logits)
+    part = r2.vocab_statistics(logits, exclude_id=3)
     tokens, state = torch.full((1, 2), 3), DecodeState(1, 2)
     before = [t.clone() for t in (tokens, *state_tensors(state))]
 
@@ -161,6 +161,21 @@ def test_errors_write_nothing(r2):
         (lambda: r2.merge_statistics(part.values), TypeError, "VocabStatistics"),
         (lambda: r2.merge_statistics(part), ValueError, "statistics"),
         (lambda: step(wrong), ValueError, "statistics"),
+        (
+            lambda: step(r2.vocab_statistics(logits)),
+            ValueError,
+            "exclude_id=3, .* 'exclude_id=None'",
+        ),
+        (
+            lambda: step(part, config.replace(mask_id=2)),
+            ValueError,
+            "exclude_id=2, .* got 'exclude_",
+        ),
+        (
+            lambda: step(part, config.replace(mask_prediction="allow")),
+            ValueError,
+            "exclude_id=None, as config has it, got 'exclude_id=3'",
+        ),
         (lambda: step(part._replace(values=part.values.float())), TypeError, "statistics"),
         (lambda: step(part._replace(values=part.values[:, :1])), ValueError, "tokens"),
         (lambda: step(part, logits_shift=1), ValueError, "logits_shift"),

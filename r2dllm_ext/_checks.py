@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,27 +29,15 @@ def refuse(error: type[Exception], where: str, name: str, takes: str, got: objec
 # ---- numbers ---------------------------------------------------------------------------------
 
 
-@overload
 def integer(
     where: str,
     name: str,
     value: Any,
-    low: int | None = ...,
-    high: int | None = ...,
+    low: int | None = None,
+    high: int | None = None,
     *,
-    optional: Literal[False] = ...,
-) -> int: ...
-@overload
-def integer(
-    where: str,
-    name: str,
-    value: Any,
-    low: int | None = ...,
-    high: int | None = ...,
-    *,
-    optional: bool,
-) -> int | None: ...
-def integer(where, name, value, low=None, high=None, *, optional=False):
+    optional: bool = False,
+) -> Any:
     """An integer in [low, high], of 64 bits in any case.
 
     Whatever `operator.index` takes counts, numpy integers and 0-dim integer tensors among it; a
@@ -100,29 +88,16 @@ def _integers(low: int | None, high: int | None, optional: bool, bits: str = "")
     return f"{takes}{' or None' if optional else ''}"
 
 
-@overload
 def number(
     where: str,
     name: str,
     value: Any,
-    low: float | None = ...,
-    high: float = ...,
+    low: float | None = None,
+    high: float = math.inf,
     *,
-    open_low: bool = ...,
-    optional: Literal[False] = ...,
-) -> float: ...
-@overload
-def number(
-    where: str,
-    name: str,
-    value: Any,
-    low: float | None = ...,
-    high: float = ...,
-    *,
-    open_low: bool = ...,
-    optional: bool,
-) -> float | None: ...
-def number(where, name, value, low=None, high=math.inf, *, open_low=False, optional=False):
+    open_low: bool = False,
+    optional: bool = False,
+) -> Any:
     """A finite number in [low, high], or (low, high]; without `low` any number, NaN included."""
     if value is None and optional:
         return None
@@ -131,7 +106,7 @@ def number(where, name, value, low=None, high=math.inf, *, open_low=False, optio
     try:
         real = float(value)
     except OverflowError:  # an integer beyond the greatest float
-        real = math.inf if value > 0 else -math.inf
+        real = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     if low is None:
         return real
     if not (low <= real <= high and math.isfinite(real)) or (open_low and real == low):
@@ -184,6 +159,13 @@ def instance(where: str, name: str, value: Any, kind: type, *, optional: bool = 
     takes = "a torch.Tensor" if kind is Tensor else f"a {kind.__name__}"
     takes += " or None" if optional else ""
     raise TypeError(f"{where}: {name} takes {takes}, got {type(value).__name__}")
+
+
+def make_plain(owner: Any, check: Callable[..., Any], *names: str, **bounds: Any) -> None:
+    """Fields of a frozen dataclass as `check` returns them: numpy's numbers become Python's."""
+    for name in names:
+        value = check(type(owner).__name__, name, getattr(owner, name), **bounds)
+        object.__setattr__(owner, name, value)
 
 
 # ---- tensors ---------------------------------------------------------------------------------

@@ -248,3 +248,8 @@ _OP_DEFAULTS = [
     for option in _OP_ORDER
 ]
 _NO_RULES = {"confidence_cluster_size": 0, "token_cluster": None, "temporal_steps": 0}
+
+PRESETS: dict[str, Callable[..., DecodeConfig]] = {
+    name: getattr(DecodeConfig, name)
+    for name in ("vanilla", "fast_dllm", "r2", "budget", "entropy")
+}

@@ -120,7 +120,8 @@ def corrupt(
         noise = uniform(seed, row[:, None], step, rank, Draw.MASK)
         masked = active & (noise < (t if serial is None else t * t))
     if serial is not None:  # mode "frontier"
-        place = (uniform(seed, row, step, 0, Draw.FRONT) * block_length).long()[:, None]
+        own = answer_mask.sum(1).clamp(max=block_length)  # the row's own, however it is padded
+        place = (uniform(seed, row, step, 0, Draw.FRONT) * own).long()[:, None]
         masked = torch.where(serial, active & (rank % block_length >= place), masked)
     if mode in ("trajectory", "frontier"):
         t = masked.sum(1, keepdim=True).double() / active.sum(1, keepdim=True).clamp(min=1)

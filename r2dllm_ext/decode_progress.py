@@ -89,8 +89,11 @@ class BlockProgress:
         self.left = [self.left[i] for i in keep]
         self._stalled = [self._stalled[i] for i in keep]
 
-    def update(self, step: DecodeStep, nfe: int) -> int:
+    def update(self, step: DecodeStep, nfe: int, masked: Tensor | None = None) -> int:
         """Takes note of a step and of rows that are stuck; returns how many tokens it committed.
+
+        masked: [B, L] bool, before the step, if that is known: predictions of cells that may be
+        edited are no sign that those will ever have one.
 
         Reads `step.remaining`, the one host synchronisation of a step.
         """
@@ -99,7 +102,10 @@ class BlockProgress:
             self._stalled[i] = self._stalled[i] + 1 if new == old > 0 else 0
             if not self._stalled[i] or self._rows[i] in self._stuck:
                 continue
-            if not (step.prediction[i] >= 0).any():
+            predicted = step.prediction[i]
+            if masked is not None and masked[i].any():
+                predicted = predicted[masked[i]]
+            if not (predicted >= 0).any():
                 reason = "the logits of every masked position are non-finite"
             elif self._stalled[i] > self._limit:
                 reason = f"nothing was committed in {self._stalled[i]} steps"

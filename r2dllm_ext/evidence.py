@@ -212,10 +212,12 @@ def _logistic_regression(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _prefix(score: Tensor, stays: Tensor, error: float) -> int:
-    """Most cells, in falling score, of which at most the share `error` changes."""
-    order = score.argsort(descending=True, stable=True)
+    """Most cells, in falling score, of which at most the share `error` changes. Cells of one score
+    go together: no threshold parts them."""
+    falling, order = score.sort(descending=True, stable=True)
     wrong = (1 - stays[order]).cumsum(0)
     fine = wrong <= error * torch.arange(1, len(order) + 1, dtype=wrong.dtype, device="cpu")
+    fine[:-1] &= falling[1:] < falling[:-1]
     return int(fine.nonzero()[-1]) + 1 if bool(fine.any()) else 0
 
 

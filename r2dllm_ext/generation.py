@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from .generate_checks import check_inputs
 from .model_driver import CACHES, ModelDriver
 from .ops import decode_step
 from .row_params import RowParams
-from .state import DecodeState, DecodeStep
+from .state import Counter, DecodeState, DecodeStep
 from .step_graph import check_graph, generate_by_graph
 from .stop_ids import StopId, stop_ids
 from .trace import Trace, TraceRecorder
@@ -75,7 +75,8 @@ def generate(
         block_length: L >= 1 (release: 32).
         config: what a step may commit.
         rows: options of each row of the batch in place of the config's, [B] tensors on the model's
-            device.
+            device, which are read once to check them. With a `seed` of its own a row draws the same
+            tokens in any batch; without, its place in the batch counts too.
         edit: True lets a step change what it has decided in the active block, where
             `config.edit_threshold` allows it. A row then stays in its block until no cell is masked
             and the last step edited nothing; a `stop_id` counts from such a step on, too.
@@ -125,9 +126,7 @@ def generate(
     """
     _check(prompt, config, rows, edit, max_edits, cache, attention_mask, on_step, progress, trace)
     gen_length, block_length = _lengths(gen_length, block_length)
-    logits_shift = integer("generate", "logits_shift", logits_shift)
-    if logits_shift not in (0, 1):
-        refuse(ValueError, "generate", "logits_shift", "0 or 1", logits_shift)
+    logits_shift = integer("generate", "logits_shift", logits_shift, 0, 1)
     assert config.mask_id is not None  # checked
     stops = stop_ids(stop_id, where="generate")
     check_inputs(
@@ -147,6 +146,10 @@ def generate(
     key_mask = _key_mask(attention_mask, gen_length, device)
     driver = ModelDriver(model, cache, logits_shift, key_mask, prompt_length)
     state = DecodeState(batch, block_length, device=device)
+    if rows is not None:
+        rows.check_values("generate")
+        if rows.seed is not None:
+            state.counters[:, Counter.ROW_ID] = 0
     stuck: dict[int, StuckRow] = {}
     edits = None
     if edit:
@@ -191,7 +194,7 @@ def generate(
                 if ids is not sequences:
                     sequences[active, start:end] = tokens
                 owed = step if edits is None else edits.update(step)
-                committed = block_progress.update(owed, nfe)
+                committed = block_progress.update(owed, nfe, masked)
 
                 if recorder is not None:
                     recorder.record(block, full_pass, active, masked, step)
@@ -223,6 +226,18 @@ def generate(
                 block_progress.keep_rows(kept)
     generation = Generation(sequences, nfe, recorder.finish(sequences) if recorder else None)
     return _result(generation, stuck)
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [n, longest] int64, padded on the left, and bool of the same shape: False on padding."""
+    longest = max(map(len, rows), default=0)
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    real = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
+    shape = (len(rows), longest)
+    return (
+        torch.tensor(ids, dtype=torch.int64, device="cpu").reshape(shape),
+        torch.tensor(real, dtype=torch.bool, device="cpu").reshape(shape),
+    )
 
 
 def _result(generation: Generation, stuck: dict[int, StuckRow]) -> Generation:

@@ -154,11 +154,8 @@ def _redundant_cells(
 
 def _answer_length(answer: Tensor, stops: Sequence[int]) -> Tensor:
     """Tokens up to the first stop token, itself included; [B]."""
-    B, G = answer.shape
-    if not stops or G == 0:
-        return torch.full((B,), G, dtype=torch.int64, device="cpu")
-    ends = is_stop(answer, stops)
-    return torch.where(ends.any(1), ends.int().argmax(1) + 1, G)
+    before = (is_stop(answer, stops).cumsum(1) == 0).sum(1)
+    return (before + 1).clamp(max=answer.shape[1])
 
 
 def _stalled(trace: Trace, answer: Tensor, position: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,13 +12,29 @@ from torch import Tensor
 from ._checks import is_tensor
 from .state import Rows, row_index, taken
 
+# Of the values that have a range; the least is 0.
+_GREATEST = {
+    "threshold": 1.0,
+    "quota": math.inf,
+    "error_budget": math.inf,
+    "entropy_budget": math.inf,
+    "spatial_threshold": 1.0,
+    "temporal_threshold": 1.0,
+    "edit_threshold": 1.0,
+    "temperature": math.inf,
+    "top_k": math.inf,
+    "top_p": 1.0,
+    "min_p": 1.0,
+}
+
 
 @dataclass(frozen=True, eq=False)
 class RowParams:
     """Options of each row of a batch, in place of those of `DecodeConfig`.
 
     Row b is decided, to the bit, as a call on that row alone with
-    `config.replace(field=value of row b)` would decide it.
+    `config.replace(field=value of row b)` would decide it; what it draws depends on its row of the
+    state too (`Counter.ROW_ID`, its steps), which `DecodeState.take` takes along.
 
     Args:
         threshold, error_budget, entropy_budget, spatial_threshold, temporal_threshold,
@@ -26,7 +43,8 @@ class RowParams:
         seed: [B] int64.
 
     All are contiguous and on the device of the logits; None = the config's value for all rows.
-    Where a config says None, a tensor says 0 (`top_k`, `min_p`) or 1 (`top_p`).
+    Where a config says None, a tensor says 0 (`top_k`, `min_p`) or 1 (`top_p`); nothing says it of
+    a threshold, as a confidence may be 1.
     `spatial_threshold` serves windows and runs. `edit_threshold` takes a config whose own is not
     None: the rule has to be on.
 
@@ -70,6 +88,32 @@ class RowParams:
             is_tensor("RowParams", optional=True, **{field.name: tensor})
         is_empty = all(tensor is None for tensor in tensors)
         object.__setattr__(self, "_op_args", [] if is_empty else tensors)
+
+    def check_values(self, where: str) -> None:
+        """Raises ValueError naming field, row and value if one is out of range.
+
+        Args:
+            where: what the message begins with.
+
+        The host reads the tensors; a step never does that.
+
+        >>> RowParams(quota=torch.tensor([1, -2])).check_values("request")
+        Traceback (most recent call last):
+        ValueError: request: rows.quota takes a number in [0, inf], got -2 in row 1
+        """
+        for name, high in _GREATEST.items():
+            values = getattr(self, name)
+            if values is None:
+                continue
+            inside = (values >= 0) & (values <= high)
+            if name == "temperature":
+                inside &= values.isfinite()
+            if not inside.all():
+                row = int(inside.flatten().int().argmin())
+                raise ValueError(
+                    f"{where}: rows.{name} takes a number in [0, {high:g}], got "
+                    f"{values.flatten()[row].item()} in row {row}"
+                )
 
     def replace(self, **changes: Tensor | None) -> RowParams:
         """A copy with some fields changed."""

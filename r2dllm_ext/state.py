@@ -31,8 +31,9 @@ class DecodeStep(NamedTuple):
 class Counter(IntEnum):
     """The columns of `DecodeState.counters`, as in csrc/rules/decode_step.h."""
 
-    ROW_ID = 0  # the row in the random numbers: 0 .. B - 1 unless the caller writes another
-    STEP = 1  # steps taken ever
+    # The row in the random numbers, its low 32 bits: 0 .. B - 1 unless the caller writes another.
+    ROW_ID = 0
+    STEP = 1  # steps with a candidate, ever; in the random numbers too
     BLOCK_STEP = 2  # steps taken in this block
     BLOCK_MASKED = 3  # cells that were candidates when the block began; -1 = not known yet
     # Added to config.seed: requests of a batch have their own, and a captured graph is tied to
@@ -61,7 +62,7 @@ class DecodeState:
             -1 = none did, 32767 = that one or later. None unless asked for.
 
     The tensors are written in place by `decode_step`, `select` and `update_stability_`. Nothing
-    synchronises with the host, masks of bools aside. States can be copied and pickled.
+    synchronises with the host, masks of bools aside. `copy.deepcopy` and pickle copy a state.
 
     >>> state = DecodeState(2, 32)
     >>> state.streak_id.shape
@@ -77,6 +78,7 @@ class DecodeState:
     counters: Tensor
     step_map: Tensor | None
 
+    @torch.inference_mode(False)  # or a state made under it could not be reset outside
     def __init__(
         self,
         rows: int,

@@ -17,7 +17,7 @@ from .decode_progress import BlockProgress, StuckRow, ending
 from .model_driver import ModelDriver
 from .ops import decode_step
 from .row_params import RowParams
-from .state import Counter, DecodeState, DecodeStep
+from .state import DecodeState, DecodeStep
 
 HAS_LOOPS = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")  # torch 2.15
 
@@ -82,22 +82,6 @@ class StepGraph:
             return self._step._replace(remaining=host)
 
         return report
-
-
-def replay_until(graph: StepGraph, done: Callable[[DecodeStep, int], bool]) -> tuple[int, int]:
-    """Replays until `done(step, replays so far)`.
-
-    It sees each step while the next one runs, so that the device never waits for the host; when it
-    says so, one replay too many is under way.
-
-    Returns the number of replays, and how many of these were in vain.
-    """
-    replays, report = 1, graph.replay()
-    while True:
-        following = graph.replay()
-        if done(report(), replays):
-            return replays + 1, 1
-        replays, report = replays + 1, following
 
 
 class LoopCounters:
@@ -280,14 +264,16 @@ def generate_by_graph(
         else:
             if replayed is None or driver.graph_fits_one_block:
                 replayed = StepGraph(*captured)
-
-            def done(step: DecodeStep, replays: int, progress=progress, before=nfe) -> bool:
-                progress.update(step, before + replays)
-                return progress.remaining == 0
-
-            replays, in_vain = replay_until(replayed, done)
-            nfe += replays
-            state.counters[:, Counter.STEP] -= in_vain  # random numbers go on as without a graph
+            # The host sees each step while the next one runs: the device never waits for it, and
+            # when it is the last one, a replay too many is under way.
+            report = replayed.replay()
+            while True:
+                nfe, following = nfe + 1, replayed.replay()
+                progress.update(report(), nfe)
+                if not progress.remaining:
+                    break
+                report = following
+            nfe += 1
     return nfe
 
 

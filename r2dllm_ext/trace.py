@@ -65,10 +65,17 @@ class TraceRecorder:
     """Collects the steps of `generate`."""
 
     def __init__(self, rows: int, prompt_length: int, gen_length: int, block_length: int):
-        self._shape = (rows, block_length)
-        self._prompt_length = prompt_length
-        self._steps: list[dict[str, torch.Tensor]] = []
-        answer = (rows, gen_length)
+        self._prompt_length, self._block_length = prompt_length, block_length
+        self._blocks: list[int] = []
+        self._full_passes: list[bool] = []
+        dtypes = {
+            "prediction": torch.int64,
+            "confidence": torch.float32,
+            "masked": torch.bool,
+            "rule": torch.uint8,
+        }
+        shape, answer = (0, rows, block_length), (rows, gen_length)
+        self._cells = {n: [torch.empty(shape, dtype=d, device="cpu")] for n, d in dtypes.items()}
         self._commit_step = torch.full(answer, -1, dtype=torch.int64, device="cpu")
         self._commit_rule = torch.zeros(answer, dtype=torch.uint8, device="cpu")
 
@@ -76,44 +83,27 @@ class TraceRecorder:
         self, block: int, full_pass: bool, rows: list[int], masked: torch.Tensor, step: DecodeStep
     ) -> None:
         """`rows` are the rows of the batch that `masked` and `step` are about."""
-        entry = {
-            "block": torch.tensor(block, dtype=torch.int64, device="cpu"),
-            "full_pass": torch.tensor(full_pass, dtype=torch.bool, device="cpu"),
-            "prediction": torch.full(self._shape, -1, dtype=torch.int64, device="cpu"),
-            "confidence": torch.zeros(self._shape, dtype=torch.float32, device="cpu"),
-            "masked": torch.zeros(self._shape, dtype=torch.bool, device="cpu"),
-            "rule": torch.zeros(self._shape, dtype=torch.uint8, device="cpu"),
-        }
-        entry["prediction"][rows] = step.prediction.cpu()
-        entry["confidence"][rows] = step.confidence.cpu()
-        entry["masked"][rows] = masked.cpu()
-        entry["rule"][rows] = step.rule.cpu()
-
-        length = self._shape[1]
-        committed = entry["rule"] != Rule.NONE
-        cells = slice(block * length, (block + 1) * length)
-        self._commit_step[:, cells][committed] = len(self._steps)
-        self._commit_rule[:, cells][committed] = entry["rule"][committed]
-        self._steps.append(entry)
+        for name, parts in self._cells.items():
+            shape = (1, *parts[0].shape[1:])
+            part = parts[0].new_full(shape, -1 if name == "prediction" else 0)
+            part[0, rows] = (masked if name == "masked" else getattr(step, name)).cpu()
+            parts.append(part)
+        rule = self._cells["rule"][-1][0]
+        committed = rule != Rule.NONE
+        cells = slice(block * self._block_length, (block + 1) * self._block_length)
+        self._commit_step[:, cells][committed] = len(self._blocks)
+        self._commit_rule[:, cells][committed] = rule[committed]
+        self._blocks.append(block)
+        self._full_passes.append(full_pass)
 
     def finish(self, sequences: torch.Tensor) -> Trace:
-        empty = {
-            "block": torch.empty(0, dtype=torch.int64, device="cpu"),
-            "full_pass": torch.empty(0, dtype=torch.bool, device="cpu"),
-            "prediction": torch.empty(0, *self._shape, dtype=torch.int64, device="cpu"),
-            "confidence": torch.empty(0, *self._shape, dtype=torch.float32, device="cpu"),
-            "masked": torch.empty(0, *self._shape, dtype=torch.bool, device="cpu"),
-            "rule": torch.empty(0, *self._shape, dtype=torch.uint8, device="cpu"),
-        }
-        stacked = {
-            name: torch.stack([step[name] for step in self._steps]) if self._steps else nothing
-            for name, nothing in empty.items()
-        }
         return Trace(
             prompt_length=self._prompt_length,
-            block_length=self._shape[1],
+            block_length=self._block_length,
+            block=torch.tensor(self._blocks, dtype=torch.int64, device="cpu"),
+            full_pass=torch.tensor(self._full_passes, dtype=torch.bool, device="cpu"),
             commit_step=self._commit_step,
             commit_rule=self._commit_rule,
             sequences=sequences.cpu(),
-            **stacked,
+            **{name: torch.cat(parts) for name, parts in self._cells.items()},
         )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`plot_trace`: one decode as a picture, position by step."""
+"""`plot_trace`: one decode as a picture, position by step. The import takes matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +15,18 @@ from .redundancy import RedundantCells, redundant_cells
 from .rule_looks import RULE_COLORS
 from .trace import Trace
 
-if TYPE_CHECKING:
+try:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.collections import LineCollection, PatchCollection
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch, Rectangle
     from matplotlib.ticker import MaxNLocator
-    from matplotlib.transforms import Transform
+    from matplotlib.transforms import ScaledTranslation, Transform
+except ImportError as error:
+    raise ImportError("a picture needs matplotlib: pip install 'r2dllm_ext[plot]'") from error
 
 _INK, _MUTED, _PAPER = "#22262e", "#6b7280", "#ffffff"
 _UNREACHED, _UNSURE, _SURE = "#fbfbfb", "#faf6ee", "#cfb98f"
@@ -55,14 +61,12 @@ def plot_trace(
         A `matplotlib.figure.Figure` of its own (pyplot is not touched); save it with `savefig`.
 
     Raises:
-        ImportError: without matplotlib (`pip install 'r2dllm_ext[plot]'`).
         ValueError: an empty trace, a row or a number of labels that do not fit it.
 
     >>> model, config = load_model("ledger"), DecodeConfig.r2(2)
     >>> out = generate(model, torch.tensor([[33, 14]]), gen_length=32, config=config, trace=True)
     >>> figure = plot_trace(out.trace, config=config)  # figure.savefig("trace.png", dpi=150)
     """
-    require_matplotlib()
     batch, positions = trace.commit_step.shape
     if not 0 <= row < batch:
         raise ValueError(f"plot_trace: row takes 0..{batch - 1}, got {row}")
@@ -74,16 +78,6 @@ def plot_trace(
     return _draw(history, labels, title)
 
 
-def require_matplotlib() -> None:
-    """Raises an ImportError that says what to install."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "a picture of a trace needs matplotlib: pip install 'r2dllm_ext[plot]'"
-        ) from error
-
-
 @dataclass(frozen=True)
 class _History:
     """The steps in which a row was decoded. Arrays are [S, G], empty outside the active block."""
@@ -91,7 +85,6 @@ class _History:
     block: np.ndarray  # [S], the active one
     cells: np.ndarray  # [S, L], its positions
     full_pass: np.ndarray  # [S]
-    prediction: np.ndarray
     confidence: np.ndarray
     masked: np.ndarray  # before the step
     rule: np.ndarray
@@ -127,7 +120,6 @@ def _history(trace: Trace, redundant: RedundantCells, row: int) -> _History:
         block=block,
         cells=cells,
         full_pass=trace.full_pass[own].numpy(),
-        prediction=spread(trace.prediction, -1),
         confidence=np.nan_to_num(spread(trace.confidence, 0)),
         masked=spread(trace.masked, False),
         rule=spread(trace.rule, int(Rule.NONE)),
@@ -143,8 +135,6 @@ def _history(trace: Trace, redundant: RedundantCells, row: int) -> _History:
 
 
 def _draw(history: _History, labels: Sequence[str] | None, title: str | None) -> Figure:
-    from matplotlib.figure import Figure
-
     if title is None:
         decoded = int((history.commit_step >= 0).sum())
         title = f"{history.steps} forwards for {decoded} tokens"
@@ -199,8 +189,6 @@ Color = tuple[float, float, float]
 
 
 def _rgb(color: str) -> np.ndarray:
-    from matplotlib.colors import to_rgb
-
     return np.array(to_rgb(color))
 
 
@@ -256,15 +244,10 @@ def _draw_grid(axes: Axes, history: _History, layout: _Layout) -> None:
 
 def _offset(axes: Axes, right: float, up: float) -> Transform:
     """Data coordinates moved by some points."""
-    from matplotlib.transforms import ScaledTranslation
-
     return axes.transData + ScaledTranslation(right / 72, up / 72, axes.figure.dpi_scale_trans)
 
 
 def _draw_marks(axes: Axes, history: _History, layout: _Layout) -> None:
-    from matplotlib.collections import LineCollection, PatchCollection
-    from matplotlib.patches import Rectangle
-
     small, thickness = layout.small_cell, max(0.8, 72 * layout.cell[1] * 0.16)
     bars = [
         [(first - 0.5, step + 0.36), (end - 0.5, step + 0.36)]
@@ -312,7 +295,7 @@ def _draw_axes(
     cached = len(full) < history.steps
     note = " (\N{BLACK LEFT-POINTING SMALL TRIANGLE} reads everything)" if cached else ""
     axes.set_ylabel(f"step{note}", fontsize=10, color=_INK)
-    axes.yaxis.set_major_locator(_integers("auto"))
+    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel("position in the answer", fontsize=10, color=_INK)
     axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
     axes.tick_params(axis="y", pad=9 if cached else 4)
@@ -324,8 +307,7 @@ def _draw_axes(
             label.set_color(_mark(Rule(rule)) if rule else "#c4c8d0")
     else:
         axes.set_xticks(range(0, history.positions, history.cells.shape[1]))
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     if cached:
         axes.plot(
             [-0.5] * len(full),
@@ -356,25 +338,15 @@ def _draw_counts(axes: Axes, history: _History) -> None:
     axes.set_ylim(history.steps - 0.5, -0.5)
     axes.set_xlim(0, max(left.max(), 1) * 1.12)
     axes.set_yticks([])
-    axes.xaxis.set_major_locator(_integers(4))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.tick_params(length=0, labelsize=9, labelcolor=_MUTED)
     axes.grid(axis="x", color="#e4e6ea", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_xlabel("tokens a step", fontsize=10, color=_INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _integers(bins: int | Literal["auto"]) -> MaxNLocator:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=bins, integer=True)
+    axes.spines[:].set_visible(False)
 
 
 def _draw_head(figure: Figure, history: _History, layout: _Layout, title: str) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     def down(inches: float) -> float:
         return 1 - inches / layout.height
 
@@ -449,5 +421,4 @@ def _draw_ramp(figure: Figure, layout: _Layout, y: float) -> None:
     axes.set_yticks([])
     axes.tick_params(length=0, labelsize=8.5, labelcolor=_MUTED, pad=2)
     axes.set_title("masked: confidence", fontsize=9, color=_INK, pad=3)
-    for spine in axes.spines.values():
-        spine.set(color="#d4d7dd", linewidth=0.6)
+    axes.spines[:].set(color="#d4d7dd", linewidth=0.6)

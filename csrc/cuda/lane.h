@@ -9,8 +9,8 @@
 //   shuffle_xor(x, mask), shuffle(x, from), ballot(b), max(int32)
 //                                  among the 32 threads of a warp, all of which take part
 //   exp2(float)                    about 2^x; 1 at 0, 0 at -inf, NaN at NaN
-//   load(pointer)                  16 bytes, aligned so, of memory that no running launch writes, nor
-//                                  one that is awaited
+//   load(pointer)                  16 bytes, aligned so, of memory that no running launch writes,
+//                                  nor one that is awaited
 //   load_own(pointer)              the same of memory that this thread alone writes
 //   store(pointer, Words)          16 bytes, aligned so
 //   release_next()                 the next launch may begin

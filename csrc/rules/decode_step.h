@@ -120,7 +120,7 @@ class RowStep {
     }
     const int64_t remaining = count_masked() + skipped;
     ctx_.once([&] { *row.remaining = static_cast<int32_t>(remaining); });
-    if (row.is_valid) finish();
+    if (row.is_valid) finish(remaining);
   }
 
  private:
@@ -170,7 +170,7 @@ class RowStep {
     return given - count_masked();
   }
 
-  R2D_HOST_DEVICE void finish() {
+  R2D_HOST_DEVICE void finish(int64_t remaining) {
     const StepRow& row = row_;
     const int64_t step = row.counters != nullptr ? row.counters[kBlockStep] : 0;
     ctx_.for_each(row.length, [&](int64_t i) {
@@ -181,8 +181,12 @@ class RowStep {
       }
     });
     if (row.counters == nullptr) return;
+    // A row that is decided and waits for others draws, later, what it draws alone.
+    const bool had_candidates = remaining > 0 || ctx_.count(row.length, [&](int64_t i) {
+      return row.rule[i] != 0 && row.rule[i] != static_cast<uint8_t>(Rule::kEdit);
+    }) > 0;
     ctx_.once([&] {
-      ++row.counters[kStep];
+      row.counters[kStep] += had_candidates;
       ++row.counters[kBlockStep];
     });
   }

@@ -8,7 +8,6 @@ import copy
 import time
 from pathlib import Path
 
-from ..config import DecodeConfig
 from ..tasks import Task
 from . import options
 from .session import Answer, Prompt, Session
@@ -103,7 +102,7 @@ def _task(session: Session) -> Task:
 
 def _decode_each(session: Session, prompts: list[Prompt], preset: str) -> list[Answer]:
     # One by one: a batch would need as many forwards as its slowest row.
-    config = getattr(DecodeConfig, preset)(session.config.mask_id)
+    config = options.PRESETS[preset](session.config.mask_id)
     return [session.decode([prompt], config)[0][0] for prompt in prompts]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import NoReturn
 
 from ..config import Rule
 from ..rule_looks import RULE_COLORS, RULE_LOOKS
-from .session import Answer, describe
+from .session import Answer, cost, describe
 
 try:
     from rich.box import SIMPLE_HEAD
@@ -20,13 +21,19 @@ except ImportError as error:
     raise ImportError("this command needs rich: pip install 'r2dllm_ext[cli]'") from error
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """`main` knows what to do; rich would leave with status 1."""
+        raise BrokenPipeError
+
+
 class Display:
     """Writes to stdout; colours only where the terminal has them and NO_COLOR is not set."""
 
     def __init__(self) -> None:
         # An empty variable is an unset one; to rich an empty FORCE_COLOR forbids colours.
         environment = {name: value for name, value in os.environ.items() if value}
-        self._console = Console(highlight=False, _environ=environment)
+        self._console = _Console(highlight=False, _environ=environment)
         colours = None if self._console.no_color else self._console.color_system
         few = {rule: look.ansi for rule, look in RULE_LOOKS.items()}
         rich = colours in ("256", "truecolor")
@@ -55,7 +62,7 @@ class Display:
         """Names in the first columns, numbers in the others."""
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for place, column in enumerate(columns):
-            table.add_column(column, justify="left" if place < names else "right")
+            table.add_column(column, justify="left" if place < names else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self._console.print()
@@ -69,17 +76,12 @@ class Display:
             self._print(Text.assemble((name, self._colours.get(rule, "")), (look.meaning, "dim")))
 
     def _cost(self, answer: Answer, name: str) -> Text:
-        parts = [
-            f"{name + ': ' if name else ''}NFE {answer.nfe}",
-            f"{answer.length} tokens",
-            f"{answer.tokens_per_forward:.1f} a forward",
-        ]
-        cost = Text(", ".join(parts), style="dim")
+        line = Text(f"{name + ': ' if name else ''}{cost(answer)}", style="dim")
         if answer.verdict is not None:
             style = "bold green" if answer.verdict.correct else "bold red"
-            cost.append(", ")
-            cost.append(describe(answer), style=style)
-        return cost
+            line.append(", ")
+            line.append(describe(answer), style=style)
+        return line
 
     def _print(self, line: Text) -> None:
         self._console.print(line, soft_wrap=not self._console.is_terminal)

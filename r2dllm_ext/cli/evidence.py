@@ -12,7 +12,6 @@ from . import options
 from .session import Prompt, Session
 from .text import read_prompts
 
-_FORMATS = (".png", ".svg", ".pdf")
 _NOTES = """\
 Decodes the prompts one token a step (or as --preset says) and asks of every masked cell at every
 step: is its prediction the final token? Judged by the confidence alone, and with what a rule looks
@@ -41,7 +40,10 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--all", action="store_true", help="count wrong answers too")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"calibration curve ({', '.join(_FORMATS)})"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"calibration curve ({', '.join(options.PICTURES)})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options.add_model_options(parser)
@@ -51,11 +53,8 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.out is not None:
-        if args.out.suffix.lower() not in _FORMATS:
-            raise ValueError(f"--out takes a name in {', '.join(_FORMATS)}, got {str(args.out)!r}")
-        from ..trace_plot import require_matplotlib
-
-        require_matplotlib()
+        options.check_picture(args.out)
+        from .. import trace_plot  # noqa: F401  (its error names what to install)
     given = args.prompts or args.file
     texts = read_prompts(args.prompts, args.file) if given else []
     session = Session(args)

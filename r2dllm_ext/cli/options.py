@@ -10,16 +10,17 @@ import re
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import DecodeConfig
+from ..config import PRESETS, DecodeConfig
 from ..model_driver import CACHES
 
-PRESETS = ("vanilla", "fast_dllm", "r2", "budget", "entropy")
+PICTURES = (".png", ".svg", ".pdf")
 _DTYPES = ("float32", "bfloat16", "float16")
-_NUMBERS = {int: ("an integer", "N"), float: ("a number", "X"), str: ("a name", "NAME")}
+NUMBERS = {int: ("an integer", "N"), float: ("a number", "X"), str: ("a name", "NAME")}
 
 
 def count(text: str) -> int:
@@ -39,7 +40,7 @@ def reader(kind: type, *, optional: bool = False) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if optional and text.lower() == "none":
             return None
-        takes = ("none or " if optional else "") + _NUMBERS[kind][0]
+        takes = ("none or " if optional else "") + NUMBERS[kind][0]
         try:
             value = kind(text)
         except ValueError:
@@ -68,6 +69,14 @@ def device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch sees no CUDA device")
     return device
+
+
+def check_picture(path: Path) -> None:
+    """That a picture can be written there: asked before what it shows is computed."""
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"--out takes a name in {', '.join(PICTURES)}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: there is no folder {str(path.parent)!r}")
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -166,8 +175,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
 def decode_config(args: argparse.Namespace) -> DecodeConfig:
     """What the options ask for; mask id 0 if none was given."""
     fields = {name: vars(args)[name] for name in _field_names() if name in args}
-    preset = getattr(DecodeConfig, args.preset)
-    return preset(fields.pop("mask_id", 0), **fields)
+    return PRESETS[args.preset](fields.pop("mask_id", 0), **fields)
 
 
 def _field_names() -> list[str]:
@@ -186,7 +194,7 @@ def _add_config_fields(parser: argparse.ArgumentParser) -> None:
         kind, optional = _kind(kinds[field.name])
         options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if kind is not bool:
-            options = {"type": reader(kind, optional=optional), "metavar": _NUMBERS[kind][1]}
+            options = {"type": reader(kind, optional=optional), "metavar": NUMBERS[kind][1]}
         shown = "none" if default is None else default
         group.add_argument(
             f"--{field.name.replace('_', '-')}",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import DecodeConfig, Rule
-from ..generation import Generation, NoProgressError, generate
+from ..generation import Generation, NoProgressError, generate, left_padded
 from ..models import load_model
 from ..stop_ids import StopId, answer_length, stop_ids
 from ..tasks import Verdict, task_of
@@ -55,6 +55,10 @@ class Answer:
 
     def rule_counts(self) -> dict[str, int]:
         return {rule.name.lower(): self.rules.count(rule) for rule in list(Rule)[1:]}
+
+
+def cost(answer: Answer) -> str:
+    return f"NFE {answer.nfe}, {answer.length} tokens, {answer.tokens_per_forward:.1f} a forward"
 
 
 def describe(answer: Answer) -> str:
@@ -132,7 +136,8 @@ class Session:
         progress: bool = False,
     ) -> Generation:
         """The same as ids, with a trace; raises what `r2dllm_ext.generate` does."""
-        ids, attention_mask = self._left_padded([prompt.ids for prompt in prompts])
+        pad_id = self.model.config.pad_id or 0
+        ids, attention_mask = left_padded([prompt.ids for prompt in prompts], pad_id)
         config = config or self.config
         return generate(
             self.model,
@@ -175,17 +180,6 @@ class Session:
             return self.task.verify(prompt, answer)
         except (ImportError, ValueError):  # no data to judge by; its words, but not a prompt
             return None
-
-    def _left_padded(self, encoded: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(map(len, encoded))
-        pad = [self.model.config.pad_id or 0]
-        ids = [pad * (longest - len(row)) + row for row in encoded]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in encoded]
-        device = self.model.device
-        return (
-            torch.tensor(ids, dtype=torch.int64, device=device),
-            torch.tensor(mask, dtype=torch.bool, device=device),
-        )
 
     def _mask_id(self) -> int:
         mask_id = getattr(self._args, "mask_id", None)

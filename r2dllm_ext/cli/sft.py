@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import DecodeConfig
 from . import options
 from .session import Session
 
@@ -46,6 +45,12 @@ def add_parser(commands) -> None:
 
 
 def _add_data_options(group) -> None:
+    from ..sft import Rollout, Selection
+
+    def count(name: str, default: int, help: str) -> None:
+        help += " (default: %(default)s)"
+        group.add_argument(name, type=options.count, default=default, metavar="N", help=help)
+
     def add(name: str, help: str, **settings: Any) -> None:
         group.add_argument(name, help=help, **settings)
 
@@ -61,51 +66,22 @@ def _add_data_options(group) -> None:
         type=Path,
         metavar="FILE",
     )
+    count("--draw", 1024, "prompts of the task to draw, for all rounds together")
+    count("--eval-draw", 128, "and for the comparison")
     add(
-        "--draw",
-        "prompts of the task to draw, for all rounds together (default: %(default)s)",
-        type=options.count,
-        default=1024,
-        metavar="N",
+        "--verifier", "module:function, or none (default: that of the model's task)", metavar="NAME"
     )
-    add(
-        "--eval-draw",
-        "and for the comparison (default: %(default)s)",
-        type=options.count,
-        default=128,
-        metavar="N",
+    of_rollout, of_selection = _adder(group, Rollout), _adder(group, Selection)
+    of_rollout("samples", int, "answers to a prompt", type=options.count)
+    of_rollout("greedy_first", bool, "decode the first of a prompt's samples at temperature 0")
+    of_rollout(
+        "batch_size", int, "answers decoded together", option="--rollout-batch", type=options.count
     )
-    add(
-        "--verifier",
-        "module:function, or none (default: that of the model's task)",
-        metavar="NAME",
-    )
-    add(
-        "--samples",
-        "answers to a prompt (default: %(default)s)",
-        type=options.count,
-        default=1,
-        metavar="N",
-    )
-    group.add_argument(
-        "--greedy-first",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="decode the first of a prompt's samples at temperature 0",
-    )
-    add(
-        "--rollout-batch",
-        "answers decoded together (default: %(default)s)",
-        type=options.count,
-        default=32,
-        metavar="N",
-    )
-    add(
-        "--order",
+    of_selection(
+        "order",
+        str,
         "what is low in a good answer: total, stability, window, ambiguity, "
-        "nfe_per_token, rule_count, length, nfe or random (default: %(default)s)",
-        default="total",
-        metavar="NAME",
+        "nfe_per_token, rule_count, length, nfe or random",
     )
     add(
         "--filter",
@@ -113,13 +89,7 @@ def _add_data_options(group) -> None:
         "task's verifier, correct with another)",
         choices=("correct", "parts", "none"),
     )
-    add(
-        "--quantile",
-        "share of the best answers to train on (default: %(default)s)",
-        type=options.reader(float),
-        default=0.5,
-        metavar="X",
-    )
+    of_selection("quantile", float, "share of the best answers to train on")
     add(
         "--decoders",
         "presets to compare with (default: fast_dllm r2)",
@@ -136,10 +106,13 @@ def _adder(group, owner: type) -> Any:
     def add(
         name: str, kind: type, help: str, *, option: str | None = None, **settings: Any
     ) -> None:
-        default = getattr(owner, name)
-        settings = {"type": options.reader(kind), "metavar": "N" if kind is int else "X"} | settings
-        option = option or f"--{name.replace('_', '-')}"
-        group.add_argument(option, default=default, help=f"{help} (default: {default})", **settings)
+        default, option = getattr(owner, name), option or f"--{name.replace('_', '-')}"
+        if kind is bool:  # argparse says the default by itself
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            shown = {"type": options.reader(kind), "metavar": options.NUMBERS[kind][1]}
+            settings, help = shown | settings, f"{help} (default: {default})"
+        group.add_argument(option, default=default, help=help, **settings)
 
     return add
 
@@ -180,25 +153,13 @@ def _add_training_options(group) -> None:
     add("far_weight", float, "what far tokens weigh")
     add("ema_decay", float, "of the average of the weights, which is the result; 0 = no average")
     add("ratio", float, "bounds of the masked share", nargs=2)
-    add(
-        "weighting", str, "of masked tokens: flat or elbo", choices=("flat", "elbo"), metavar="NAME"
-    )
+    add("weighting", str, "of masked tokens: flat or elbo", choices=("flat", "elbo"))
     add("entropy_weight", float, "of the certainty term")
     add("entropy_temperature", float, "its temperature")
     add("lora_rank", int, "of adapters (peft); 0 = train all weights")
     add("lora_alpha", float, "their scale")
-    group.add_argument(
-        "--complementary",
-        action=argparse.BooleanOptionalAction,
-        default=Training.complementary,
-        help="also train on the complement of each mask",
-    )
-    group.add_argument(
-        "--autocast",
-        action=argparse.BooleanOptionalAction,
-        default=Training.autocast,
-        help="compute in bfloat16",
-    )
+    add("complementary", bool, "also train on the complement of each mask")
+    add("autocast", bool, "compute in bfloat16")
     group.add_argument(
         "--micro-batch-size",
         type=options.count,
@@ -309,7 +270,7 @@ def _recipe(args: argparse.Namespace, session: Session) -> Recipe:
             **of(Training, "ratio", "seed", "clip_norm", "entropy_gate"),
         ),
         rounds=Rounds(**of(Rounds)),
-        decoders={name: getattr(DecodeConfig, name)(mask_id) for name in args.decoders},
+        decoders={name: options.PRESETS[name](mask_id) for name in args.decoders},
         verifier=verifier,
         task=None if session.task is None or args.ids else session.task.name,
     )

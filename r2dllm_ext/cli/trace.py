@@ -9,9 +9,7 @@ import warnings
 from pathlib import Path
 
 from . import options
-from .session import Answer, Session, describe
-
-_FORMATS = (".png", ".svg", ".pdf")
+from .session import Session, cost, describe
 
 
 def add_parser(commands) -> None:
@@ -35,7 +33,7 @@ def add_parser(commands) -> None:
         type=Path,
         default=Path("trace.png"),
         metavar="FILE",
-        help=f"{', '.join(_FORMATS)} (default: %(default)s)",
+        help=f"{', '.join(options.PICTURES)} (default: %(default)s)",
     )
     parser.add_argument(
         "--dpi", type=options.count, default=150, help="dots per inch (default: %(default)s)"
@@ -46,13 +44,9 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out.suffix.lower() not in _FORMATS:
-        raise ValueError(f"--out takes a name in {', '.join(_FORMATS)}, got {str(args.out)!r}")
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out: there is no folder {str(args.out.parent)!r}")
-    from ..trace_plot import plot_trace, require_matplotlib
+    options.check_picture(args.out)
+    from ..trace_plot import plot_trace
 
-    require_matplotlib()
     session = Session(args)
     prompt = args.prompt
     if prompt is None:
@@ -60,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("trace needs a PROMPT: only models of a task have their own")
         prompt = session.task.sample(0, args.sample, split="test").prompt
     (answer,), trace = session.decode(session.read([prompt]))
-    facts = _facts(answer, args.preset)
+    facts = ", ".join(filter(None, (f"{args.preset}: {cost(answer)}", describe(answer))))
     labels = [session.codec.decode([i]) for i in answer.token_ids]
     title = "\n".join(textwrap.shorten(line, 120, placeholder=" ...") for line in (facts, prompt))
     figure = plot_trace(trace, labels=labels, config=session.config, title=title)
@@ -68,13 +62,3 @@ def run(args: argparse.Namespace) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
         figure.savefig(args.out, dpi=args.dpi)
     print(f"{args.out}: {facts}")
-
-
-def _facts(answer: Answer, preset: str) -> str:
-    facts = [
-        f"{preset}: NFE {answer.nfe}",
-        f"{answer.length} tokens",
-        f"{answer.tokens_per_forward:.1f} a forward",
-        describe(answer),
-    ]
-    return ", ".join(filter(None, facts))

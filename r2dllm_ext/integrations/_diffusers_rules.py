@@ -13,6 +13,7 @@ from ..config import DecodeConfig
 from .rules import engine_config
 
 _RULE = "diffusers.BlockRefinementScheduler"
+_engine_config = functools.lru_cache(typed=True)(engine_config)  # True is no 1.0
 # Fields of DecodeConfig that the pipeline's call, or the scheduler, has an option for.
 _CALLS = frozenset(
     "mask_id threshold compare quota edit_threshold temperature top_k top_p sampled_confidence "
@@ -55,9 +56,4 @@ def config_of(
     }
     # Without rules beyond theirs nothing has to know the mask: predicting it is as any token.
     mask = None if rules is None else mask_id
-    return _cached_config(mask, tuple(sorted({**(rules or {}), **options}.items())))
-
-
-@functools.lru_cache
-def _cached_config(mask_id: int | None, items: tuple[tuple[str, Any], ...]) -> DecodeConfig:
-    return engine_config(_RULE, mask_id, sampled_confidence="tempered", **dict(items))
+    return _engine_config(_RULE, mask, sampled_confidence="tempered", **(rules or {}), **options)

@@ -15,6 +15,7 @@ _RULE = "dllm_plugin.Llada2DefaultRemaskingPolicy"
 _FIELDS = {"mask_token_id": "mask_id", **ENGINE_RULES[_RULE].options}
 # The plugin's values (its config.py) where neither its worker nor the user names one.
 _MASK_ID, _STEPS = 1, 32
+_engine_config = functools.lru_cache(typed=True)(engine_config)  # True is no 1.0
 
 
 def policy_config(
@@ -46,20 +47,15 @@ def policy_config(
         if name not in _FIELDS:
             refuse(TypeError, where, "options", f"{', '.join(_FIELDS)}, ...", name)
     if config is None:
-        config = _own_rule(given.pop("mask_token_id", _MASK_ID))
+        config = _engine_config(_RULE, given.pop("mask_token_id", _MASK_ID))
         # L tokens over the steps; where L is no multiple, the first ones have one more.
         place = min(max(index, 0), steps - 1)
         given.setdefault("num_transfer", length // steps + (place < length % steps))
     changes = {_FIELDS[name]: value for name, value in given.items()}
     quota = integer(where, "num_transfer", changes.get("quota", config.quota), 0)
-    return _replaced(config, tuple({**changes, "quota": quota + more}.items()))
+    return replaced(config, **{**changes, "quota": quota + more})
 
 
-@functools.lru_cache
-def _own_rule(mask_id: int) -> DecodeConfig:
-    return engine_config(_RULE, mask_id)
-
-
-@functools.lru_cache
-def _replaced(config: DecodeConfig, changes: tuple[tuple[str, Any], ...]) -> DecodeConfig:
-    return config.replace(**dict(changes))
+@functools.lru_cache(typed=True)
+def replaced(config: DecodeConfig, **changes: Any) -> DecodeConfig:
+    return config.replace(**changes)

@@ -70,6 +70,9 @@ def _loop_config(where: str, given: Mapping[str, Any], rules: Mapping[str, Any])
         rule, options["threshold"] = "get_transfer_index.threshold", probability(given["threshold"])
     else:
         blocks = given["gen_length"] // given["block_length"]
+        if not blocks:
+            takes = f"a multiple of block_length ({given['block_length']})"
+            refuse(ValueError, where, "gen_length", takes, given["gen_length"])
         if given["steps"] % blocks:
             refuse(ValueError, where, "steps", f"a multiple of {blocks} blocks", given["steps"])
         rule = "get_transfer_index.quota"

@@ -91,15 +91,15 @@ def cut(codec: Codec, ids: list[int], until: Sequence[str]) -> tuple[str, int, b
     """
 
     whole = codec.decode(ids)
-    begins = {whole.find(stop): stop for stop in until if stop in whole}
-    if not begins:
+    found = [(whole.find(stop), len(stop)) for stop in until if stop in whole]
+    if not found:
         return codec.decode(ids, skip_special=True), len(ids), False
 
     def length(count: int) -> int:
         return len(codec.decode(ids[:count]))
 
-    place, counts = min(begins), range(len(ids))
+    (place, size), counts = min(found), range(len(ids))
     kept = bisect.bisect_right(counts, place, key=length) - 1  # tokens wholly before the stop
-    tokens = bisect.bisect_left(counts, place + len(begins[place]), key=length)
+    tokens = bisect.bisect_left(counts, place + size, key=length)
     text = codec.decode(ids[:kept], skip_special=True)
     return text + whole[length(kept) : place], tokens, True

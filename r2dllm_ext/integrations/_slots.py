@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..state import DecodeState
+from ..state import Counter, DecodeState
 
 
 def _indices(numbers: list[int] | list[list[int]]) -> Tensor:
@@ -63,6 +63,7 @@ class BlockSlots:
         self._kept = kept
         self._tensors: dict[str, Tensor] = {}
         self._free: list[int] = []
+        self._begun = 0
         self._order: list[int] = []
         self._slots: Tensor | None = None  # `_order` on the device
         self.state: DecodeState | None = None
@@ -89,6 +90,13 @@ class BlockSlots:
             fresh = Fresh(*begun.to(device, non_blocking=True))
             assert self.state is not None
             self.state.reset(fresh.slots)
+            # Which slot is free depends on when Python frees objects, and so may differ from one
+            # rank to another; the number of a block doesn't.
+            identity = self.state.counters[fresh.slots]
+            identity[:, Counter.ROW_ID] = self._begun + torch.arange(len(rows), device=device)
+            identity[:, Counter.STEP] = 0
+            self.state.counters[fresh.slots] = identity
+            self._begun += len(rows)
             for tensor in self._tensors.values():
                 tensor[fresh.slots] = 0
         order = [block.slot for block in blocks]

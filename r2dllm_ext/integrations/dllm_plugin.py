@@ -14,7 +14,7 @@ from .._checks import instance, refuse
 from ..config import DecodeConfig
 from ..ops import decode_step
 from ..state import DecodeState
-from ._dllm_plugin_options import policy_config
+from ._dllm_plugin_options import policy_config, replaced
 from ._near_ties import near_ties_step
 from ._versions import require
 from .rules import engine_config
@@ -23,7 +23,7 @@ require("dllm_plugin")
 
 from dllm_plugin.remasking import RemaskStepResult  # noqa: E402
 
-_engine_config = functools.lru_cache(engine_config)
+_engine_config = functools.lru_cache(typed=True)(engine_config)  # True is no 1.0
 
 
 @torch.no_grad()
@@ -67,15 +67,10 @@ def batched_remask(
         near_ties_step(logits, draft, state, rule, slots=slots)
     else:
         instance("batched_remask", "config", config, DecodeConfig)
-        config = _replaced(config, mask_token_id, threshold)
+        config = replaced(config, mask_id=mask_token_id, threshold=threshold)
         decode_step(logits, draft, state, config, slots=slots)
     is_masked = draft == mask_token_id
     return draft, ~is_masked.any(1), (draft != input_draft).sum(1)
-
-
-@functools.lru_cache
-def _replaced(config: DecodeConfig, mask_id: int, threshold: float) -> DecodeConfig:
-    return config.replace(mask_id=mask_id, threshold=threshold)
 
 
 class R2RemaskingPolicy:
@@ -133,13 +128,14 @@ class R2RemaskingPolicy:
         draft, options = tuple(input_draft), dict(remasking_config or {})
         request = options.pop("request_id", None)
         config = policy_config(self.config, options, len(draft))
-        before, state = self._blocks.pop(request, (None, None))
+        before, state = self._blocks.get(request, (None, None))
         if state is None or before != draft:
             state = DecodeState(1, len(draft), device=logits.device)
         tokens = torch.tensor([draft], dtype=torch.int64, device=logits.device)
         decode_step(logits[None], tokens, state, config)
         draft = tuple(tokens[0].tolist())
         if config.mask_id not in draft:
+            self._blocks.pop(request, None)
             return RemaskStepResult(draft, (config.mask_id,) * len(draft))
         self._blocks[request] = draft, state
         return RemaskStepResult((), draft)

@@ -28,7 +28,7 @@ from ..state import Counter, DecodeState
 from . import _fast_dllm_loops as loops
 from .rules import engine_config
 
-_engine_config = functools.lru_cache(engine_config)
+_engine_config = functools.lru_cache(typed=True)(engine_config)  # True is no 1.0
 
 
 def get_transfer_index(

@@ -112,7 +112,8 @@ class R2DLLM(SessionModel):
                 f"{costs['tokens_per_second']} a second"
             )
         if self._answers.path is not None:
-            path = self._answers.path.with_suffix(".summary.json")
+            path = self._answers.path
+            path = path.with_name(path.name.removesuffix(".jsonl") + ".summary.json")
             write_json(path, self._summary())
             print(f"r2dllm: {path}")
 

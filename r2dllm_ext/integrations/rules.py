@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from .. import config
 from .._checks import choice, refuse
 from ..config import DecodeConfig
 
@@ -154,11 +155,15 @@ def engine_config(rule: str, mask_id: int | None, **options: Any) -> DecodeConfi
     row = ENGINE_RULES[rule]
     known = DecodeConfig.__dataclass_fields__
     fields: dict[str, Any] = dict(row.fields)
+    given: dict[str, str] = {}
     for name, value in {**row.defaults, **options}.items():
         target = row.options.get(name, name)
         if target not in known:
             takes = f"{', '.join(row.options) or 'no option of its own'}, or fields of DecodeConfig"
             refuse(TypeError, "engine_config", f"{rule}: options", takes, name)
+        if name in options and given.setdefault(target, name) != name:
+            takes = f"{given[target]} or {name}, which is the same"
+            refuse(TypeError, "engine_config", f"{rule}: options", takes, "both")
         fields[target] = value
     return DecodeConfig.fast_dllm(mask_id, **fields)
 
@@ -166,15 +171,7 @@ def engine_config(rule: str, mask_id: int | None, **options: Any) -> DecodeConfi
 # What a name stands for: called with the mask id and fields of DecodeConfig.
 NamedRules = Mapping[str, Callable[..., DecodeConfig]]
 
-PRESETS: NamedRules = MappingProxyType(
-    {
-        "r2": DecodeConfig.r2,
-        "fast_dllm": DecodeConfig.fast_dllm,
-        "vanilla": DecodeConfig.vanilla,
-        "budget": DecodeConfig.budget,
-        "entropy": DecodeConfig.entropy,
-    }
-)
+PRESETS: NamedRules = MappingProxyType({"r2": DecodeConfig.r2, **config.PRESETS})
 
 
 def named_config(

@@ -39,7 +39,8 @@ class R2DLLM(DllmAlgorithm):
 
     With `rules: low_confidence` tokens and forwards are those of SGLang's LowConfidence. A block
     takes the same steps under both schedulers, whatever other requests are in its batch; what is
-    drawn (`temperature` > 0) depends on the block's slot and on the steps that the slot has seen.
+    drawn (`temperature` > 0) depends on how many blocks the server has begun before, which all
+    ranks count alike.
 
     Under first-done-first-out a block that more than `max_steps` steps on end leave as it is (no
     finite logits; nothing but the mask id where the config allows it) is emitted so; the
@@ -74,12 +75,14 @@ class R2DLLM(DllmAlgorithm):
         return [self._slots.new_block() for _ in range(forward_batch.batch_size)]
 
     def step(self, forward_batch: Any, full_logits: Tensor, states: list[Block]) -> list[bool]:
+        if not states:  # an idle rank of data parallelism
+            return []
         tokens = forward_batch.input_ids.view(len(states), self.block_size)
         slots, _ = self._slots.of(states, tokens.device)
         masked = tokens == self.mask_id
         if forward_batch.dllm_prompt_mask is not None:
             masked &= ~forward_batch.dllm_prompt_mask
-        logits, state = full_logits.view(*tokens.shape, -1), self._slots.state
+        logits, state = full_logits.view(*tokens.shape, full_logits.shape[-1]), self._slots.state
         step = decode_step(logits, tokens, state, self.config, candidates=masked, slots=slots)
         # Done is what had no masks before the step: the forward has seen its last tokens.
         waits, changes = torch.stack((masked, step.rule != 0)).any(-1).tolist()
@@ -123,6 +126,8 @@ class R2JointThreshold(R2DLLM):
         return block_size + self._most_edits + 1
 
     def step(self, forward_batch: Any, full_logits: Tensor, states: list[Block]) -> list[bool]:
+        if not states:  # an idle rank of data parallelism
+            return []
         tokens = forward_batch.input_ids.view(len(states), self.block_size)
         slots, fresh = self._slots.of(states, tokens.device)
         if fresh is not None:
@@ -135,7 +140,7 @@ class R2JointThreshold(R2DLLM):
         goes_on = edits <= self._most_edits
         answer &= goes_on[:, None]
         masked &= answer
-        logits = full_logits.view(*tokens.shape, -1)
+        logits = full_logits.view(*tokens.shape, full_logits.shape[-1])
         if self._penalty > 0:
             left = tokens[:, :-1, None]
             logits[:, 1:].scatter_add_(2, left, logits.new_full(left.shape, -self._penalty))

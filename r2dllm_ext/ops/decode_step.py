@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -171,7 +172,7 @@ def _checked_step(op, logits, tokens, held, given, own, logits_shift, config):
     logits_shift = integer(name, "logits_shift", logits_shift, 0, 1)
     is_tensor(name, tokens=tokens)
     if isinstance(logits, VocabStatistics):
-        _check_statistics(name, logits, logits_shift, config._has_entropy)
+        _check_statistics(name, logits, logits_shift, config)
         return op.statistics(logits.values, tokens, *held, *given, own, logits.dtype, *options)
     is_tensor(name, logits=logits)
     return op.default(logits, tokens, *held, *given, own, logits_shift, *options)
@@ -183,11 +184,15 @@ def _reject(op: str, state: object, config: object, rows: object) -> None:
     instance(op, "rows", rows, RowParams, optional=True)
 
 
-def _check_statistics(op: str, given: VocabStatistics, logits_shift: int, needs: bool) -> None:
+def _check_statistics(op: str, given: VocabStatistics, logits_shift: int, config: Any) -> None:
     is_statistics(op, "logits", given)
     if logits_shift != 0:
         refuse(ValueError, op, "logits_shift", "0 with statistics", logits_shift)
-    if needs and not given.with_entropy:
+    banned = config.mask_id if config.mask_prediction == "ban" else None
+    if given.exclude_id != banned:
+        takes = f"statistics with exclude_id={banned}, as config has it"
+        refuse(ValueError, op, "logits", takes, f"exclude_id={given.exclude_id}")
+    if config._has_entropy and not given.with_entropy:
         takes = 'statistics with_entropy=True where config has base="entropy" or report_entropy'
         refuse(ValueError, op, "logits", takes, f"with_entropy={given.with_entropy}")
 

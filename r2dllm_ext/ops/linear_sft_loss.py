@@ -13,7 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import flag, integer, is_tensor, no_tangent, number, same_device
+from .._checks import (
+    flag,
+    integer,
+    is_tensor,
+    no_tangent,
+    number,
+    refuse,
+    same_device,
+    sized,
+    tensor,
+)
 from .row_stats import check_temperature
 from .sft_loss import check_constants, gate_index, normalizer_tensor
 
@@ -91,11 +101,8 @@ def linear_sft_loss(
             f"{op}: hidden takes shape [N, H] or [B, L, H] and targets [N] or [B, L], got "
             f"{list(hidden.shape)} and {list(targets.shape)}"
         )
-    if weight is not None and weight.shape != targets.shape:
-        raise ValueError(
-            f"{op}: weight takes the shape of targets = {list(targets.shape)}, got "
-            f"{list(weight.shape)}"
-        )
+    if weight is not None:
+        sized(op, "weight", weight, "of targets", targets.shape)
     grad = torch.is_grad_enabled()
     return torch.ops.r2dllm.linear_sft_loss(
         hidden.flatten(0, -2),
@@ -133,34 +140,21 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _check(hidden, head, targets, bias, rows, max_rows, dtype, temperature) -> None:
     """All that does not lie in a tensor."""
     op, vocab = "linear_sft_loss", head.shape[0]
-
-    def refuse(error: type[Exception], name: str, takes: str, got: object) -> None:
-        raise error(f"{op}: {name} takes {takes}, got {got}")
-
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    if hidden.dtype not in floats and not (hidden.dtype == torch.float64 and hidden.is_cpu):
-        takes = "dtype float32, bfloat16 or float16 (float64 on the CPU)"
-        refuse(TypeError, "hidden", takes, hidden.dtype)
-    shapes = {"lm_head_weight": (vocab, hidden.shape[1]), "bias": (vocab,)}
-    for name, t in (("lm_head_weight", head), ("bias", bias)):
-        if t is None:
-            continue
-        if t.device != hidden.device:
-            refuse(ValueError, name, f"the device of hidden ({hidden.device})", t.device)
-        if tuple(t.shape) != shapes[name] or vocab < 1:
-            shape = f"[V, H = {hidden.shape[1]}]" if t is head else f"[V = {vocab}]"
-            refuse(ValueError, name, f"shape {shape}", list(t.shape))
-        if t.dtype != hidden.dtype and dtype == hidden.dtype:
-            refuse(TypeError, name, f"the dtype of hidden ({hidden.dtype})", t.dtype)
-    if targets.dtype != torch.int64:
-        refuse(TypeError, "targets", "dtype torch.int64", targets.dtype)
+    wide = (torch.float64,) if hidden.is_cpu else ()
+    tensor(op, "hidden", hidden, "[N, H]", (torch.float32, torch.bfloat16, torch.float16, *wide))
+    same_device(op, hidden=hidden, lm_head_weight=head, bias=bias)
+    alike = hidden.dtype if dtype == hidden.dtype else None  # autocast brings them together
+    sized(op, "lm_head_weight", head, "[V, H]", (max(1, vocab), hidden.shape[1]), alike)
+    if bias is not None:
+        sized(op, "bias", bias, "[V]", (vocab,), alike)
+    tensor(op, "targets", targets, "[N]", torch.int64)
     check_temperature(op, "entropy_temperature", temperature)
     if rows is not None:
         if max_rows is not None:
-            refuse(ValueError, "max_rows", "None beside rows", max_rows)
+            refuse(ValueError, op, "max_rows", "None beside rows", max_rows)
         if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device != hidden.device:
             got = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
-            refuse(ValueError, "rows", f"[R] torch.int64 on {hidden.device}", got)
+            raise ValueError(f"{op}: rows takes [R] torch.int64 on {hidden.device}, got {got}")
 
 
 def _check_values(targets, vocab: int, rows, max_rows, ignore_index) -> None:
@@ -251,15 +245,7 @@ class _Gradients:
         self._written = False
         self._rows: list[_Rows] = []
 
-    def add(
-        self,
-        positions: Tensor,
-        states: Tensor,
-        logits: Tensor,
-        head: Tensor,
-        rows: _Rows,
-        is_only: bool,
-    ) -> None:
+    def add(self, positions, states, logits, head, rows: _Rows, is_only: bool) -> None:
         """A chunk; its logits are overwritten."""
         rows.differentiate_(logits)
         if self.needs[0]:
@@ -279,14 +265,7 @@ class _Gradients:
             aten(self.head, logits.t(), states, wide, beta=keep, out=self.head)
         self._written = True
 
-    def finished(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        buffer: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def finished(self, hidden, head, bias, index, buffer) -> tuple[Tensor, Tensor, Tensor]:
         """After the last chunk; what the buffer holds is lost."""
         if not self._written:
             self.head.zero_()
@@ -366,20 +345,10 @@ def _linear_sft_loss(
         count = (targets != ignore_index).sum()
         poisoned = torch.where(count > max_rows, torch.nan, 1.0)
         normalizer = (count if normalizer is None else normalizer) * poisoned
+    constants = (weight, normalizer, entropy_weight, entropy_gate, ignore_index, "linear_sft_loss")
 
     def reduced(nll: Tensor, entropy: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.r2dllm.sft_reduce(
-            nll,
-            entropy,
-            prediction,
-            counted,
-            weight,
-            normalizer,
-            entropy_weight,
-            entropy_gate,
-            ignore_index,
-            "linear_sft_loss",
-        )
+        return torch.ops.r2dllm.sft_reduce(nll, entropy, prediction, counted, *constants)
 
     nll = hidden.new_zeros(len(targets), dtype=_wide(dtype))
     entropy, prediction = torch.zeros_like(nll), torch.full_like(targets, -1)
@@ -396,17 +365,10 @@ def _linear_sft_loss(
         for whole, part in zip((nll, entropy, prediction), (*stats[:2], stats[3]), strict=True):
             whole.index_copy_(0, positions, part)
         if with_the_loss:
-            rows_here = _Rows(
-                chosen,
-                state,
-                d_nll[positions],
-                d_entropy[positions],
-                entropy_temperature,
-                ignore_index,
-            )
-            gradients.add(
-                positions, states, logits, head_read, rows_here, len(positions) == len(index)
-            )
+            own = (chosen, state, d_nll[positions], d_entropy[positions])
+            rows_here = _Rows(*own, entropy_temperature, ignore_index)
+            is_only = len(positions) == len(index)
+            gradients.add(positions, states, logits, head_read, rows_here, is_only)
     computed = gradients.finished(hidden, head_read, bias_read, index, buffer)
     return (*reduced(nll, entropy, prediction), *computed)
 
@@ -470,21 +432,8 @@ def _(
 
 
 @_linear_sft_loss_backward.register_fake
-def _(
-    hidden,
-    head,
-    targets,
-    bias,
-    d_nll,
-    d_entropy,
-    rows,
-    max_rows,
-    chunk_rows,
-    dtype,
-    entropy_temperature,
-    ignore_index,
-    needs,
-):
+def _(hidden, head, *others):
+    dtype, _temperature, _ignore_index, needs = others[-4:]
     return _empty(hidden, head, dtype, needs)
 
 
@@ -518,17 +467,9 @@ def _backward(ctx, d_loss, *_):
     else:
         *tensors, d_nll, d_entropy, rows = ctx.saved_tensors
         max_rows, chunk_rows, dtype, _, temperature, _, ignore_index = ctx.options
+        which = (rows, max_rows, chunk_rows, dtype, temperature, ignore_index)
         gradients = torch.ops.r2dllm.linear_sft_loss_backward(
-            *tensors,
-            d_nll * d_loss,
-            d_entropy * d_loss,
-            rows,
-            max_rows,
-            chunk_rows,
-            dtype,
-            temperature,
-            ignore_index,
-            ctx.needs,
+            *tensors, d_nll * d_loss, d_entropy * d_loss, *which, ctx.needs
         )
     d_hidden, d_head, d_bias = (
         gradient.to(dtype) if needed else None

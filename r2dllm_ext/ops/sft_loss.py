@@ -113,15 +113,7 @@ def gate_index(op: str, gate: str) -> int:
 
 @torch.library.register_fake("r2dllm::sft_loss")
 def _(
-    logits,
-    targets,
-    weight=None,
-    normalizer=None,
-    entropy_weight=0.0,
-    entropy_temperature=1.0,
-    entropy_gate=0,
-    ignore_index=-100,
-    inplace_backward=False,
+    logits, targets, weight=None, normalizer=None, entropy_weight=0.0, entropy_temperature=1.0, *_
 ):
     check_rows("sft_loss", logits, targets)
     check_constants("sft_loss", targets, weight, normalizer)

@@ -20,11 +20,13 @@ class VocabStatistics(NamedTuple):
         dtype: of the logits; `confidence_dtype="logits"` rounds to it.
         with_entropy: whether the last column is there, which base="entropy" and `report_entropy`
             need.
+        exclude_id: the token id that was left out, which `decode_step` compares with its config's.
     """
 
     values: torch.Tensor
     dtype: torch.dtype
     with_entropy: bool = False
+    exclude_id: int | None = None
 
 
 def vocab_statistics(
@@ -49,7 +51,7 @@ def vocab_statistics(
         candidates: [B, L] bool, cells to read (those that may be edited too); default all. The
             others: (-inf, 0, -1, 0).
         exclude_id: the logit of this token id counts as -inf, on whichever rank it is; default
-            none. Pass `config.mask_id` where `config.mask_prediction` is "ban".
+            none. `config.mask_id` where `config.mask_prediction` is "ban"; the step refuses others.
         with_entropy: also what entropy needs; on all ranks or on none.
 
     Raises:
@@ -70,7 +72,7 @@ def vocab_statistics(
     values = torch.ops.r2dllm.vocab_statistics(
         logits, candidates, first_id, exclude_id, with_entropy
     )
-    return VocabStatistics(values, logits.dtype, with_entropy)
+    return VocabStatistics(values, logits.dtype, with_entropy, exclude_id)
 
 
 def merge_statistics(parts: VocabStatistics) -> VocabStatistics:
@@ -121,6 +123,7 @@ def is_statistics(op: str, name: str, statistics: Any) -> None:
     instance(op, f"{name}.values", statistics.values, torch.Tensor)
     instance(op, f"{name}.dtype", statistics.dtype, torch.dtype)
     flag(op, f"{name}.with_entropy", statistics.with_entropy)
+    integer(op, f"{name}.exclude_id", statistics.exclude_id, optional=True)
 
 
 def statistics_tensor(op: str, name: str, values: torch.Tensor, shape: str) -> None:

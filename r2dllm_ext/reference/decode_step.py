@@ -293,7 +293,7 @@ def decide_row(
     if state.step_map is not None:
         number = block_step.clamp_max(torch.iinfo(torch.int16).max).to(torch.int16)
         state.step_map.copy_(torch.where(rule != Rule.NONE, number[:, None], state.step_map))
-    state.counters[:, Counter.STEP] += 1
+    state.counters[:, Counter.STEP] += candidates.any(1)
     state.counters[:, Counter.BLOCK_STEP] += 1
     state.counters[:, Counter.BLOCK_MASKED] = at_start
     by_top = (rule == Rule.AMBIGUITY) | (rule == Rule.STABILITY) | (rule == Rule.EDIT)

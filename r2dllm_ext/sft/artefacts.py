@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,11 @@ def settle_lines(path: Path, records: list[dict[str, Any]]) -> None:
         )
 
 
-def copy_folder(source: Path, folder: Path) -> None:
-    """Copies a folder to a place where it is whole or not at all."""
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """`write` fills a folder that is there whole or not at all."""
     part = folder.with_name(folder.name + ".part")
     remove_folder(part)
-    shutil.copytree(source, part)
+    write(part)
     os.replace(part, folder)
 
 

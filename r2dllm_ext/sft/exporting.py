@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ..models import Transformer, save_model
-from .artefacts import remove_folder
+from .artefacts import write_folder
 from .training import Training, add_lora
 
 
@@ -38,10 +38,7 @@ def _write(model: Transformer, folder: Path) -> None:
         raise ValueError(
             f"export: {wrong} is not finite in {model.dtype}; try a lower learning_rate"
         )
-    part = folder.with_name(folder.name + ".part")
-    remove_folder(part)
-    save_model(model, part)
-    os.replace(part, folder)
+    write_folder(folder, partial(save_model, model))
 
 
 def non_finite(model: Transformer) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import instance, integer, refuse
 from ..corruption import IGNORE_INDEX, corrupt
+from ..generation import left_padded
 from ..models import Transformer
 from ..ops import linear_sft_loss
-from .prompts import left_padded
+
+if TYPE_CHECKING:
+    from .training import Training
 
 
 class Example(NamedTuple):
@@ -82,27 +85,20 @@ class Batch(NamedTuple):
 class Masking(NamedTuple):
     """How answers are masked: shares of the examples by mode of `corrupt`, the others by block."""
 
+    training: Training
     mask_id: int
     block_length: int
-    trajectory_share: float
-    iid_share: float
-    frontier_share: float
-    ratio: tuple[float, float]
-    complementary: bool
-    weighting: str
-    near: int
-    far_weight: float
-    seed: int
 
     def modes(self, places: Tensor, step: int) -> list[str]:
         """The mode of the example at each place of a step: any few examples have the shares, as
         the multiples of the golden ratio are spread evenly."""
         golden, other = (5**0.5 - 1) / 2, 2**0.5 - 1
-        shares = torch.tensor(
-            [self.trajectory_share, self.iid_share, self.frontier_share],
-            dtype=torch.float64,
-            device="cpu",
-        ).cumsum(0)
+        share = (
+            self.training.trajectory_share,
+            self.training.iid_share,
+            self.training.frontier_share,
+        )
+        shares = torch.tensor(share, dtype=torch.float64, device="cpu").cumsum(0)
         u = ((places.double() + 1) * golden + step * other) % 1
         names = ("trajectory", "iid", "frontier", "block")
         return [names[i] for i in torch.searchsorted(shares, u, right=True).tolist()]
@@ -120,10 +116,14 @@ def make_batch(
     """Examples that stand at `places` of the whole batch of a step, corrupted, on the CPU.
 
     The masks of an example hang on step and place alone. Blocks and whole answers have a second
-    view, their complement, with `masking.complementary`. States of a decode have none: no decode
+    view, their complement, with `Training.complementary`. States of a decode have none: no decode
     comes by with its last tokens decided and its first ones not.
     """
     check_examples("make_batch", examples)
+    if not examples or len(places) != len(examples):
+        takes = f"one for each of the examples ({len(examples)}), at least one"
+        refuse(ValueError, "make_batch", "places", takes, list(places))
+    training = masking.training
     logits_shift = integer("make_batch", "logits_shift", logits_shift, 0, 1)
     prompts, real = left_padded([example.prompt_ids for example in examples], pad_id)
     P = prompts.shape[1]
@@ -152,17 +152,17 @@ def make_batch(
             mask_id=masking.mask_id,
             block_length=masking.block_length,
             mode=mode,
-            ratio=masking.ratio,
-            seed=masking.seed,
-            complementary=masking.complementary and mode in ("block", "iid"),
+            ratio=training.ratio,
+            seed=training.seed,
+            complementary=training.complementary and mode in ("block", "iid"),
             commit_step=when[own] if mode == "trajectory" else None,
             serial=serial[own] if mode == "frontier" else None,
-            weighting=masking.weighting,
+            weighting=training.weighting,
             row=place[own],
             step=step,
         )
-        if mode == "trajectory" and masking.near:
-            weights = weights * _far_weights(targets, when[own], masking)
+        if mode == "trajectory" and training.near:
+            weights = weights * _far_weights(targets, when[own], training)
         weights = weights * own_weights[own]
         parts = (views, keys[own].expand_as(views), targets, weights)
         found.append(tuple(part.flatten(0, 1) for part in parts))
@@ -193,12 +193,12 @@ def _beside(
     return table
 
 
-def _far_weights(targets: Tensor, when: Tensor, masking: Masking) -> Tensor:
+def _far_weights(targets: Tensor, when: Tensor, training: Training) -> Tensor:
     """1 for tokens that were decided less than `near` forwards later, else `far_weight`."""
     learned = targets != IGNORE_INDEX
     never = torch.iinfo(torch.int64).max
     now = when.expand_as(targets).masked_fill(~learned, never).amin(-1, keepdim=True)
-    return torch.where(learned & (when - now >= masking.near), masking.far_weight, 1.0).float()
+    return torch.where(learned & (when - now >= training.near), training.far_weight, 1.0).float()
 
 
 class Objective(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -16,14 +18,7 @@ import torch
 from ..config import DecodeConfig
 from ..models import Transformer, load_model
 from ..tasks import Task
-from .artefacts import (
-    copy_folder,
-    is_made,
-    remove_folder,
-    settle,
-    settle_lines,
-    write_json,
-)
+from .artefacts import is_made, remove_folder, settle, settle_lines, write_folder, write_json
 from .evaluation import summarise
 from .exporting import export, export_blend, non_finite
 from .objective import Example
@@ -39,7 +34,7 @@ from .training import Trainer, Training, train
 class Recipe:
     """All that the result of a run depends on, beside its prompts.
 
-    model: folder or hub id that `load_model` takes.
+    model: folder (a path too) or hub id that `load_model` takes.
     rollout: how the pool is decoded.
     selection, training, rounds: see there.
     decoders: by name, what model and fine-tuned model are evaluated with.
@@ -55,6 +50,9 @@ class Recipe:
     rounds: Rounds = Rounds()
     verifier: str | None = None
     task: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", os.fspath(self.model))  # as recipe.json holds it
 
 
 def run(
@@ -145,7 +143,7 @@ def run(
             trained(load, list(chain(*texts)), training, where / f"train{name}", made)
             model = load.of(made)()
             right = validated(model, where / f"validation{name}")
-            passed = right is None or first is None or right >= first - recipe.rounds.tolerance
+            passed = recipe.rounds.keeps(first, right)
             reports[-1]["attempts"].append({"model": f"{where.name}/{made.name}", "right": right})
             if passed:
                 load = load.of(made)
@@ -164,21 +162,15 @@ def run(
         if recipe.rounds.blend < 1:
             export_blend(first_model.plain(), load.plain(), recipe.rounds.blend, result)
         else:
-            copy_folder(load.source, result)
+            write_folder(result, partial(shutil.copytree, load.source))
     ranks.wait()
-    evaluation: dict[str, dict[str, Any]] = {}
-    if evaluate_on:
-        evaluation = {name: {} for name in recipe.decoders}
-    for which, source in (("base", first_model), ("tuned", load.of(result))):
-        if evaluate_on:
-            found = _evaluate(source(), recipe, evaluate_on, folder / "evaluation", which, decoded)
-            for name, records in found.items():
-                evaluation[name][which] = summarise(records)
-    summary = {
-        "validation": first,
-        "rounds": reports,
-        "evaluation": evaluation,
-    }
+    evaluation: dict[str, dict[str, Any]] = {name: {} for name in recipe.decoders if evaluate_on}
+    models = {"base": first_model, "tuned": load.of(result)} if evaluate_on else {}
+    for which, source in models.items():
+        found = _evaluate(source(), recipe, evaluate_on, folder / "evaluation", which, decoded)
+        for name, records in found.items():
+            evaluation[name][which] = summarise(records)
+    summary = {"validation": first, "rounds": reports, "evaluation": evaluation}
     if ranks.is_first:
         write_json(folder / "evaluation.json", summary)
     ranks.wait()

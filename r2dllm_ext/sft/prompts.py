@@ -8,9 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from .artefacts import read_lines
 
 Verifier = Callable[[dict[str, Any], str], bool | float]
@@ -79,15 +76,3 @@ def load_verifier(name: str) -> Verifier:
     if not callable(found):
         raise ValueError(f"verifier {name!r} is no function but a {type(found).__name__}")
     return found
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids [n, longest] int64, padded on the left, and bool of the same shape: False on padding."""
-    longest = max(map(len, rows), default=0)
-    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
-    real = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
-    shape = (len(rows), longest)
-    return (
-        torch.tensor(ids, dtype=torch.int64, device="cpu").reshape(shape),
-        torch.tensor(real, dtype=torch.bool, device="cpu").reshape(shape),
-    )

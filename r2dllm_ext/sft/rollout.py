@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import choice, flag, instance, integer, refuse
+from .._checks import choice, flag, instance, integer, make_plain, refuse
 from ..config import DecodeConfig, Rule
 from ..generate_checks import embedding_rows
-from ..generation import NoProgressError, generate
+from ..generation import NoProgressError, generate, left_padded
 from ..model_driver import CACHES
 from ..redundancy import redundancy_score
 from ..row_params import RowParams
@@ -25,7 +27,7 @@ from ..stop_ids import StopId, answer_length, stop_ids
 from ..trace import Trace
 from .artefacts import read_lines, write_lines
 from .progress import bar
-from .prompts import Prompt, Verifier, left_padded
+from .prompts import Prompt, Verifier
 from .ranks import current_ranks
 from .records import check_record
 
@@ -55,19 +57,14 @@ class Rollout:
 
     def __post_init__(self) -> None:
         instance("Rollout", "config", self.config, DecodeConfig)
-        plain: dict[str, Any] = {
-            name: integer("Rollout", name, getattr(self, name), 1)
-            for name in ("gen_length", "block_length", "samples", "batch_size")
-        }
-        plain["logits_shift"] = integer("Rollout", "logits_shift", self.logits_shift, 0, 1)
-        choice("Rollout", "cache", self.cache, CACHES)
-        flag("Rollout", "greedy_first", self.greedy_first)
-        flag("Rollout", "autocast", self.autocast)
+        make_plain(self, integer, "gen_length", "block_length", "samples", "batch_size", low=1)
+        make_plain(self, integer, "logits_shift", low=0, high=1)
+        make_plain(self, choice, "cache", choices=CACHES)
+        make_plain(self, flag, "greedy_first", "autocast")
         stops = stop_ids(self.stop_id, where="Rollout")
         several = len(stops) > 1 or isinstance(self.stop_id, (list, tuple))
-        plain["stop_id"] = None if not stops else stops if several else stops[0]
-        for name, value in plain.items():  # as recipe.json holds them
-            object.__setattr__(self, name, value)
+        stop_id = None if not stops else stops if several else stops[0]
+        object.__setattr__(self, "stop_id", stop_id)  # as recipe.json holds it
         if self.gen_length % self.block_length:
             raise ValueError(
                 f"Rollout: gen_length takes a multiple of block_length ({self.block_length}), got "
@@ -91,7 +88,7 @@ def roll_out(
     model: Any,
     prompts: Sequence[Prompt],
     rollout: Rollout,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     decode: Callable[[list[int]], str],
     pad_id: int = 0,
@@ -124,7 +121,7 @@ def roll_out(
     An answer that the model can't finish (`NoProgressError` of `generate`) costs the others
     nothing: its record is neither complete nor correct, and there is a warning.
     """
-    ranks = current_ranks()
+    ranks, folder = current_ranks(), Path(folder)
     items = [(p, s) for p in range(len(prompts)) for s in range(rollout.samples)]
     size = rollout.batch_size
     batches = [items[i : i + size] for i in range(0, len(items), size)]
@@ -256,13 +253,13 @@ def _records(
 
 def _verdict(verifier: Verifier, prompt: Prompt, number: int, text: str) -> float:
     try:
-        found = verifier(prompt.record, text)
-        share = float(found if isinstance(found, int | float) else bool(found))
-        if not 0 <= share <= 1:
+        found: Any = verifier(prompt.record, text)
+        share = found.item() if getattr(found, "ndim", None) == 0 else found  # numpy's and torch's
+        if not isinstance(share, Real) or not 0 <= float(share) <= 1:
             raise ValueError(f"it says {found!r}, takes a bool or a share in [0, 1]")
     except Exception as error:
         raise ValueError(
             f"the verifier failed on prompt {number + 1} and the answer {text!r}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return share
+    return float(share)

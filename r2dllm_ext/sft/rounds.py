@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._checks import integer, number
+from .._checks import integer, make_plain, number
 from ..config import DecodeConfig
 from ..tasks import Task
 from .artefacts import write_json, write_lines
@@ -50,18 +50,18 @@ class Rounds:
     blend: float = 1.0
 
     def __post_init__(self) -> None:
-        plain = {
-            "number": integer("Rounds", "number", self.number, 1),
-            "replay": integer("Rounds", "replay", self.replay, 0),
-            "validation": integer("Rounds", "validation", self.validation, 0),
-            "hard_share": number("Rounds", "hard_share", self.hard_share, 0, 1),
-            "tolerance": number("Rounds", "tolerance", self.tolerance, 0, 1),
-            "blend": number("Rounds", "blend", self.blend, 0, 1, open_low=True),
-        }
-        for name, value in plain.items():  # as recipe.json holds them
-            object.__setattr__(self, name, value)
+        make_plain(self, integer, "number", low=1)
+        make_plain(self, integer, "replay", "validation", low=0)
+        make_plain(self, number, "hard_share", "tolerance", low=0, high=1)
+        make_plain(self, number, "blend", low=0, high=1, open_low=True)
         if self.hard_share == 1:
             raise ValueError("Rounds: hard_share takes a number in [0, 1), got 1")
+
+    def keeps(self, before: float | None, after: float | None) -> bool:
+        """Whether a round is kept, by the shares of right answers; None was not validated."""
+        if before is None or after is None:
+            return True
+        return before - after <= self.tolerance + 1e-9  # a difference of shares is rounded
 
     def deal(self, prompts: Sequence[Prompt]) -> tuple[list[list[Prompt]], list[Prompt]]:
         """The prompts of each round, and those of the validation."""

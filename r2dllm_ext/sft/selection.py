@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from .._checks import choice, integer, number
+from .._checks import choice, integer, make_plain, number
 from ..redundancy import RedundancyScore
 
 ORDERS = (*RedundancyScore._fields, "length", "nfe", "random")
@@ -37,12 +37,10 @@ class Selection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choice("Selection", "order", self.order, ORDERS)
-        choice("Selection", "filter", self.filter, FILTERS)
-        quantile = number("Selection", "quantile", self.quantile, 0, 1, open_low=True)
-        seed = integer("Selection", "seed", self.seed)
-        object.__setattr__(self, "quantile", quantile)  # as recipe.json holds them
-        object.__setattr__(self, "seed", seed)
+        make_plain(self, choice, "order", choices=ORDERS)
+        make_plain(self, choice, "filter", choices=FILTERS)
+        make_plain(self, number, "quantile", low=0, high=1, open_low=True)
+        make_plain(self, integer, "seed")
 
     def takes(self, record: dict[str, Any]) -> bool:
         """Whether an answer may be learned."""

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from .._checks import choice, flag, integer, integers, number, refuse
+from .._checks import choice, flag, integer, integers, make_plain, number, refuse
 from ..models import Transformer
 from ..text_input import read_text, split_lines
 from .artefacts import naming, remove_folder, write_text
@@ -85,24 +85,18 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def settle(check: Any, *names: str, **bounds: Any) -> None:
-            """As recipe.json holds them: numpy's numbers are Python's from here on."""
-            for name in names:
-                value = check("Training", name, getattr(self, name), **bounds)
-                object.__setattr__(self, name, value)
-
-        settle(integer, "steps", "batch_size", low=1)
-        settle(integer, "warmup", "near", "lora_rank", low=0)
-        settle(integer, "seed")
-        settle(number, "learning_rate", "lora_alpha", low=0, open_low=True)
-        settle(number, "entropy_temperature", low=1e-6, high=1e6)  # what the loss takes
-        settle(number, "weight_decay", "far_weight", "entropy_weight", low=0)
+        make_plain(self, integer, "steps", "batch_size", low=1)
+        make_plain(self, integer, "warmup", "near", "lora_rank", low=0)
+        make_plain(self, integer, "seed")
+        make_plain(self, number, "learning_rate", "lora_alpha", low=0, open_low=True)
+        make_plain(self, number, "entropy_temperature", low=1e-6, high=1e6)  # what the loss takes
+        make_plain(self, number, "weight_decay", "far_weight", "entropy_weight", low=0)
         if self.clip_norm != math.inf:  # which clips nothing
-            settle(number, "clip_norm", low=0, open_low=True)
-        settle(number, "ema_decay", low=0, high=1)
-        settle(flag, "complementary", "autocast")
+            make_plain(self, number, "clip_norm", low=0, open_low=True)
+        make_plain(self, number, "ema_decay", low=0, high=1)
+        make_plain(self, flag, "complementary", "autocast")
         shares = ("trajectory_share", "iid_share", "frontier_share")
-        settle(number, *shares, low=0, high=1)
+        make_plain(self, number, *shares, low=0, high=1)
         if sum(getattr(self, name) for name in shares) > 1 + 1e-9:
             raise ValueError(
                 f"Training: {' + '.join(shares)} takes at most 1, got "
@@ -135,19 +129,7 @@ class Training:
         )
 
     def masking(self, mask_id: int, block_length: int) -> Masking:
-        return Masking(
-            mask_id=mask_id,
-            block_length=block_length,
-            trajectory_share=self.trajectory_share,
-            iid_share=self.iid_share,
-            frontier_share=self.frontier_share,
-            ratio=(self.ratio[0], self.ratio[1]),
-            complementary=self.complementary,
-            weighting=self.weighting,
-            near=self.near,
-            far_weight=self.far_weight,
-            seed=self.seed,
-        )
+        return Masking(self, mask_id, block_length)
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -597,8 +579,3 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in `folder`, the latest first."""
     names = [path.name for path in folder.glob("step-*")] if folder.is_dir() else []
     return sorted((int(n[5:]) for n in names if re.fullmatch(r"step-[1-9][0-9]*", n)), reverse=True)
-
-
-def last_step(folder: Path) -> int:
-    """The step of the latest checkpoint in `folder`; 0 = none."""
-    return next(iter(saved_steps(folder)), 0)

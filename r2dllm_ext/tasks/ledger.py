@@ -13,16 +13,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import task
 from .task import Task, Verdict
 from .words import END, WordTokenizer
-
-if TYPE_CHECKING:
-    from ..models import Transformer
 
 T = TypeVar("T")
 OPERATIONS = 5
@@ -77,12 +75,10 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A problem with its prompt text and one of its many right answers (without end tokens)."""
+class Sample(task.Sample):
+    """A prompt, one of its many right answers, and the problem behind them."""
 
     problem: Problem
-    prompt: str
-    answer: str
 
 
 class Tokenizer(WordTokenizer):
@@ -141,7 +137,7 @@ def make_sample(
     answer = _write_answer(rng, problem)
     while len(answer.split()) >= answer_length:
         answer = _write_answer(rng, problem)
-    return Sample(problem, prompt, answer)
+    return Sample(prompt, answer, problem)
 
 
 def parse_prompt(prompt: str) -> Problem:
@@ -221,18 +217,6 @@ class Ledger(Task):
 
     def serial(self, answers: Tensor) -> Tensor:
         return torch.isin(answers, torch.tensor(self.tokenizer.digit_ids, device=answers.device))
-
-
-def load(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """The bundled ledger model; `dtype=None` keeps the one it is stored in.
-
-    >>> model, tokenizer = load(), Tokenizer()
-    >>> model.vocab_size == len(tokenizer)
-    True
-    """
-    from ..models import load_model
-
-    return load_model("ledger", device=device, dtype=dtype)
 
 
 def _pick(rng: Random, options: Sequence[T]) -> T:

@@ -43,16 +43,15 @@ class Automaton:
     """States, each emitting one cell, and edges of all answers with `operations` steps."""
 
     def __init__(self, operations: int) -> None:
-        self.operations = operations
         self.emissions: list[str | int | _Role] = []
         self.edges: dict[tuple[int, int], _Edge] = {}
         self.start: list[tuple[int, float]] = []
-        ends: list[tuple[int, float]] = []
+        ends: list[int] = []
         for k in range(operations):
             ends = self._choice(ends, [self._sentence(t, k) for t in ledger._SENTENCES])
-        ends = self._choice(ends, [self._final(t, operations) for t in ledger._FINALS])
+        ends = self._choice(ends, [self._sentence(t, operations - 1) for t in ledger._FINALS])
         self.end = self._state(ledger.END)
-        for state, _ in ends:
+        for state in ends:
             self.edges[state, self.end] = _Edge(1.0)
         self.edges[self.end, self.end] = _Edge(1.0)
 
@@ -60,7 +59,7 @@ class Automaton:
         self.emissions.append(emission)
         return len(self.emissions) - 1
 
-    def _choice(self, sources, sentences) -> list[tuple[int, float]]:
+    def _choice(self, sources: list[int], sentences) -> list[int]:
         """Alternatives of equal weight behind `sources` (none: at the start)."""
         share = 1 / len(sentences)
         for first, _ in sentences:
@@ -68,9 +67,9 @@ class Automaton:
                 assert edge.flag == _NO_FLAG
                 if not sources:
                     self.start.append((entry, share))
-                for source, _ in sources:
+                for source in sources:
                     self.edges[source, entry] = _Edge(share)
-        return [(last, 1.0) for _, last in sentences]
+        return [last for _, last in sentences]
 
     def _word(self, text: str, k: int) -> tuple[list[tuple[int, _Edge]], int]:
         """States of one item of a template: ways in, and its last state."""
@@ -107,9 +106,6 @@ class Automaton:
                 ways = ways or entries
                 open_ = [(last, 1.0)]
         return ways, open_[0][0]
-
-    def _final(self, template: str, operations: int):
-        return self._sentence(template.replace("{w}", "{v}"), operations)
 
 
 class _Table(NamedTuple):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass
 from functools import cache
 from random import Random
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .pronounce_words import PROMPTS, WORDS
-from .task import Task, Verdict
+from .task import Sample, Task, Verdict
 from .words import END, WordTokenizer
 
 ANSWER_LENGTH, PROMPT_LENGTH = 64, 64
@@ -37,14 +36,6 @@ NUMBERS = tuple(str(i) for i in range(1, MOST + 1))
 Pronunciation = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Words parted by blanks, and one right answer (without end tokens)."""
-
-    prompt: str
-    answer: str
-
-
 class Tokenizer(WordTokenizer):
     """One id a letter, a phoneme, a number of a word.
 
@@ -55,7 +46,6 @@ class Tokenizer(WordTokenizer):
 
     def __init__(self) -> None:
         super().__init__((*NUMBERS, *LETTERS, *PHONEMES))
-        self.number_ids = tuple(self.id_of(number, 0) for number in NUMBERS)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, "cat dog" with or without numbers, or of an answer, "1 K AE T".
@@ -175,9 +165,18 @@ def make_sample(
 
     Words are drawn alike from the split; where prompt or answer would not fit, the last ones are
     left out, and fewer than `fewest` drawn anew. The answer has the first pronunciation listed.
+
+    Raises `ValueError` for another split or numbers, or if words would hardly fit.
     """
     if split not in ("train", "test"):
         raise ValueError(f"make_sample: split is {split!r}, takes 'train' or 'test'")
+    if not 1 <= fewest <= most <= MOST:
+        raise ValueError(
+            f"make_sample: fewest .. most takes a range within 1..{MOST}, got {fewest} .. {most}"
+        )
+    for name, length in (("prompt_length", prompt_length), ("answer_length", answer_length - 1)):
+        if length < 8 * fewest:  # seven letters or phonemes and a number
+            raise ValueError(f"make_sample: {name} takes 8 a word and an end, got {length}")
     pool, forms = words_of(split), dictionary()
     rng = Random(f"pronounce {split} {seed} {index}")
     while True:

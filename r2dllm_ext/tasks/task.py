@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -26,14 +25,12 @@ class Verdict:
     parts: int = 1
 
 
-class Sample(Protocol):
+@dataclass(frozen=True)
+class Sample:
     """A prompt and one right answer, as text, without end tokens."""
 
-    @property
-    def prompt(self) -> str: ...
-
-    @property
-    def answer(self) -> str: ...
+    prompt: str
+    answer: str
 
 
 class Task:
