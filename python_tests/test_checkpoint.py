@@ -347,6 +347,7 @@ def test_every_parameter_has_its_own_key():
 PEAK = """
 import re, sys
 import torch
+import torch._dynamo  # what the first rotary tables bring along, more than these weights
 from r2dllm_ext.models import load_model
 
 def kib(field):

@@ -705,7 +705,8 @@ TEST(a_row_without_cells) {
   const LogitsView shape{nullptr, LogitType::kFloat, 1, 0, 0, 0, 0, -1, 0};
   run_rows(memory.params(shape, r2_options(), kGreedy), {}, nullptr, 1);
   CHECK(memory.remaining[0] == 0);
-  CHECK(memory.counters[kCounters + kStep] == 1);  // of slot 1
+  CHECK(memory.counters[kCounters + kStep] == 0);  // of slot 1: it had no candidate
+  CHECK(memory.counters[kCounters + kBlockStep] == 1);
 }
 
 TEST(a_step_from_statistics_of_shards) {

@@ -64,7 +64,7 @@ class Rotary(nn.Module):
         angle = torch.outer(positions, frequencies)
         return (angle.cos() * scale).to(device), (angle.sin() * scale).to(device)
 
-    @torch._disable_dynamo  # torch.compiler.disable would import all of dynamo with this module
+    @torch._disable_dynamo  # imports dynamo with the first model, torch.compiler.disable with us
     def _build(self, length: int, device: torch.device) -> None:
         # A thread of its own has none of the caller's modes: all of torch's are local to a thread.
         # So is the current stream, in whose order the caller will read, and free, the tables.
