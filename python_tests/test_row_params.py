@@ -76,6 +76,37 @@ def test_a_row_is_that_row_alone(r2, device, name, dtype):
     assert changed
 
 
+@pytest.mark.parametrize("name", FIELDS)
+def test_rows_of_configs(name):
+    """What each config says, exactly; the first one is that of the step."""
+    options, values, _ = FIELDS[name]
+    first = DecodeConfig(MASK, **options)
+    said = [None if value == OFF_VALUES.get(name) else value for value in values]
+    rows = RowParams.of([first.replace(**{name: value}) for value in said])
+    tensor = getattr(rows, name)
+    assert tensor.tolist() == list(values)
+    assert tensor.dtype in (torch.float64, torch.int64)
+    others = [field for field in FIELDS if field != name]
+    assert all(getattr(rows, field) is None for field in others)
+    assert len(getattr(RowParams.of([first] * 3, names=[name]), name)) == 3
+
+
+def test_what_rows_can_not_say():
+    config = DecodeConfig.r2(MASK)
+    assert not RowParams.of([config, config])._op_args
+    for configs, message in (
+        ([], "at least one, got .*"),
+        ([config, config.replace(temporal_steps=1)], "one temporal_steps for all rows, got .3, 1."),
+        ([config, config.replace(threshold=None)], "one threshold for all rows, got .0.9, None."),
+    ):
+        with pytest.raises(ValueError, match=f"RowParams.of: configs takes {message}"):
+            RowParams.of(configs)
+    with pytest.raises(ValueError, match="configs takes one edit_threshold for all rows"):
+        RowParams.of([config], names=["edit_threshold"])
+    with pytest.raises(ValueError, match="configs takes one gamma for all rows, got None"):
+        RowParams.of([config], names=["gamma"])
+
+
 # One value of each kind that is out of range, beside three that are not.
 BAD = [
     *(

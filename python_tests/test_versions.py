@@ -76,7 +76,7 @@ def test_a_refused_call_counts_as_no_write(r2, device):
 
 def test_inference_tensors_have_no_count(r2, device):
     with torch.inference_mode():
-        state = DecodeState(1, 1, device=device)
+        state = DecodeState(1, 1, device=device).take([0])
     stability(r2, state)
     assert state.streak_count.tolist() == [[1]] and state.streak_count.is_inference()
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ._checks import is_tensor
+from ._checks import is_tensor, refuse
+from .config import DecodeConfig
 from .state import Rows, row_index, taken
 
+# Of options that a config leaves out by None.
+_NOTHING: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 # Of the values that have a range; the least is 0.
 _GREATEST = {
     "threshold": 1.0,
@@ -88,6 +93,50 @@ class RowParams:
             is_tensor("RowParams", optional=True, **{field.name: tensor})
         is_empty = all(tensor is None for tensor in tensors)
         object.__setattr__(self, "_op_args", [] if is_empty else tensors)
+
+    @classmethod
+    def of(
+        cls,
+        configs: Sequence[DecodeConfig],
+        *,
+        names: Sequence[str] = (),
+        device: torch.device | str = "cpu",
+    ) -> RowParams:
+        """What `configs` say, each of its row, beside the first of them as the config of the step.
+
+        Args:
+            configs: one for each row, at least one.
+            names: fields that have a tensor in any case, so that a captured graph can read the next
+                batch's; those in which the configs differ have one anyhow.
+            device: that of the logits.
+
+        Numbers are float64, exactly what the configs say, counts and seeds int64.
+
+        Raises:
+            ValueError: no config; configs that differ in something else, or of which one alone has
+                no threshold.
+
+        >>> patient, hasty = DecodeConfig.r2(3, top_k=5), DecodeConfig.r2(3, threshold=0.5)
+        >>> rows = RowParams.of([patient, hasty])
+        >>> rows.threshold, rows.top_k, rows.quota
+        (tensor([0.9000, 0.5000], dtype=torch.float64), tensor([5, 0]), None)
+        """
+        if not configs:
+            refuse(ValueError, "RowParams.of", "configs", "at least one", [])
+        values = {
+            field.name: [getattr(config, field.name) for config in configs]
+            for field in dataclasses.fields(DecodeConfig)
+        }
+        differ = [name for name, own in values.items() if any(x != own[0] for x in own)]
+        tensors = {}
+        for name in dict.fromkeys((*differ, *names)):
+            own = [_NOTHING.get(name) if x is None else x for x in values.get(name, [None])]
+            if name not in cls.__dataclass_fields__ or None in own:
+                takes = f"one {name} for all rows"
+                refuse(ValueError, "RowParams.of", "configs", takes, values.get(name))
+            dtype = torch.int64 if name in ("quota", "top_k", "seed") else torch.float64
+            tensors[name] = torch.tensor(own, dtype=dtype, device=device)
+        return cls(**tensors)
 
     def check_values(self, where: str) -> None:
         """Raises ValueError naming field, row and value if one is out of range.

@@ -81,14 +81,15 @@ class BlockSlots:
         """
         fresh = None
         rows = [row for row, block in enumerate(blocks) if block.slot < 0]
+        # A batch may be empty, at the very first too: that of an idle rank of data parallelism.
+        if self.state is None or len(rows) > len(self._free):
+            self._grow(len(rows), device)
         if rows:
-            if len(rows) > len(self._free):
-                self._grow(len(rows), device)
             for row in rows:
                 blocks[row].slot = self._free.pop()
             begun = _indices([rows, [blocks[row].slot for row in rows]])
             fresh = Fresh(*begun.to(device, non_blocking=True))
-            assert self.state is not None
+            assert self.state is not None  # grown
             self.state.reset(fresh.slots)
             # Which slot is free depends on when Python frees objects, and so may differ from one
             # rank to another; the number of a block doesn't.

@@ -38,9 +38,8 @@ class R2DLLM(DllmAlgorithm):
     """Masked cells get their tokens by the rules of a `DecodeConfig`; `rules: r2` by default.
 
     With `rules: low_confidence` tokens and forwards are those of SGLang's LowConfidence. A block
-    takes the same steps under both schedulers, whatever other requests are in its batch; what is
-    drawn (`temperature` > 0) depends on how many blocks the server has begun before, which all
-    ranks count alike.
+    takes the same steps under both schedulers, whatever other requests are in its batch; what it
+    draws (`temperature` > 0) depends on its number among all blocks, which ranks count alike.
 
     Under first-done-first-out a block that more than `max_steps` steps on end leave as it is (no
     finite logits; nothing but the mask id where the config allows it) is emitted so; the
@@ -75,8 +74,6 @@ class R2DLLM(DllmAlgorithm):
         return [self._slots.new_block() for _ in range(forward_batch.batch_size)]
 
     def step(self, forward_batch: Any, full_logits: Tensor, states: list[Block]) -> list[bool]:
-        if not states:  # an idle rank of data parallelism
-            return []
         tokens = forward_batch.input_ids.view(len(states), self.block_size)
         slots, _ = self._slots.of(states, tokens.device)
         masked = tokens == self.mask_id
@@ -126,8 +123,6 @@ class R2JointThreshold(R2DLLM):
         return block_size + self._most_edits + 1
 
     def step(self, forward_batch: Any, full_logits: Tensor, states: list[Block]) -> list[bool]:
-        if not states:  # an idle rank of data parallelism
-            return []
         tokens = forward_batch.input_ids.view(len(states), self.block_size)
         slots, fresh = self._slots.of(states, tokens.device)
         if fresh is not None:
