@@ -291,9 +291,8 @@ def check_block(r2, seed: int, seen: Seen, device: str = "cpu") -> None:
         where = (
             f"seed {seed} step {number}: {config}, {call.names()}, {block.shape}, {block.dtype}:"
         )
-        z = laid_out(logits.to(block.dtype).to(device), block.layout)
-        if block.by_statistics:
-            z = statistics_of(r2, z, config)
+        given_logits = laid_out(logits.to(block.dtype).to(device), block.layout)
+        z = statistics_of(r2, given_logits, config) if block.by_statistics else given_logits
         cells = tokens == config.mask_id if call.candidates is None else call.candidates
         facts = observe(r2, z, there, state, config, call, device)
         memory = DecodeState(block.capacity, length) if twin is None else twin
@@ -319,7 +318,7 @@ def check_block(r2, seed: int, seen: Seen, device: str = "cpu") -> None:
         alone = reference.each_row(rows, memory, config, call.rows, call.slots)
         seen.left_alone += sum(own is None for _, own in alone)
         for _ in range(VARIATIONS):
-            vary(r2, block, z, *before, call, got, seen)
+            vary(r2, block, given_logits, *before, call, got, seen)
 
 
 def vary(r2, block: Block, logits, state, tokens, call: Call, got: DecodeStep, seen: Seen) -> None:
@@ -353,6 +352,8 @@ def vary(r2, block: Block, logits, state, tokens, call: Call, got: DecodeStep, s
         call = call.without(name)
     if state is None and needs_state(config, call):
         return
+    if block.by_statistics:
+        logits = statistics_of(r2, logits, config)
     other = r2.select(logits, tokens, clone(state), config, **call.on(block.device))
     seen.changed[name] += not all(map(same_bits, other, got))
 
