@@ -67,10 +67,11 @@ def check(
                 )
             half = vocab // 2
             parts = [
-                r2.vocab_statistics(part, first_id=first, exclude_id=MASK).values
+                r2.vocab_statistics(part, first_id=first, exclude_id=MASK)
                 for first, part in ((0, logits[..., :half]), (half, logits[..., half:]))
             ]
-            whole = r2.merge_statistics(r2.VocabStatistics(torch.stack(parts), dtype))
+            stacked = parts[0]._replace(values=torch.stack([part.values for part in parts]))
+            whole = r2.merge_statistics(stacked)
             judged = r2.select(whole, torch.full_like(tokens, MASK), state, config)
             results[-1] += tuple(t.cpu() for t in (prediction, marked, chosen, old))
             results[-1] += (judged.prediction.cpu(),)

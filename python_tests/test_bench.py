@@ -469,6 +469,12 @@ def test_cuda_is_refused_without_cuda(r2):
     assert done.stderr.count("\n") == 1 and "--device cuda" in done.stderr
 
 
+def test_small_steps(r2):
+    """What a card is given first; here the CPU is compared with itself."""
+    done = run("small_steps.py", "--device", "cpu")
+    assert done.returncode == 0 and "cases agree with the CPU" in done.stdout, done.stderr
+
+
 # ---- the experiment --------------------------------------------------------------------------
 
 

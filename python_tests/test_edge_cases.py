@@ -572,7 +572,7 @@ def test_no_synchronisation_with_the_host(r2, cuda, draw):
         r2.decode_step(logits, tokens, state, config)
         r2.select(logits, tokens, state, config, candidates=cells)
         statistics = r2.vocab_statistics(logits, exclude_id=4)
-        stacked = r2.VocabStatistics(torch.stack([statistics.values] * 2), logits.dtype)
+        stacked = statistics._replace(values=torch.stack([statistics.values] * 2))
         r2.select(r2.merge_statistics(stacked), tokens, state, config.replace(temperature=0.0))
         prediction, confidence = r2.token_confidence(logits)
         r2.window_pool(confidence, cells, window=3, min_confidence=0.5)
