@@ -233,6 +233,21 @@ def test_whole_decodes(plugin, ledger):
     assert torch.equal(sequence, out.sequences) and forwards == out.nfe
 
 
+def test_what_equals_a_number_is_none(plugin):
+    """Also right after the number itself: what is kept of a call is kept by type."""
+    z, draft = torch.zeros(1, 4, VOCAB), torch.full((1, 4), MASK)
+    for config in (None, DecodeConfig.fast_dllm(MASK)):
+        plugin.ours.batched_remask(z, draft, MASK, 1.0, config=config)
+        with pytest.raises(TypeError, match="threshold takes a number.*, got True"):
+            plugin.ours.batched_remask(z, draft, MASK, True, config=config)
+    policy = plugin.ours.R2RemaskingPolicy()
+    options = {"commit_confidence_threshold": 1.0}
+    policy.apply(input_draft=[MASK] * 4, logits=z[0], remasking_config=options)
+    options["commit_confidence_threshold"] = True
+    with pytest.raises(TypeError, match="threshold takes a number.*, got True"):
+        policy.apply(input_draft=[MASK] * 4, logits=z[0], remasking_config=options)
+
+
 def test_an_error_costs_a_block_nothing_that_it_remembers(plugin):
     """The third step on end commits what stood for three, whatever was refused between them."""
     config = DecodeConfig.r2(MASK, threshold=1.0, quota=0, temporal_steps=3, temporal_threshold=0.1,

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 from .._checks import refuse
 from ..config import DecodeConfig
-from .rules import engine_config
+from .rules import cached_engine_config, engine_config
 
 _RULE = "diffusers.BlockRefinementScheduler"
-_engine_config = functools.lru_cache(typed=True)(engine_config)  # True is no 1.0
 # Fields of DecodeConfig that the pipeline's call, or the scheduler, has an option for.
 _CALLS = frozenset(
     "mask_id threshold compare quota edit_threshold temperature top_k top_p sampled_confidence "
@@ -56,4 +54,6 @@ def config_of(
     }
     # Without rules beyond theirs nothing has to know the mask: predicting it is as any token.
     mask = None if rules is None else mask_id
-    return _engine_config(_RULE, mask, sampled_confidence="tempered", **(rules or {}), **options)
+    return cached_engine_config(
+        _RULE, mask, sampled_confidence="tempered", **(rules or {}), **options
+    )

@@ -9,13 +9,12 @@ from typing import Any
 
 from .._checks import integer, refuse
 from ..config import DecodeConfig
-from .rules import ENGINE_RULES, engine_config
+from .rules import ENGINE_RULES, cached_engine_config
 
 _RULE = "dllm_plugin.Llada2DefaultRemaskingPolicy"
 _FIELDS = {"mask_token_id": "mask_id", **ENGINE_RULES[_RULE].options}
 # The plugin's values (its config.py) where neither its worker nor the user names one.
 _MASK_ID, _STEPS = 1, 32
-_engine_config = functools.lru_cache(typed=True)(engine_config)  # True is no 1.0
 
 
 def policy_config(
@@ -47,7 +46,7 @@ def policy_config(
         if name not in _FIELDS:
             refuse(TypeError, where, "options", f"{', '.join(_FIELDS)}, ...", name)
     if config is None:
-        config = _engine_config(_RULE, given.pop("mask_token_id", _MASK_ID))
+        config = cached_engine_config(_RULE, given.pop("mask_token_id", _MASK_ID))
         # L tokens over the steps; where L is no multiple, the first ones have one more.
         place = min(max(index, 0), steps - 1)
         given.setdefault("num_transfer", length // steps + (place < length % steps))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +16,11 @@ from ..state import DecodeState
 from ._dllm_plugin_options import policy_config, replaced
 from ._near_ties import near_ties_step
 from ._versions import require
-from .rules import engine_config
+from .rules import cached_engine_config
 
 require("dllm_plugin")
 
 from dllm_plugin.remasking import RemaskStepResult  # noqa: E402
-
-_engine_config = functools.lru_cache(typed=True)(engine_config)  # True is no 1.0
 
 
 @torch.no_grad()
@@ -63,7 +60,9 @@ def batched_remask(
     """
     draft = input_draft.clone()
     if config is None:
-        rule = _engine_config("dllm_plugin.batched_remask", mask_token_id, threshold=threshold)
+        rule = cached_engine_config(
+            "dllm_plugin.batched_remask", mask_token_id, threshold=threshold
+        )
         near_ties_step(logits, draft, state, rule, slots=slots)
     else:
         instance("batched_remask", "config", config, DecodeConfig)

@@ -11,7 +11,6 @@ of a fork that take arguments it does not know.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -26,9 +25,7 @@ from ..ops import select
 from ..row_params import RowParams
 from ..state import Counter, DecodeState
 from . import _fast_dllm_loops as loops
-from .rules import engine_config
-
-_engine_config = functools.lru_cache(typed=True)(engine_config)  # True is no 1.0
+from .rules import cached_engine_config
 
 
 def get_transfer_index(
@@ -75,7 +72,7 @@ def get_transfer_index(
         rule, options = f"fast_dllm.{where}.quota", {}
         rows = RowParams(quota=num_transfer_tokens.reshape(-1).to(x.device).contiguous())
     # Without a mask id nothing is banned: predicting it counts as any other token, as in theirs.
-    config = _engine_config(rule, None, temperature=temperature, **options)
+    config = cached_engine_config(rule, None, temperature=temperature, **options)
     return _select(where, logits, config, remasking, mask_index, x, rows, return_confidence)
 
 
@@ -95,7 +92,9 @@ def get_transfer_index_dynamic(
     read, as in theirs.
     """
     where = "get_transfer_index_dynamic"
-    config = _engine_config(f"fast_dllm.{where}", None, temperature=temperature, factor=factor)
+    config = cached_engine_config(
+        f"fast_dllm.{where}", None, temperature=temperature, factor=factor
+    )
     return _select(where, logits, config, remasking, mask_index, x, None, return_confidence)
 
 

@@ -7,6 +7,7 @@ torch, by `python_tests/test_rules_of_engines.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -166,6 +167,10 @@ def engine_config(rule: str, mask_id: int | None, **options: Any) -> DecodeConfi
             refuse(TypeError, "engine_config", f"{rule}: options", takes, "both")
         fields[target] = value
     return DecodeConfig.fast_dllm(mask_id, **fields)
+
+
+# For adapters, which are asked at each step. Kept by type: True equals 1.0, and is no number.
+cached_engine_config = functools.lru_cache(typed=True)(engine_config)
 
 
 # What a name stands for: called with the mask id and fields of DecodeConfig.
