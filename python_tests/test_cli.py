@@ -629,6 +629,11 @@ def test_interrupted(run, monkeypatch):
 # as a process
 
 
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+
+
 @pytest.mark.parametrize(
     "arguments", ["generate 5 --ids --gen-length 1 --block-length 1", "engines"]
 )
@@ -636,12 +641,7 @@ def test_a_reader_that_never_was(ledger, arguments):
     """Also where rich writes, which would leave with status 1."""
     model = f"--model '{ledger}'" if arguments.startswith("generate") else ""
     command = f"sleep 0.1; exec '{sys.executable}' -m r2dllm_ext {arguments} {model}"
-    result = subprocess.run(
-        ["bash", "-c", f"({command}) | true; exit ${{PIPESTATUS[0]}}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    result = shell(f"({command}) | true; exit ${{PIPESTATUS[0]}}")
     assert (result.returncode, result.stderr) == (141, "")
 
 
@@ -649,12 +649,7 @@ def test_as_a_module_whose_reader_leaves(ledger):
     prompts = "for i in {1..150}; do echo 5; done"
     module = f"'{sys.executable}' -m r2dllm_ext"
     options = f"--model '{ledger}' --json --ids --gen-length 1 --block-length 1"
-    result = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {prompts} | {module} generate - {options} | head -1"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    result = shell(f"set -o pipefail; {prompts} | {module} generate - {options} | head -1")
     assert (result.returncode, result.stderr) == (141, "")
     assert json.loads(result.stdout)["prompt"] == "5"
 
