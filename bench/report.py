@@ -75,6 +75,7 @@ def environment(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": info["cpu_in_use"],
+        "instruction_set_of_torch": torch.backends.cpu.get_cpu_capability().lower(),
     }
     if device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
@@ -111,10 +112,16 @@ def _commit() -> str | None:
         return None
 
 
+# Variables that choose kernels: of ours, of torch, and of the libraries that torch multiplies with.
+_CHOICES = ("R2DLLM_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
 def _command() -> str:
-    """The command line; paths outside of the working folder by their last part alone."""
+    """The command line after the variables that choose kernels; paths outside of the working folder
+    by their last part alone."""
+    choices = [f"{name}={os.environ[name]}" for name in _CHOICES if os.environ.get(name)]
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
-    return shlex.join(["python", *words])
+    return " ".join([*choices, shlex.join(["python", *words])])
 
 
 def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
