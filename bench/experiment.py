@@ -54,11 +54,11 @@ def recipe_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> sft.
     return sft.Recipe(
         model=args.model,
         rollout=sft.Rollout(
-            DecodeConfig.budget(words.mask_id, temperature=0.7, min_p=0.5, seed=seed),
+            DecodeConfig.budget(words.mask_id, temperature=1.5, min_p=0.05, seed=seed),
             gen_length=task.answer_length,
             block_length=BLOCK_LENGTH,
             stop_id=words.end_id,
-            samples=2,
+            samples=4,
             greedy_first=True,
             batch_size=64,
             autocast=args.autocast,
@@ -81,7 +81,7 @@ def recipe_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> sft.
             seed=seed,
         ),
         decoders={},
-        rounds=sft.Rounds(args.rounds, hard_share=0.1, validation=args.validation),
+        rounds=sft.Rounds(args.rounds, hard_share=0.1, validation=args.validation, blend=0.55),
         verifier=verifier_of(task),
         task=task.name,
     )
@@ -98,11 +98,12 @@ def prompts_of(task: Task, seed: int, n: int, split: str) -> list[sft.Prompt]:
 
 def model_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> Transformer:
     """The fine-tuned model of an arm and a seed; made now, unless it is there."""
-    folder, shared = args.out / f"seed-{seed}" / arm, args.out / f"seed-{seed}" / ARMS[1]
+    folder = args.out / f"seed-{seed}" / arm
     prompts = prompts_of(task, _SEED_OF_POOLS + seed, args.pool + args.validation, "train")
     for part in ("validation", "round-1/rollouts", "round-1/hard"):
-        if arm != ARMS[1] and not (folder / part).exists() and (shared / part).exists():
-            shutil.copytree(shared / part, folder / part)
+        made = [other for other in folder.parent.glob(f"*/{part}") if other != folder / part]
+        if made and not (folder / part).exists():
+            shutil.copytree(made[0], folder / part)
     sft.run(
         recipe_of(arm, seed, task, args),
         prompts,
@@ -224,12 +225,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--model", help="default: the task's base model")
     parser.add_argument("--seeds", type=int, help="default 3, quick 1")
-    parser.add_argument("--rounds", type=int, help="default 4, quick 1")
+    parser.add_argument("--rounds", type=int, help="default 3, quick 1")
     parser.add_argument(
-        "--pool", type=int, help="prompts rolled out a seed; default 2560, quick 24"
+        "--pool", type=int, help="prompts rolled out a seed; default 3840, quick 24"
     )
     parser.add_argument("--validation", type=int, help="more prompts; default 128, quick 0")
-    parser.add_argument("--steps", type=int, help="of training a round; default 300, quick 4")
+    parser.add_argument("--steps", type=int, help="of training a round; default 400, quick 4")
     parser.add_argument("--prompts", type=int, help="to test on; default 512, quick 8")
     parser.add_argument("--choice", type=int, help="to choose on; default 256, quick 8")
     parser.add_argument("--batch", type=int, default=64)
@@ -237,8 +238,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--quick", action="store_true", help="minutes; proves nothing")
     args = parser.parse_args(arguments)
-    defaults = {"seeds": (3, 1), "rounds": (4, 1), "pool": (2560, 24), "validation": (128, 0),
-                "steps": (300, 4), "prompts": (512, 8), "choice": (256, 8)}  # fmt: skip
+    defaults = {"seeds": (3, 1), "rounds": (3, 1), "pool": (3840, 24), "validation": (128, 0),
+                "steps": (400, 4), "prompts": (512, 8), "choice": (256, 8)}  # fmt: skip
     for name, pair in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, pair[args.quick])
