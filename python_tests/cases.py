@@ -43,6 +43,14 @@ DTYPES = {
     device: (torch.float32, *NARROW, *(() if runs_cuda(device) else (torch.float64,)))
     for device in ("cpu", "cuda")
 }
+
+
+def roundings(n: int) -> float:
+    """Relative error of n float32 roundings: a chain of n operations, or a sum of n terms, in any
+    order, whose magnitudes add up to the result. What reorders or vectorises sums keeps to it."""
+    return n * 2.0**-24
+
+
 STREAKS = ("streak_count", "streak_id", "streak_sum", "streak_max")
 # Known answers of Philox4x32-10, from the Random123 distribution: counter, key, words.
 RANDOM123 = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import STREAKS, spiked_logits
+from cases import STREAKS, roundings, spiked_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,7 +96,8 @@ def check_against_oracle(step, seed: int, base: str, options: dict, schedule: in
         if config.temporal_steps:
             for name in STREAKS:
                 got, expected = getattr(state, name), getattr(want, name)
-                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+                # Two softmaxes over 17 terms, and sums of up to 6 of them.
+                torch.testing.assert_close(got, expected, rtol=roundings(2 * 17 + 6), atol=0)
 
 
 @settings(max_examples=60)
@@ -429,7 +430,9 @@ logits = torch.randn(2, 3, 9001, generator=torch.Generator().manual_seed(0)) * 3
 logits[0, 0, [17, 4113]] = 20
 confidence, prediction = triton_confidence(logits)
 want, at = torch.softmax(logits, -1).max(-1)
-assert torch.equal(prediction, at) and torch.allclose(confidence, want, rtol=1e-5)
+assert torch.equal(prediction, at)
+error = (confidence / want - 1).abs().max().item()
+assert error <= 9001 * 2.0**-24  # the rounding of a sum of V terms in any order
 """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCH)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=environment)
@@ -505,7 +508,7 @@ def test_arms_differ_in_selection_and_certainty_alone():
     from r2dllm_ext.tasks import get_task
 
     args = parse(["--task", "ledger", "--out", "x"])
-    assert (args.seeds, args.prompts, args.rounds, args.model) == (3, 512, 4, "ledger-base")
+    assert (args.seeds, args.prompts, args.rounds, args.model) == (3, 512, 3, "ledger-base")
     random, lean, certain = (recipe_of(arm, 2, get_task("ledger"), args) for arm in ARMS[1:])
     assert dataclasses.replace(random, selection=lean.selection) == lean
     assert (random.selection.order, lean.selection.order) == ("random", "nfe")

@@ -19,12 +19,14 @@ from r2dllm_ext.models import ModelConfig, Transformer, checkpoint, load_model, 
 def test_loaded_forward_equals_the_plain_one(tmp_path, name, shards):
     config = VARIANTS[name]
     weights = random_weights(config)
-    model = load_model(write(tmp_path / "m", config, weights, shards))
+    model = load_model(write(tmp_path / "m", config, weights, shards)).double()
     ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(1))
     logits = model(ids).logits
     wanted = torch.stack([plain_logits(config, weights, row) for row in ids])
     assert wanted.std() > 0.5, "a model that says nothing compares equal to anything"
-    torch.testing.assert_close(logits.double(), wanted, rtol=1e-4, atol=1e-4)
+    # Float64 but for the tables of the rotation: angles of up to 19 radians are float32, 2^-20 off,
+    # and two layers make at most some tens of it.
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     assert not model.training and (model.mask_id, model.eos_id, model.vocab_size) == (49, 48, 50)
 
 

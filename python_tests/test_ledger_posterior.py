@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from cases import roundings
 
 from r2dllm_ext.tasks import get_task, ledger
 from r2dllm_ext.tasks.ledger import Problem, Tokenizer, make_sample
@@ -54,9 +55,8 @@ def test_posterior_equals_enumeration(problem, length):
         p = weight * agrees / (weight * agrees).sum()
         one_hot = torch.nn.functional.one_hot(ids, len(WORDS)).float()
         expected = torch.einsum("n,nlv->lv", p, one_hot)
-        torch.testing.assert_close(
-            got[row][hidden[row]], expected[hidden[row]], atol=1e-5, rtol=1e-4
-        )
+        error = (got[row][hidden[row]] - expected[hidden[row]]).abs()
+        assert (error <= roundings(len(ids))).all(), "sums of as many shares, of 1 in all"
 
 
 def test_five_steps_of_several_problems_at_once():
@@ -64,7 +64,8 @@ def test_five_steps_of_several_problems_at_once():
     answers = torch.tensor([task.encode(sample)[1] for sample in samples])
     hidden = torch.rand(answers.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     got = task.posterior([sample.prompt for sample in samples], answers, hidden)
-    assert torch.allclose(got.sum(-1), torch.ones(8, 96), atol=1e-5)
+    # A share goes through a product a word of a sentence, and 56 of them are added.
+    assert torch.allclose(got.sum(-1), torch.ones(8, 96), rtol=0, atol=roundings(2 * 96 + 56))
     truth = got.gather(2, answers[..., None])[..., 0][hidden]
     assert truth.min() > 0 and truth.mean() > 0.7
     # Whatever the greedy choice is, one cell at a time it ends in a right answer.

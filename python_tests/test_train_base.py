@@ -149,7 +149,9 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     before, after = (torch.linalg.svdvals(m) for m in (matrices, orthogonalized(matrices)))
     assert before.max() > 4 and 0.4 < after.min() and after.max() < 1.3
     # The two matrices do not touch each other.
-    assert torch.allclose(orthogonalized(matrices[:1])[0], orthogonalized(matrices)[0], atol=1e-4)
+    # In float64 what a batch adds up in another order is 1e-12, whatever the five steps make of it.
+    matrices = matrices.double()
+    assert torch.allclose(orthogonalized(matrices[:1])[0], orthogonalized(matrices)[0], atol=1e-9)
 
 
 def test_muon_descends_and_decays():
@@ -173,7 +175,10 @@ def test_what_is_exported_is_the_average_of_the_weights_in_16_bits(tmp_path):
     model = load_model(tmp_path)
     assert model.dtype == torch.float16 and model.config == run.model.config
     assert torch.equal(flat(model), average.half()) or torch.allclose(
-        flat(model).float(), average, rtol=1e-3, atol=1e-6
+        flat(model).float(),
+        average,
+        rtol=2.0**-10,
+        atol=2.0**-24,  # a place of float16
     )
     assert not torch.allclose(average, seen[2], atol=1e-4)
     assert json.loads((tmp_path / "training.json").read_text()) == [{"name": "a"}]
@@ -221,7 +226,8 @@ def test_stages_follow_each_other_and_are_not_repeated(tmp_path, monkeypatch):
     options = ["--no-compile", "--eval-samples", "1", "--task", "ledger", "--out"]
     train_base.main([*options, str(tmp_path / "x")])
     first, second = (load_model(tmp_path / "x" / f"stage-{n}" / "model") for n in "ab")
-    assert torch.allclose(flat(first).float(), flat(second).float(), atol=1e-5)
+    # The second stage is one step of 1e-9, of Muon 10 times that: below a place of float16.
+    assert torch.allclose(flat(first), flat(second), rtol=2.0**-10, atol=1e-7)
     told = json.loads((tmp_path / "x" / "stage-b" / "model" / "training.json").read_text())
     assert [one.get("name") for one in told] == [None, "a", "b"]
     log = tmp_path / "x" / "stage-a" / "log.jsonl"

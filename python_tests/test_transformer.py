@@ -13,7 +13,10 @@ from r2dllm_ext.models import ModelConfig, Transformer
 from r2dllm_ext.models.transformer import RMSNorm, _attend, _rotate
 
 B, T, START, END = 2, 24, 8, 16
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+# Two orders of the same sums in float64: a forward's few thousand roundings are 1e-12 of what they
+# add up, on any machine, and a cell that sees one key too many or too few moves by 1e-4 and more
+# (`test_logits_cover_embedding_rows_and_depend_on_every_token`).
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 CONFIGS = {
     "llada": ModelConfig("llada", 50, width=32, layers=3, heads=4, mlp_width=48, embedding_size=56),
@@ -35,8 +38,8 @@ CONFIGS = {
 
 
 def build(config: ModelConfig, seed: int = 0) -> Transformer:
-    """Weights large enough that attention is far from uniform, and biases that are not zero."""
-    model = Transformer(config).init_weights(seed, std=0.3).eval().requires_grad_(False)
+    """Float64, weights large enough that attention is far from uniform, biases that are not 0."""
+    model = Transformer(config).init_weights(seed, std=0.3).double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
@@ -155,10 +158,13 @@ def test_left_padded_row_equals_the_unpadded_one(model, ids):
     mask[:, :pad] = False
     plain = model(ids, use_cache=True)
     full = model(padded, attention_mask=mask, use_cache=True)
-    torch.testing.assert_close(full.logits[:, pad:], plain.logits, rtol=1e-4, atol=1e-4)
+    # The rotation by 5 positions more is another entry of the tables: float32, of up to 29 radians,
+    # so 2^-20 off; a score takes width * 2^-20 of it, three layers 1e-4.
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(full.logits[:, pad:], plain.logits, **close)
     past = cut(full.past_key_values, pad + START)
     tail = model(ids[:, START:], past_key_values=past, attention_mask=mask.long())
-    torch.testing.assert_close(tail.logits, plain.logits[:, START:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tail.logits, plain.logits[:, START:], **close)
 
 
 def test_a_row_of_padding_alone_stays_finite_and_apart(model, ids):
@@ -194,7 +200,8 @@ def test_logits_positions_pick_rows_of_the_full_logits(model, ids, positions):
 def test_grouped_queries_equal_repeated_key_heads(ids):
     grouped = build(CONFIGS["llada-gqa"])
     config = grouped.config
-    plain = Transformer(dataclasses.replace(config, kv_heads=config.heads)).requires_grad_(False)
+    plain = Transformer(dataclasses.replace(config, kv_heads=config.heads)).double()
+    plain.requires_grad_(False)
     state = grouped.state_dict()
     for name, weight in state.items():
         if "k_proj" in name or "v_proj" in name:
@@ -351,7 +358,7 @@ def test_meta_device_and_materialisation(model, ids):
     with torch.device("meta"):
         hollow = Transformer(model.config)
     assert hollow(ids.to("meta")).logits.shape == (B, T, model.config.embedding_size)
-    solid = hollow.to_empty(device="cpu")
+    solid = hollow.to_empty(device="cpu").double()
     solid.load_state_dict(model.state_dict())
     assert torch.equal(solid(ids).logits, model(ids).logits)
 
@@ -378,6 +385,7 @@ def test_bfloat16_cpu_training_attention_equals_the_fused_one():
     mask = torch.ones(2, 1, 1, 16, dtype=torch.bool)
     mask[0, ..., :5] = False
     wanted = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    # Scores, shares and sums are rounded to bfloat16 (2^-9): of each other's, scores here are < 8.
     torch.testing.assert_close(_attend(q, k, v, mask).float(), wanted, rtol=0.05, atol=0.05)
 
 
@@ -432,10 +440,10 @@ def test_cuda_equals_cpu_without_synchronising(cuda, model, ids):
     wanted = model(ids).logits
     model, ids, mask = model.to(cuda), ids.to(cuda), block_mask().to(cuda)
     full = model(ids, use_cache=True)
-    torch.testing.assert_close(full.logits.cpu(), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(full.logits.cpu(), wanted, **CLOSE)
     torch.cuda.set_sync_debug_mode("error")
     try:
         out = model(ids[:, START:END], past_key_values=full.past_key_values, replace_position=mask)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(out.logits, full.logits[:, START:END], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out.logits, full.logits[:, START:END], **CLOSE)

@@ -25,7 +25,8 @@ class ModelOutput(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in float32; the weight multiplies after the cast back."""
+    """Root mean square norm in float32 (float64 of float64); the weight multiplies after the cast
+    back."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
@@ -100,8 +101,8 @@ def _makes_no_plain_tensors() -> bool:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """In the precision of the tables."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    """In the precision of the tables, or in that of `x` where it is higher."""
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
