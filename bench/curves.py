@@ -34,7 +34,7 @@ from report import (
     use_threads,
     write_json,
 )
-from task_decode import BLOCK_LENGTH, Decoded, calibration_error, decode
+from task_decode import Decoded, calibration_error, decode
 
 from r2dllm_ext import load_model
 from r2dllm_ext.config import Rule
@@ -132,6 +132,7 @@ def run(
                 task,
                 prompts[:n],
                 config_of(decoder, value, task.tokenizer.mask_id),
+                block_length=args.block_length,
                 batch=args.batch,
                 calibrate=decoder == "vanilla",
             )
@@ -231,6 +232,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--block-length", type=int, help="default: the task's own")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -248,6 +250,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         fail(
             f"--curve-prompts takes 0 or 2 .. {args.prompts} (--prompts), got {args.curve_prompts}"
         )
+    length, task = args.block_length, get_task(args.task)
+    if length is None:
+        args.block_length = task.block_length
+    elif length < 1 or task.answer_length % length:
+        fail(f"--block-length takes a divisor of {task.answer_length}, got {length}")
     args.model = args.model or [args.task]
     args.settings = settings(args.decoders, args.prompts, args.curve_prompts)
     return args
@@ -258,8 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
     use_threads(args.threads)
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib: pip install matplotlib")
-    names = ("task", "prompts", "curve_prompts", "split", "seed", "batch")
-    chosen = {name: getattr(args, name) for name in names} | {"block_length": BLOCK_LENGTH}
+    names = ("task", "prompts", "curve_prompts", "split", "seed", "batch", "block_length")
+    chosen = {name: getattr(args, name) for name in names}
     content = {"schema": 1, **environment("cpu"), "settings": chosen}
     began = time.perf_counter()
     results = run(args, lambda results: write_json(args.json, content | {"results": results}))

@@ -34,7 +34,7 @@ import torch
 from decoders import DECODERS, config_of
 from experiment_report import compare, measured, plot, report
 from report import Parser, environment, write_json
-from task_decode import BINS, BLOCK_LENGTH, calibration_error, decode
+from task_decode import BINS, calibration_error, decode
 
 from r2dllm_ext import load_model, sft
 from r2dllm_ext.config import DecodeConfig
@@ -56,7 +56,7 @@ def recipe_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> sft.
         rollout=sft.Rollout(
             DecodeConfig.budget(words.mask_id, temperature=1.5, min_p=0.05, seed=seed),
             gen_length=task.answer_length,
-            block_length=BLOCK_LENGTH,
+            block_length=task.block_length,
             stop_id=words.end_id,
             samples=4,
             greedy_first=True,
@@ -133,7 +133,7 @@ class Evaluator(NamedTuple):
         rollout = sft.Rollout(
             config_of(name, value, words.mask_id),
             gen_length=self.task.answer_length,
-            block_length=BLOCK_LENGTH,
+            block_length=self.task.block_length,
             batch_size=self.batch,
             autocast=self.autocast,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from task_decode import BLOCK_LENGTH, prompt_ids
+from task_decode import prompt_ids
 
 from r2dllm_ext.models import load_model
 from r2dllm_ext.tasks import get_task
@@ -30,11 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     words = task.tokenizer
     prompts = [task.sample(args.seed, i).prompt for i in range(args.prompts)]
     ids = prompt_ids(task, prompts)
+    L = task.block_length
     P, rows, keys = ids.shape[1] - task.answer_length, torch.arange(len(ids)), ids != words.pad_id
     wrong = torch.zeros(len(ids), dtype=torch.bool)
-    for start in range(P, ids.shape[1], BLOCK_LENGTH):
-        for step in range(BLOCK_LENGTH):
-            span = (start, start + BLOCK_LENGTH)
+    for start in range(P, ids.shape[1], L):
+        for step in range(L):
+            span = (start, start + L)
             logits = model(ids, attention_mask=keys, logits_positions=span).logits
             logits[..., words.mask_id] = -torch.inf
             confidence, prediction = logits.softmax(-1).max(-1)
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
                     if p > 0.005
                 ]
                 print(
-                    f"block {(start - P) // BLOCK_LENGTH}, {step} decided: "
+                    f"block {(start - P) // L}, {step} decided: "
                     f"{words.vocabulary[chosen[row]]} by {confidence[row, cell[row]]:.2f}; right: "
                     f"{', '.join(could)} | {around.replace('<mask>', '_').replace('<end>', '#')}",
                     flush=True,

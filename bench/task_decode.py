@@ -17,7 +17,6 @@ from r2dllm_ext import DecodeConfig, DecodeState, decode_step
 from r2dllm_ext.models import Transformer
 from r2dllm_ext.tasks import Task
 
-BLOCK_LENGTH = 32
 BINS = 15
 _EXACT_EVERY = 6  # forwards: the true distribution costs as much as a forward
 
@@ -39,11 +38,13 @@ def decode(
     prompts: list[str],
     config: DecodeConfig,
     *,
+    block_length: int | None = None,  # the task's own
     batch: int = 64,
     calibrate: bool = False,
 ) -> Decoded:
+    block = block_length or task.block_length
     parts = [
-        _decode(model, task, prompts[i : i + batch], config, calibrate)
+        _decode(model, task, prompts[i : i + batch], config, block, calibrate)
         for i in range(0, len(prompts), batch)
     ]
     *cells, calibration, exact = zip(*parts, strict=True)
@@ -52,26 +53,26 @@ def decode(
 
 
 def prompt_ids(task: Task, prompts: list[str]) -> Tensor:
-    """Left-padded to the shortest whole number of blocks that holds them, then the masks."""
+    """Left-padded to the shortest multiple of 32 that holds them, then the masks."""
     encoded = [task.tokenizer.encode(prompt) for prompt in prompts]
-    long = -(-max(map(len, encoded)) // BLOCK_LENGTH) * BLOCK_LENGTH
+    long = -(-max(map(len, encoded)) // 32) * 32
     tail = [task.tokenizer.mask_id] * task.answer_length
     return torch.tensor([[task.tokenizer.pad_id] * (long - len(e)) + e + tail for e in encoded])
 
 
-def _decode(model, task, prompts, config, calibrate) -> Decoded:
+def _decode(model, task, prompts, config, block_length, calibrate) -> Decoded:
     ids, exact, forwards = prompt_ids(task, prompts), torch.zeros(3, BINS).double(), 0
     n, A, words = len(ids), task.answer_length, task.tokenizer
-    P = ids.shape[1] - A
-    keys, cell = ids != words.pad_id, torch.arange(BLOCK_LENGTH)
+    P, L = ids.shape[1] - A, block_length
+    keys, cell = ids != words.pad_id, torch.arange(L)
     nfe, rules = torch.zeros(n, dtype=torch.int64), torch.zeros(n, A, dtype=torch.uint8)
-    state, block = DecodeState(n, BLOCK_LENGTH), torch.zeros(n, dtype=torch.int64)
+    state, block = DecodeState(n, L), torch.zeros(n, dtype=torch.int64)
     seen = []  # per forward: rows, cells, prediction, confidence of what was masked
     while len(open_ := (ids[:, P:] == words.mask_id).any(1).nonzero()[:, 0]):
-        now = (ids[open_, P:] == words.mask_id).int().argmax(1) // BLOCK_LENGTH
+        now = (ids[open_, P:] == words.mask_id).int().argmax(1) // L
         state.reset(open_[now != block[open_]])
         block[open_] = now
-        place = P + now[:, None] * BLOCK_LENGTH + cell
+        place = P + now[:, None] * L + cell
         logits = model(ids[open_], attention_mask=keys[open_], logits_positions=place).logits
         tokens = ids[open_[:, None], place]
         masked = tokens == words.mask_id

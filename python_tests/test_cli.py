@@ -666,6 +666,11 @@ def test_a_pronounce_model_reads_words(run, tmp_path):
     (answer,) = json_lines(run("generate", "Cat dog", "--model", tmp_path, "--json"))
     assert words.decode(answer["prompt_ids"]) == "1 c a t 2 d o g"
     assert len(answer["token_ids"]) == 64 and answer["correct"] is False
+    # In one block, as the task says.
+    options = ("--preset", "vanilla", "--quota", 64, "--stop-id", "none", "--json")
+    short = ("--block-length", 32)
+    assert json_lines(run("generate", "cat", "--model", tmp_path, *options))[0]["nfe"] == 1
+    assert json_lines(run("generate", "cat", "--model", tmp_path, *options, *short))[0]["nfe"] == 2
     result = run("generate", "cat dog", "--model", tmp_path)
     assert "wrong in word 1: " in result.out
     fails(run("generate", "don't", "--model", tmp_path), "takes letters a to z alone")

@@ -168,7 +168,7 @@ def test_samples_that_would_hardly_fit_are_refused(options, message):
 
 def test_short_prompts_are_what_training_begins_with():
     short = pronounce.Pronounce(short=True)
-    assert (short.prompt_length, short.answer_length) == (32, 32)
+    assert (short.prompt_length, short.answer_length, short.block_length) == (32, 32, 32)
     for sample in [short.sample(0, i) for i in range(100)]:
         prompt, answer = short.encode(sample)
         assert 2 <= len(sample.prompt.split()) <= 3 and len(prompt) <= 32 == len(answer)

@@ -32,13 +32,15 @@ def model():
     return Transformer(model_config(shape, LEDGER)).init_weights(3, std=0.3).double().eval()
 
 
-@pytest.mark.parametrize("preset", list(DECODERS))
-def test_rows_decode_as_generate_does_alone(r2, model, preset):
+@pytest.mark.parametrize(
+    ("preset", "block"), [*((name, None) for name in DECODERS), ("r2", 96), ("budget", 16)]
+)
+def test_rows_decode_as_generate_does_alone(r2, model, preset, block):
     config = config_of(preset, DECODERS[preset].own, MASK)
     if preset != "vanilla":
         config = config.replace(threshold=0.3, spatial_threshold=0.2, temporal_threshold=0.2)
         config = config.replace(error_budget=1.5, entropy_budget=3.0)
-    out = decode(model, LEDGER, PROMPTS, config, batch=3)
+    out = decode(model, LEDGER, PROMPTS, config, block_length=block, batch=3)
     ids = prompt_ids(LEDGER, PROMPTS)
     P = ids.shape[1] - 96
     for row in range(len(PROMPTS)):
@@ -46,7 +48,7 @@ def test_rows_decode_as_generate_does_alone(r2, model, preset):
             model,
             ids[row : row + 1, :P],
             gen_length=96,
-            block_length=32,
+            block_length=block or 32,
             config=config,
             attention_mask=ids[row : row + 1, :P] != LEDGER.tokenizer.pad_id,
             trace=True,
@@ -123,6 +125,15 @@ def test_curves_run(r2, tmp_path, capsys):
     ]
     ours, base = results[1], results[3]
     assert ours["nfe"]["mean"] < base["nfe"]["mean"]
+
+
+def test_a_block_length_divides_the_answer(capsys):
+    assert curves.parse(["--task", "pronounce"]).block_length == 64
+    assert curves.parse(["--task", "ledger", "--block-length", "96"]).block_length == 96
+    for length in ("0", "64"):
+        with pytest.raises(SystemExit):
+            curves.parse(["--task", "ledger", "--block-length", length])
+        assert f"takes a divisor of 96, got {length}" in capsys.readouterr().err
 
 
 def test_models_are_told_apart():

@@ -57,7 +57,7 @@ def add_parser(commands) -> None:
         run=run,
         model=None,
         gen_length=None,
-        block_length=32,
+        block_length=None,
         cache="none",
         logits_shift=None,
         preset="r2",

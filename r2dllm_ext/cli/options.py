@@ -132,11 +132,14 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         "--gen-length",
         type=count,
         metavar="G",
-        help="tokens to decode, a multiple of the block length (default: 96 with the ledger "
-        "vocabulary, 256 otherwise)",
+        help="tokens to decode, a multiple of the block length (default: those of a bundled "
+        "model's task, 256 otherwise)",
     )
     group.add_argument(
-        "--block-length", type=count, default=32, metavar="L", help="(default: %(default)s)"
+        "--block-length",
+        type=count,
+        metavar="L",
+        help="(default: that of a bundled model's task, 32 otherwise)",
     )
     group.add_argument(
         "--cache",

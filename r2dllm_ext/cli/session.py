@@ -15,7 +15,7 @@ from ..config import DecodeConfig, Rule
 from ..generation import Generation, NoProgressError, generate, left_padded
 from ..models import load_model
 from ..stop_ids import StopId, answer_length, stop_ids
-from ..tasks import Verdict, task_of
+from ..tasks import Task, Verdict, task_of
 from ..trace import Trace
 from . import options, text
 
@@ -88,7 +88,8 @@ class Session:
         self.config = config.replace(mask_id=self._mask_id())
         own_length = _GEN_LENGTH if self.task is None else self.task.answer_length
         self.gen_length = args.gen_length or own_length
-        self.block_length, self.cache = args.block_length, args.cache
+        own_block = Task.block_length if self.task is None else self.task.block_length
+        self.block_length, self.cache = args.block_length or own_block, args.cache
         is_dream = self.model.config.family == "dream"
         self.logits_shift = int(is_dream) if args.logits_shift is None else args.logits_shift
         self.stop_id = self._stop_id()

@@ -268,7 +268,8 @@ class Pronounce(Task):
         self.tokenizer, self.is_short, self.any_number = Tokenizer(), short, any_number
         self.fewest, self.most = (2, 3) if short else (FEWEST, MOST)
         self.prompt_length = PROMPT_LENGTH // (2 if short else 1)
-        self.answer_length = ANSWER_LENGTH // (2 if short else 1)
+        # One block: a word waits for the length of those before it at most.
+        self.answer_length = self.block_length = ANSWER_LENGTH // (2 if short else 1)
 
     def sample(self, seed: int, index: int, *, split: str = "train") -> Sample:
         few = Random(f"number of words {seed} {index}").random() < self.any_number

@@ -38,13 +38,16 @@ class Task:
 
     name: of the task and of its tuned model; its base model is `name`-base.
     part: what `Verdict.wrong_step` numbers.
-    answer_length: token slots of an answer, a multiple of the block length 32.
+    answer_length: token slots of an answer, a multiple of `block_length` and of 32.
     prompt_length: slots that every prompt of `sample` fits into, a multiple of 32 too.
+    block_length: of its decodes. Blocks keep what hangs on each other in order; parts that do not
+        are better off in one block, where none waits for another.
     """
 
     name: str
     part: str
     answer_length: int
+    block_length: int = 32
     prompt_length: int
     tokenizer: WordTokenizer
 
