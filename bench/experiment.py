@@ -24,6 +24,7 @@ cores; `--quick` shows in minutes that everything runs, and proves nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from r2dllm_ext import load_model, sft
 from r2dllm_ext.config import DecodeConfig
 from r2dllm_ext.models import Transformer
 from r2dllm_ext.sft.artefacts import settle
+from r2dllm_ext.sft.selection import spearman
 from r2dllm_ext.tasks import TASKS, Task, get_task
 
 ARMS = ("base", "random", "lean", "certain")
@@ -149,7 +151,8 @@ class Evaluator(NamedTuple):
         )
         for record in found:
             verdict = self.task.verify(prompts[record["prompt"]].record["prompt"], record["text"])
-            record |= {"right": verdict.right, "parts": verdict.parts}
+            tokens = sum(token != words.end_id for token in record["token_ids"])
+            record |= {"right": verdict.right, "parts": verdict.parts, "length": tokens}
         return found
 
 
@@ -179,6 +182,18 @@ def styles(records: Sequence[dict[str, Any]], task: Task) -> int:
     return len({tuple(a[k].tolist()) for a, k in zip(answers, kept, strict=True)})
 
 
+def correlations(folder: Path) -> list[float | None]:
+    """By round, of the ranks of right answers' redundancy and length: is the one the other in
+    disguise? None where all are alike."""
+    found = []
+    for number in range(1, 1 + len(list(folder.glob("round-*/rollouts")))):
+        files = sorted((folder / f"round-{number}/rollouts").glob("*.jsonl"))
+        records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        right = [r for r in records if r["complete"] and r["correct"]]
+        found.append(spearman([r["score"]["total"] for r in right], [r["length"] for r in right]))
+    return found
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     task = get_task(args.task)
     tests = prompts_of(task, _SEED_OF_TESTS, args.prompts, "test")
@@ -189,11 +204,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for arm in ARMS:
         seeds = 1 if arm == "base" else args.seeds
         found: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
+        of_rounds: list[list[float | None]] = []
         tables = torch.zeros(2, 3, BINS, dtype=torch.float64)
         for seed in range(seeds):
             model = load_model(args.model, dtype=torch.float32)
             if arm != "base":
                 model = model_of(arm, seed, task, args)
+                of_rounds.append(correlations(args.out / f"seed-{seed}" / arm))
             for which, prompts in (("curve", tests), ("choice", choice)):
                 numbers = range(len(prompts))[seed::seeds]
                 own = [prompts[i] for i in numbers]
@@ -209,6 +226,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             tables += torch.stack((out.calibration, out.exact))
         results[arm] = judged(found)
         records[arm] = found["curve", "budget", results[arm]["budget"]["chosen"]]
+        results[arm]["redundancy_with_length"] = of_rounds
         results[arm]["styles"] = styles(found["curve", "vanilla", 1], task)
         results[arm]["calibration_error"] = round(calibration_error(tables[0]), 4)
         if tables[1].any():

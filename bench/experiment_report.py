@@ -92,6 +92,10 @@ def report(content: dict[str, Any]) -> str:
     lines = [table(header, rows, left=2), f"AUP with y_max = {y_max:g}"]
     for arm, one in results.items():
         lines.append(f"{calibration_line(arm, one)}, {one['styles']} styles")
+    for arm, one in results.items():
+        for seed, rounds in enumerate(one["redundancy_with_length"]):
+            shown = ", ".join("-" if r is None else f"{r:+.2f}" for r in rounds)
+            lines.append(f"{arm} {seed}: rank correlation of redundancy with length {shown}")
     claim = content["lean_against_random"]
     low, high = claim["forwards"]["interval95"]
     lines.append(

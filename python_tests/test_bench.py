@@ -576,6 +576,27 @@ def test_styles_leave_out_what_the_prompt_decides():
     assert styles([{"token_ids": ids} for ids in (one, two, other)], task) == 2
 
 
+def test_redundancy_is_held_against_length_round_by_round(tmp_path):
+    from experiment import correlations
+
+    def write(number, pairs, right=True):
+        folder = tmp_path / f"round-{number}" / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{len(list(folder.iterdir())):06}.jsonl"
+        records = [
+            {"score": {"total": x}, "length": n, "complete": True, "correct": right}
+            for x, n in pairs
+        ]
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    write(1, [(0.1, 9), (0.5, 20)])
+    write(1, [(3.0, 21)])
+    write(1, [(9.0, 1)], right=False)  # has no say
+    write(2, [(0.5, 20), (3.0, 21), (4.0, 1)])
+    write(3, [(0.5, 20), (3.0, 20)])
+    assert correlations(tmp_path) == [1.0, -0.5, None]
+
+
 def test_experiment_runs(r2, tmp_path, monkeypatch, capsys):
     """All of it, tiny; called again it decodes and trains nothing anew."""
     import experiment
