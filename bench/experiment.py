@@ -83,7 +83,7 @@ def recipe_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> sft.
             seed=seed,
         ),
         decoders={},
-        rounds=sft.Rounds(args.rounds, hard_share=0.1, validation=args.validation, blend=0.55),
+        rounds=sft.Rounds(args.rounds, hard_share=0.1, validation=args.validation, blend=0.7),
         verifier=verifier_of(task),
         task=task.name,
     )
