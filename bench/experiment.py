@@ -103,7 +103,7 @@ def model_of(arm: str, seed: int, task: Task, args: argparse.Namespace) -> Trans
     folder = args.out / f"seed-{seed}" / arm
     prompts = prompts_of(task, _SEED_OF_POOLS + seed, args.pool + args.validation, "train")
     for part in ("validation", "round-1/rollouts", "round-1/hard"):
-        made = [other for other in folder.parent.glob(f"*/{part}") if other != folder / part]
+        made = sorted(p for p in folder.parent.glob(f"*/{part}") if p != folder / part)
         if made and not (folder / part).exists():
             shutil.copytree(made[0], folder / part)
     sft.run(

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import roundings
 from test_rules_of_engines import MASK, planted, tokens_of
 
 from r2dllm_ext import DecodeConfig
@@ -52,7 +51,8 @@ def test_steps(dtype, editing, threshold):
             masked = x == MASK
             assert torch.equal(want.sampled_tokens[masked], got.sampled_tokens[masked])
             probs = want.sampled_probs[masked], got.sampled_probs[masked]
-            torch.testing.assert_close(*probs, rtol=roundings(z.shape[-1]), atol=0)
+            # 168 roundings: torch adds 211 terms up in lanes.
+            torch.testing.assert_close(*probs, rtol=1e-5, atol=0)
             assert got.pred_logits is z
             committed += int(want.transfer_index.sum())
             edited += int(want.editing_transfer_index.sum())
@@ -90,7 +90,7 @@ def test_draws():
         drawn(s, 1).prev_sample.flatten().bincount(minlength=5) / 4000 for s in (theirs, ours)
     ]
     # The difference of two shares of 4,000 draws has a deviation of at most 0.0112.
-    torch.testing.assert_close(*counts, rtol=0, atol=0.045)
+    torch.testing.assert_close(*counts, rtol=0, atol=0.04)
     probs = [
         {t: drawn(s, 1).sampled_probs[drawn(s, 1).sampled_tokens == t][0] for t in (1, 2)}
         for s in (theirs, ours)

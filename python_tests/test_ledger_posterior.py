@@ -55,8 +55,10 @@ def test_posterior_equals_enumeration(problem, length):
         p = weight * agrees / (weight * agrees).sum()
         one_hot = torch.nn.functional.one_hot(ids, len(WORDS)).float()
         expected = torch.einsum("n,nlv->lv", p, one_hot)
-        error = (got[row][hidden[row]] - expected[hidden[row]]).abs()
-        assert (error <= roundings(len(ids))).all(), "sums of as many shares, of 1 in all"
+        # 168 and 1,678 roundings of a share: products along a sentence, and sums of such.
+        torch.testing.assert_close(
+            got[row][hidden[row]], expected[hidden[row]], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_five_steps_of_several_problems_at_once():

@@ -136,6 +136,19 @@ def test_a_block_length_divides_the_answer(capsys):
         assert f"takes a divisor of 96, got {length}" in capsys.readouterr().err
 
 
+def test_curves_decode_in_the_blocks_asked_for(r2, monkeypatch):
+    seen = []
+
+    def watched(*arguments, block_length, **options):
+        seen.append(block_length)
+        return decode(*arguments, block_length=block_length, **options)
+
+    monkeypatch.setattr(curves, "decode", watched)
+    command = ["--task", "ledger", "--quick", "--prompts", "2", "--curve-prompts", "0"]
+    curves.main([*command, "--decoders", "budget", "--block-length", "48"])
+    assert seen == [48]
+
+
 def test_models_are_told_apart():
     """Many a folder is called model."""
     assert curves.shown("ledger") == "ledger"

@@ -227,7 +227,7 @@ def test_stages_follow_each_other_and_are_not_repeated(tmp_path, monkeypatch):
     train_base.main([*options, str(tmp_path / "x")])
     first, second = (load_model(tmp_path / "x" / f"stage-{n}" / "model") for n in "ab")
     # The second stage is one step of 1e-9, of Muon 10 times that: below a place of float16.
-    assert torch.allclose(flat(first), flat(second), rtol=2.0**-10, atol=1e-7)
+    assert torch.allclose(flat(first).float(), flat(second).float(), atol=1e-5)
     told = json.loads((tmp_path / "x" / "stage-b" / "model" / "training.json").read_text())
     assert [one.get("name") for one in told] == [None, "a", "b"]
     log = tmp_path / "x" / "stage-a" / "log.jsonl"
