@@ -218,6 +218,19 @@ def test_tied_head_is_the_embedding(ids):
     torch.testing.assert_close(model(ids).logits, hidden @ model.embed.weight.T, **CLOSE)
 
 
+def test_a_float64_model_computes_in_float64():
+    """Rounded to float32 anywhere, the numbers are 1e-8 and more off."""
+    x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(RMSNorm(8, 1e-5).double()(x), wanted, **CLOSE)
+    cos, sin = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    a, b = x.chunk(2, -1)
+    wanted = torch.cat(
+        (a * cos.double() - b * sin.double(), b * cos.double() + a * sin.double()), -1
+    )
+    torch.testing.assert_close(_rotate(x, cos, sin), wanted, **CLOSE)
+
+
 def test_norm_casts_back_before_the_weight():
     norm = RMSNorm(8, 1e-5)
     norm.weight.data = torch.linspace(0.5, 2, 8)
