@@ -167,17 +167,23 @@ ROW_ERROR = dict.fromkeys((torch.float32, *NARROW), 24 * 2.0**-24)
 ROW_ERROR[torch.float64] = 4096 * 2.0**-53
 
 
-def confidence_ulps(p: Tensor, vocab: int, device: str) -> Tensor:
-    """How far the confidence of an argmax may be from the float64 softmax `p`, in its last places.
+def mass_error(p: Tensor, vocab: int, device: str) -> Tensor:
+    """Relative error of the probability of a token of a row whose argmax has `p`, before it is
+    rounded to float32; an argmax has 1 - p times as much.
 
     On the CPU the bound of csrc/cpu/vocab_kernels.h, for any instruction set. On CUDA a term is
-    within 4 * 2^-24 too, no more than three roundings lead to a double, and z - max is rounded when
-    it is multiplied by log2(e): 1 per nat beside the 0.25 of log2(e) itself.
+    within 4 * 2^-24 too, no more than three roundings lead to a double, and z - max and its product
+    with log2(e) are rounded: 2 per nat beside the 0.25 of log2(e) itself.
     """
-    terms, per_nat = (2 * 4 + 3, 1.25) if runs_cuda(device) else (2 * 4 + 11, 0.25)
+    terms, per_nat = (2 * 4 + 3, 2.25) if runs_cuda(device) else (2 * 4 + 11, 0.25)
     below = (p * vocab / (1 - p).clamp_min(1e-9)).log1p()
-    relative = (1 - p) * (terms + per_nat * below) * 2.0**-24
-    return relative * p / last_place(p) + 0.5
+    return (terms + per_nat * below) * 2.0**-24
+
+
+def confidence_ulps(p: Tensor, vocab: int, device: str) -> Tensor:
+    """How far the confidence of an argmax may be from the float64 softmax `p`, in its last
+    places."""
+    return (1 - p) * mass_error(p, vocab, device) * p / last_place(p) + 0.5
 
 
 def ulps(got: Tensor, want: Tensor) -> Tensor:

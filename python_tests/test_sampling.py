@@ -8,7 +8,7 @@ Statistical on top: chi-square with a false-alarm rate of 1e-6 a test, and fixed
 
 import pytest
 import torch
-from cases import DTYPES, OFF, assert_same, sure_logits
+from cases import DTYPES, OFF, assert_same, mass_error, roundings, sure_logits
 
 from r2dllm_ext import reference
 from r2dllm_ext.config import DecodeConfig, Rule
@@ -16,7 +16,9 @@ from r2dllm_ext.philox import Draw
 from r2dllm_ext.state import Counter, DecodeState
 
 FALSE_ALARM = 1e-6
-BAND = 1e-6  # of the total mass, around a step of the cumulative distribution
+# Of the total mass, around a step of the cumulative distribution: both masses may be off by 16
+# roundings (kMassError of csrc/tests; on CUDA 7, and 3 of each of the 3 nats that a term is below).
+BAND = roundings(2 * 16)
 TRUNCATIONS = [(None, None), (20, None), (None, 0.8), (50, 0.9)]
 
 
@@ -107,8 +109,9 @@ def test_token_of_a_uniform_number(r2, device, dtype, top_k, top_p, mask):
             step = mass[min(got, want)].item()
             assert abs(step - u) < BAND, f"cell {s, b, i}: drew {got}, expected {want}"
             banded += 1
-        p = z.softmax(-1)[got].item()
-        assert confidence[s, b, i].item() == pytest.approx(p, rel=5e-7), "untempered probability"
+        p = z.softmax(-1)
+        error = mass_error(p.max(), 9001, device).item() + roundings(1)
+        assert confidence[s, b, i].item() == pytest.approx(p[got].item(), rel=error), "untempered"
     assert banded <= 2  # of 128: the steps are about 1e-4 apart
 
 

@@ -614,9 +614,12 @@ def test_two_processes_equal_one(tmp_path):
         found, logged, weights = torch.load(tmp_path / f"{parallel}.pt")
         assert found.keys() == expected.keys()
         assert_gradients_close(found, expected)
+        # A direction: Adam divides a gradient by its own size, so where it is nothing but roundings
+        # (of the gradients above) it moves a weight by as much as any, and no bound follows from
+        # them. An update moves a weight by up to the learning rate, 1e-2, and there are four: what
+        # differs is a hundredth of one, and the loss, next to 1, by no more than that.
         for ours, theirs in zip(entries, logged, strict=True):
             assert theirs == pytest.approx(ours, rel=1e-4)
-        # A hundredth of an update's length, which is the learning rate 1e-2.
         for name, weight in reference.trained_weights().items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
         alone = trainer(ema_decay=0.5)

@@ -11,13 +11,18 @@
 #include "../cuda/rules.h"
 #include "../cuda/token_confidence.h"
 #include "check.h"
+#include "cuda_error.h"
 #include "cuda_logits.h"
 #include "fibre_lane.h"
 
 using namespace r2dllm;
 using namespace r2dllm::cuda;
+using test::ExactSoftmax;
 using test::FibreLane;
 using test::for_each_format;
+using test::kPlace;
+using test::kSumError;
+using test::kTermError;
 using test::Logits;
 
 namespace {
@@ -50,6 +55,7 @@ Exact exact(const Logits<Format>& logits, int64_t cell) {
   return row;
 }
 
+// What is promised: 2 last places.
 bool close(float got, long double want) {
   if (want != want) return got != got;
   int exponent;
@@ -281,22 +287,10 @@ std::vector<double> run_statistics(const Logits<Format>& logits, bool with_entro
   return statistics;
 }
 
-// A term d nats below the maximum is off by the rounding of d * log2(e) and by kLog2eFloat, 1.25 d
-// places, and by 2 of exp2; a product and the sums of 8 add 10 more.
 template <class Format>
 void check_entropy(const Logits<Format>& logits, int64_t cell, double entropy) {
-  const double max = exact(logits, cell).max;
-  long double mass = 0, first = 0, second = 0;
-  for (int64_t i = 0; i < logits.vocab; ++i) {
-    const long double d = static_cast<long double>(max) - logits.get(cell, i);
-    if (!(d < INFINITY)) continue;
-    mass += std::exp(-d);
-    first += d * std::exp(-d);
-    second += d * d * std::exp(-d);
-  }
-  const long double want = std::log(mass) + first / mass;
-  const long double mean = first > 0 ? second / first : 0;
-  CHECK(std::abs(entropy - want) <= want * (1.25L * mean + 12) * 0x1p-24L + 1e-12L);
+  const ExactSoftmax row(logits, cell, 1.0);
+  CHECK(std::abs(entropy - row.entropy) <= row.entropy_error() + kLeastEntropy);
 }
 
 TEST(entropies_match_long_double_and_leave_the_rest_as_it_is) {
@@ -757,6 +751,7 @@ struct ExactDraw {
   int64_t id = -1;                    // where `u` falls
   long double margin = 1.0;           // from the nearest border
   std::vector<long double> tempered;  // of every column
+  long double error;  // relative, of a mass; a border is off by twice as much of the whole
 };
 
 template <class Format>
@@ -790,20 +785,19 @@ ExactDraw exact_draw(const Logits<Format>& logits, int64_t cell, const SamplingO
   total = 0.0;
   for (double z : sorted) total += z >= lowest ? mass(z) : 0.0L;
   ExactDraw draw;
-  long double before = 0.0;
+  long double before = 0.0, mean = 0.0;
   for (int64_t i = 0; i < logits.vocab; ++i) {
     const double z = logits.get(cell, i);
     draw.tempered.push_back(z >= lowest ? mass(z) / total : 0.0L);
     if (!(z >= lowest)) continue;
     before += mass(z);
+    if (mass(z) > 0) mean += mass(z) / total * ((max - z) / sampling.temperature);
     draw.margin = std::min(draw.margin, std::abs(before / total - u));
     if (draw.id < 0 && before > u * total) draw.id = i;
   }
+  draw.error = (kTermError + kSumError + 3 * mean) * kPlace;
   return draw;
 }
-
-// What float32 terms and sums of them may be off by, absolute for a border, relative for a mass.
-constexpr double kDrawError = 2e-6;
 
 template <class Format>
 void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, unsigned seed,
@@ -827,11 +821,11 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
                              cell % length, Draw::kToken);
     const ExactDraw want = exact_draw(logits, cell, sampling, u);
     const int64_t got = memory.tokens[static_cast<size_t>(cell)];
-    CHECK(got == want.id || want.margin < kDrawError);
+    CHECK(got == want.id || want.margin < 2 * want.error);
     const long double tempered = want.tempered[static_cast<size_t>(got)];
     CHECK(tempered > 0);
     CHECK(std::abs(workspace.drawn[static_cast<size_t>(cell)].tempered - tempered) <=
-          kDrawError * tempered);
+          (want.error + kPlace) * tempered);
     const Exact top = exact(logits, cell);
     CHECK(close(memory.confidence[static_cast<size_t>(cell)],
                 top.confidence * std::exp(static_cast<long double>(logits.get(cell, got)) -

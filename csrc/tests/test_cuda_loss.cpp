@@ -9,13 +9,16 @@
 #include "../cuda/row_stats.h"
 #include "../cuda/sft_loss.h"
 #include "check.h"
+#include "cuda_error.h"
 #include "cuda_logits.h"
 #include "fibre_lane.h"
 
 using namespace r2dllm;
 using namespace r2dllm::cuda;
+using test::ExactSoftmax;
 using test::FibreLane;
 using test::for_each_format;
+using test::kPlace;
 using test::Logits;
 
 namespace {
@@ -115,50 +118,33 @@ void run_backward(const LogitsView& logits, const std::vector<int64_t>& targets,
 
 // ---- the oracle ------------------------------------------------------------------------------
 
-struct Exact {
-  long double max = -INFINITY, nll, entropy = 0.0L, log_sum, log_mass, temperature;
-  int64_t prediction = -1;
-};
-
 template <class Format>
-Exact exact(const Logits<Format>& logits, int64_t cell, int64_t target, double temperature) {
-  Exact row;
-  row.temperature = temperature;
-  for (int64_t i = 0; i < logits.vocab; ++i) {
-    if (logits.get(cell, i) > row.max) {
-      row.max = logits.get(cell, i);
-      row.prediction = i;
-    }
-  }
-  long double sum = 0.0L, mass = 0.0L, moment = 0.0L;
-  for (int64_t i = 0; i < logits.vocab; ++i) {
-    const long double below = logits.get(cell, i) - row.max;
-    if (!(below > -INFINITY)) continue;
-    sum += std::exp(below);
-    if (temperature == 0.0) continue;
-    const long double u = below / temperature, term = std::exp(u);
-    mass += term;
-    if (term > 0.0L) moment += u * term;
-  }
-  row.log_sum = std::log(sum);
-  row.nll = row.log_sum + (row.max - logits.get(cell, target));
-  if (temperature != 0.0) {
-    row.log_mass = std::log(mass);
-    row.entropy = row.log_mass - moment / mass;
-  }
-  return row;
+long double exact_nll(const Logits<Format>& logits, int64_t cell, int64_t target) {
+  const ExactSoftmax row(logits, cell, 1.0);
+  return row.log_mass + (row.max - logits.get(cell, target));
+}
+
+// What is within `error` before it is rounded to float32.
+bool close(float got, long double want, long double error) {
+  return std::abs(got - want) <= error + kPlace * (std::abs(want) + error);
 }
 
 template <class Format>
 void check_statistics(const Logits<Format>& logits, const std::vector<int64_t>& targets,
-                      double temperature, const Rows& got, double tolerance = 2e-6) {
+                      double temperature, const Rows& got) {
   for (int64_t cell = 0; cell < logits.batch * logits.length; ++cell) {
     const auto c = static_cast<size_t>(cell);
-    const Exact want = exact(logits, cell, targets[c], temperature);
-    CHECK(got.prediction[c] == want.prediction);
-    CHECK(std::abs(got.nll[c] - want.nll) <= tolerance * (1 + std::abs(want.nll)));
-    CHECK(std::abs(got.entropy[c] - want.entropy) <= tolerance * (1 + want.entropy));
-    CHECK(std::abs(got.confidence[c] * std::exp(want.log_sum) - 1.0L) <= tolerance);
+    const ExactSoftmax row(logits, cell, 1.0);
+    const long double p = std::exp(-row.log_mass);
+    CHECK(got.prediction[c] == row.prediction);
+    CHECK(close(got.nll[c], exact_nll(logits, cell, targets[c]), row.mass_error));
+    CHECK(close(got.confidence[c], p, p * row.mass_error));
+    if (temperature == 0.0) {
+      CHECK(got.entropy[c] == 0.0f);
+      continue;
+    }
+    const ExactSoftmax tempered(logits, cell, temperature);
+    CHECK(close(got.entropy[c], tempered.entropy, tempered.entropy_error()));
   }
 }
 
@@ -166,38 +152,41 @@ void check_statistics(const Logits<Format>& logits, const std::vector<int64_t>& 
 double half_place(Float32) { return 0x1p-24; }
 double half_place(BFloat16) { return 0x1p-8; }
 double half_place(cuda::Half) { return 0x1p-11; }
-double least(Float32) { return 0x1p-125; }
-double least(BFloat16) { return 0x1p-125; }
+// Half of the least number.
+double least(Float32) { return 0x1p-150; }
+double least(BFloat16) { return 0x1p-134; }
 double least(cuda::Half) { return 0x1p-25; }
 
-// All columns of a row that has a target. Terms are 2^u with u rounded to float32: an error of |u|
-// places.
+// All columns of a row that has a target. A coefficient is rounded to float32, its product with a
+// term, and the sum of both; a term below 2^-126 counts as 0.
 template <class Format>
 void check_gradient(const Logits<Format>& logits, int64_t cell, int64_t target, double d_nll,
                     double d_entropy, double temperature, const Logits<Format>& got) {
-  const Exact row = exact(logits, cell, target, temperature);
+  const ExactSoftmax row(logits, cell, 1.0), tempered(logits, cell, temperature);
+  const long double nll = exact_nll(logits, cell, target);
   for (int64_t i = 0; i < logits.vocab; ++i) {
-    const long double below = logits.get(cell, i) - row.max;
-    const bool none = !(below > -INFINITY);
-    const long double p = none ? 0.0L : std::exp(below - row.log_sum);
+    const long double below = row.max - logits.get(cell, i);
+    const bool none = !(below < INFINITY);
+    const long double p = none ? 0.0L : std::exp(-below - row.log_mass);
     // p - 1 without cancellation where p is near 1.
-    const long double of_nll = d_nll * (i == target ? std::expm1(-row.nll) : p);
-    const long double log_q = below / temperature - row.log_mass,
-                      q = none || d_entropy == 0.0 ? 0.0L : std::exp(log_q),
-                      slope =
-                          q > 0.0L ? -d_entropy * q * (log_q + row.entropy) / temperature : 0.0L;
-    const long double want = of_nll + slope;
-    long double error = 0.0L;
+    const long double of_nll = d_nll * (i == target ? std::expm1(-nll) : p);
+    long double want = of_nll, error = std::abs(d_nll) * 0x1p-126L;
     if (i == target) {
-      error = 1e-5L * std::abs(of_nll);
+      error += std::abs(d_nll) * p * row.mass_error;
     } else if (p > 0.0L) {
-      error = std::abs(of_nll) * (2e-6L - below * 4e-7L);
+      error += std::abs(of_nll) * (row.mass_error + row.term_error(below) + 2 * kPlace);
     }
-    if (q > 0.0L) {
-      const long double relative = 4e-6L - below / temperature * 8e-7L;
-      error +=
-          std::abs(d_entropy) * q / temperature * relative * (1.0L + row.entropy + std::abs(log_q));
+    if (!none && d_entropy != 0.0) {
+      const long double depth = below / temperature, q = std::exp(-depth - tempered.log_mass),
+                        above_mean = tempered.mean - depth,  // log q + H
+          rate = std::abs(d_entropy) / temperature,
+                        relative = tempered.mass_error + tempered.term_error(depth) + 3 * kPlace,
+                        of_mean = tempered.mean_error + (tempered.mean + 3 * depth) * kPlace;
+      want -= d_entropy * q * above_mean / temperature;
+      error += rate * (q * (std::abs(above_mean) * relative + of_mean) +
+                       0x1p-126L * (126 + tempered.mean));
     }
+    error += kPlace * (std::abs(want) + error);
     const double value = got.get(cell, i);
     CHECK(std::abs(value - want) <=
           error + half_place(Format()) * (std::abs(want) + error) + least(Format()));
@@ -234,9 +223,11 @@ TEST(a_confident_row_keeps_the_digits_of_its_loss_and_entropy) {
         logits.fill(random, 1.0f);
         logits.set(0, at, spike);
         const Rows got = run_forward(logits, {at}, 1.0);
-        const Exact want = exact(logits, 0, at, 1.0);
-        CHECK(std::abs(got.nll[0] - want.nll) <= 2e-5L * want.nll);
-        CHECK(std::abs(got.entropy[0] - want.entropy) <= 2e-5L * want.entropy);
+        check_statistics(logits, {at}, 1.0, got);
+        // The digits: the bounds above are as small as the loss and the entropy themselves are.
+        const ExactSoftmax want(logits, 0, 1.0);
+        CHECK(want.prediction == at && want.mass_error < 1e-4L * want.log_mass);
+        CHECK(want.entropy_error() < 1e-4L * want.entropy);
       }
     }
     Logits<Format> all(1, 1, 9000);
@@ -471,7 +462,7 @@ TEST(rows_without_a_loss_are_nan) {
     for (int64_t target : {int64_t{-1}, vocab, INT64_MAX, INT64_MIN}) {
       const Rows rows = bad(target, [](auto&) {});
       CHECK(rows.prediction[0] == 0);
-      CHECK(std::abs(rows.entropy[0] - std::log(static_cast<double>(vocab))) < 1e-5);
+      CHECK(rows.entropy[0] == std::log(static_cast<float>(vocab)));
     }
     for (int64_t at : {int64_t{0}, int64_t{99}, vocab - 1}) {
       for (float value : {static_cast<float>(NAN), static_cast<float>(INFINITY)}) {
@@ -589,12 +580,16 @@ TEST(the_loss_of_a_batch_and_its_derivatives) {
         const double normalizer = plain ? static_cast<double>(counted) : given;
         const double want = (counted ? sum / normalizer : 0.0) +
                             (gated ? 0.25 * sum_entropy / static_cast<double>(gated) : 0.0);
-        CHECK(std::abs(static_cast<double>(loss) - want) <= 1e-6 * want);
+        // Nothing is negative: a rounding to float32, and of doubles one a row.
+        CHECK(std::abs(static_cast<double>(loss) - want) <=
+              want * (0x1p-24 + static_cast<double>(rows + 4) * 0x1p-53));
         for (size_t i = 0; i < n; ++i) {
           const bool counts = targets[i] != kIgnore;
           const bool passes = counts && (gate == EntropyGate::kAll || prediction[i] == targets[i]);
           const double w = plain ? 1.0 : static_cast<double>(weight[i]);
-          CHECK(std::abs(static_cast<double>(d_nll[i]) - (counts ? w / normalizer : 0.0)) <= 1e-7);
+          const double derivative = counts ? w / normalizer : 0.0;
+          CHECK(std::abs(static_cast<double>(d_nll[i]) - derivative) <=
+                derivative * (0x1p-24 + 4 * 0x1p-53));
           CHECK(d_entropy[i] ==
                 (passes ? static_cast<float>(0.25 / static_cast<double>(gated)) : 0.0f));
         }

@@ -167,6 +167,9 @@ struct Distribution {
   }
 };
 
+// Relative, of a tempered mass (vocab_kernels.h); one more: an exponent that is rounded to float32.
+constexpr double kMassError = (cpu::kTermError + cpu::kSumError + 1) * 0x1p-24;
+
 void check_draws(const Block& block, const SamplingOptions& options) {
   const VocabPass pass = block.pass(false);
   for (int64_t i = 0; i < pass.cells(); ++i) {
@@ -177,11 +180,11 @@ void check_draws(const Block& block, const SamplingOptions& options) {
       long double before = 0;
       for (size_t c = 0; c < column; ++c) before += want.mass[c];
       const long double p = want.mass[column] / want.total, from = before / want.total;
-      // Sums of float32 terms put a border elsewhere by kBorder at most; the mass is known as well.
-      constexpr double kBorder = 2e-6;
+      // A border is off by what the sum up to it and the whole sum are.
+      constexpr double kBorder = 2 * kMassError;
       CHECK(p > 0);
       CHECK(uniform > from - kBorder && uniform < from + p + kBorder);
-      CHECK(std::abs(got.tempered - p) <= kBorder * p);
+      CHECK(std::abs(got.tempered - p) <= (kMassError + 0x1p-24) * p);
     }
   }
 }
@@ -238,7 +241,8 @@ TEST(min_p_is_decided_in_double) {
     CHECK(last.column == kept - 1);
     double mass = 0;
     for (int64_t i = 0; i < kept; ++i) mass += std::exp(row[static_cast<size_t>(i)]);
-    CHECK(std::abs(last.tempered * mass / std::exp(row[static_cast<size_t>(kept - 1)]) - 1) < 1e-6);
+    CHECK(std::abs(last.tempered * mass / std::exp(row[static_cast<size_t>(kept - 1)]) - 1) <
+          kMassError + 0x1p-24);
   }
 }
 
