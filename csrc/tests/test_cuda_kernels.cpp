@@ -31,36 +31,28 @@ namespace {
 
 struct Exact {
   int64_t id = -1;
-  long double confidence = NAN;
-  double max = -INFINITY;
+  long double confidence = NAN, error = 0;  // relative
+  long double max = -INFINITY;
 };
 
 template <class Format>
 Exact exact(const Logits<Format>& logits, int64_t cell) {
-  Exact row;
+  bool has_token = false;
   for (int64_t i = 0; i < logits.vocab; ++i) {
     const double z = logits.get(cell, i);
     if (z != z || z == INFINITY) return {};
-    if (z > row.max) {
-      row.max = z;
-      row.id = i;
-    }
+    has_token = has_token || z > -INFINITY;
   }
-  if (row.id < 0) return {};
-  long double sum = 0.0;
-  for (int64_t i = 0; i < logits.vocab; ++i) {
-    sum += std::exp(static_cast<long double>(logits.get(cell, i)) - row.max);
-  }
-  row.confidence = 1.0L / sum;
-  return row;
+  if (!has_token) return {};
+  const ExactSoftmax row(logits, cell, 1.0);
+  return {row.prediction, std::exp(-row.log_mass), row.mass_error, row.max};
 }
 
-// What is promised: 2 last places.
-bool close(float got, long double want) {
-  if (want != want) return got != got;
-  int exponent;
-  std::frexp(static_cast<double>(want), &exponent);
-  return std::abs(static_cast<double>(got - want)) <= 2 * std::ldexp(1.0, exponent - 24);
+// The confidence of a token whose logit is so far below the greatest.
+bool close(float got, const Exact& row, long double below = 0) {
+  if (row.id < 0) return got != got;
+  const long double want = row.confidence * std::exp(-below);
+  return std::abs(got - want) <= want * (row.error + kPlace * (1 + row.error));
 }
 
 // ---- launches ------------------------------------------------------------------------------
@@ -135,7 +127,7 @@ void check_confidence(const Logits<Format>& logits, const Confidences& got) {
   for (int64_t cell = 0; cell < logits.batch * logits.length; ++cell) {
     const Exact want = exact(logits, cell);
     CHECK(got.prediction[static_cast<size_t>(cell)] == want.id);
-    CHECK(close(got.confidence[static_cast<size_t>(cell)], want.confidence));
+    CHECK(close(got.confidence[static_cast<size_t>(cell)], want));
   }
 }
 
@@ -600,9 +592,7 @@ TEST(proposed_tokens_are_judged_by_their_own_logits) {
     for (size_t i = 0; i < 2; ++i) {
       const auto cell = static_cast<int64_t>(i);
       const Exact top = exact(logits, cell);
-      const long double below = static_cast<long double>(logits.get(cell, proposed[i])) -
-                                static_cast<long double>(top.max);
-      CHECK(close(memory.confidence[i], top.confidence * std::exp(below)));
+      CHECK(close(memory.confidence[i], top, top.max - logits.get(cell, proposed[i])));
     }
     CHECK(memory.confidence[2] == 0.0f);
     for (size_t i = 3; i < 6; ++i) CHECK(std::isnan(memory.confidence[i]));
@@ -740,7 +730,7 @@ TEST(a_step_from_statistics_of_shards) {
   CHECK(got.tokens == want.tokens);
   CHECK(got.rule == want.rule);
   for (size_t i = 0; i < cells; ++i) {
-    CHECK(close(got.confidence[i], want.confidence[i]));
+    CHECK(close(got.confidence[i], exact(logits, static_cast<int64_t>(i))));
   }
 }
 
@@ -757,7 +747,7 @@ struct ExactDraw {
 template <class Format>
 ExactDraw exact_draw(const Logits<Format>& logits, int64_t cell, const SamplingOptions& sampling,
                      double u) {
-  const double max = exact(logits, cell).max;
+  const long double max = exact(logits, cell).max;
   std::vector<double> sorted;
   for (int64_t i = 0; i < logits.vocab; ++i) sorted.push_back(logits.get(cell, i));
   std::sort(sorted.begin(), sorted.end(), std::greater<>());
@@ -780,7 +770,8 @@ ExactDraw exact_draw(const Logits<Format>& logits, int64_t cell, const SamplingO
     }
   }
   if (sampling.min_p > 0.0) {
-    lowest = std::max(lowest, max + std::log(sampling.min_p) * sampling.temperature);
+    lowest = std::max(lowest,
+                      static_cast<double>(max) + std::log(sampling.min_p) * sampling.temperature);
   }
   total = 0.0;
   for (double z : sorted) total += z >= lowest ? mass(z) : 0.0L;
@@ -827,9 +818,8 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
     CHECK(std::abs(workspace.drawn[static_cast<size_t>(cell)].tempered - tempered) <=
           (want.error + kPlace) * tempered);
     const Exact top = exact(logits, cell);
-    CHECK(close(memory.confidence[static_cast<size_t>(cell)],
-                top.confidence * std::exp(static_cast<long double>(logits.get(cell, got)) -
-                                          static_cast<long double>(top.max))));
+    CHECK(
+        close(memory.confidence[static_cast<size_t>(cell)], top, top.max - logits.get(cell, got)));
   }
 }
 
