@@ -23,20 +23,25 @@ constexpr long double kPlace = 0x1p-24L, kTermError = 4, kSumError = 3, kChainEr
                       kDoubleError = 28 * 0x1p-53L;
 
 struct ExactSoftmax {
-  long double max = -INFINITY, log_mass, entropy;
-  int64_t prediction = -1;
+  long double max = -INFINITY, log_mass = NAN, entropy = NAN;
+  int64_t prediction = -1;  // of an invalid row, of which the rest is NaN
   // Relative errors of the mass, absolute ones of its logarithm as well; absolute ones of the mean
   // of the terms' exponents in nats (the entropy is the sum of both).
-  long double mean, exponent_error, mass_error, mean_error;
+  long double mean = NAN, exponent_error, mass_error = NAN, mean_error = NAN;
 
   template <class Format>
-  ExactSoftmax(const Logits<Format>& logits, int64_t cell, double temperature)
+  ExactSoftmax(const Logits<Format>& logits, int64_t cell, double temperature = 1.0)
       : exponent_error(temperature == 1.0 ? 2.25L : 3.0L) {
+    bool valid = true;
     for (int64_t i = 0; i < logits.vocab; ++i) {
-      if (!(logits.get(cell, i) > max)) continue;
-      max = logits.get(cell, i);
+      const double z = logits.get(cell, i);
+      valid = valid && z < INFINITY;
+      if (!(z > max)) continue;
+      max = z;
       prediction = i;
     }
+    if (!valid) prediction = -1;
+    if (prediction < 0) return;
     long double mass = 0, first = 0, second = 0;
     for (int64_t i = 0; i < logits.vocab; ++i) {
       const long double below = (max - logits.get(cell, i)) / temperature, term = std::exp(-below);
@@ -55,6 +60,7 @@ struct ExactSoftmax {
             kPlace +
         mean * mass_error;
   }
+  long double p() const { return std::exp(-log_mass); }  // of the prediction
   long double entropy_error() const { return mass_error + mean_error; }
   // Relative, of a term that lies so many nats below the greatest.
   long double term_error(long double below) const {

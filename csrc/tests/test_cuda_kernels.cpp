@@ -29,30 +29,11 @@ namespace {
 
 // ---- the oracle ----------------------------------------------------------------------------
 
-struct Exact {
-  int64_t id = -1;
-  long double confidence = NAN, error = 0;  // relative
-  long double max = -INFINITY;
-};
-
-template <class Format>
-Exact exact(const Logits<Format>& logits, int64_t cell) {
-  bool has_token = false;
-  for (int64_t i = 0; i < logits.vocab; ++i) {
-    const double z = logits.get(cell, i);
-    if (z != z || z == INFINITY) return {};
-    has_token = has_token || z > -INFINITY;
-  }
-  if (!has_token) return {};
-  const ExactSoftmax row(logits, cell, 1.0);
-  return {row.prediction, std::exp(-row.log_mass), row.mass_error, row.max};
-}
-
 // The confidence of a token whose logit is so far below the greatest.
-bool close(float got, const Exact& row, long double below = 0) {
-  if (row.id < 0) return got != got;
-  const long double want = row.confidence * std::exp(-below);
-  return std::abs(got - want) <= want * (row.error + kPlace * (1 + row.error));
+bool close(float got, const ExactSoftmax& row, long double below = 0) {
+  if (row.prediction < 0) return got != got;
+  const long double want = row.p() * std::exp(-below);
+  return std::abs(got - want) <= want * (row.mass_error + kPlace * (1 + row.mass_error));
 }
 
 // ---- launches ------------------------------------------------------------------------------
@@ -125,8 +106,8 @@ Confidences run_confidence(const Logits<Format>& logits, const bool* candidates,
 template <class Format>
 void check_confidence(const Logits<Format>& logits, const Confidences& got) {
   for (int64_t cell = 0; cell < logits.batch * logits.length; ++cell) {
-    const Exact want = exact(logits, cell);
-    CHECK(got.prediction[static_cast<size_t>(cell)] == want.id);
+    const ExactSoftmax want(logits, cell);
+    CHECK(got.prediction[static_cast<size_t>(cell)] == want.prediction);
     CHECK(close(got.confidence[static_cast<size_t>(cell)], want));
   }
 }
@@ -249,7 +230,7 @@ TEST(rows_that_are_no_candidates_are_not_read) {
   const Confidences got = run_confidence(logits, candidates, 9);
   CHECK(got.prediction[1] == -1 && got.confidence[1] == 0.0f);
   CHECK(got.prediction[2] == -1 && got.confidence[2] == 0.0f);
-  CHECK(got.prediction[3] == exact(logits, 3).id);
+  CHECK(got.prediction[3] == ExactSoftmax(logits, 3).prediction);
 }
 
 // ---- entropy -------------------------------------------------------------------------------
@@ -281,7 +262,7 @@ std::vector<double> run_statistics(const Logits<Format>& logits, bool with_entro
 
 template <class Format>
 void check_entropy(const Logits<Format>& logits, int64_t cell, double entropy) {
-  const ExactSoftmax row(logits, cell, 1.0);
+  const ExactSoftmax row(logits, cell);
   CHECK(std::abs(entropy - row.entropy) <= row.entropy_error() + kLeastEntropy);
 }
 
@@ -591,7 +572,7 @@ TEST(proposed_tokens_are_judged_by_their_own_logits) {
     CHECK(memory.prediction == (std::vector<int64_t>{5, vocab - 1, kMask, -1, -1, -1}));
     for (size_t i = 0; i < 2; ++i) {
       const auto cell = static_cast<int64_t>(i);
-      const Exact top = exact(logits, cell);
+      const ExactSoftmax top(logits, cell);
       CHECK(close(memory.confidence[i], top, top.max - logits.get(cell, proposed[i])));
     }
     CHECK(memory.confidence[2] == 0.0f);
@@ -730,7 +711,7 @@ TEST(a_step_from_statistics_of_shards) {
   CHECK(got.tokens == want.tokens);
   CHECK(got.rule == want.rule);
   for (size_t i = 0; i < cells; ++i) {
-    CHECK(close(got.confidence[i], exact(logits, static_cast<int64_t>(i))));
+    CHECK(close(got.confidence[i], ExactSoftmax(logits, static_cast<int64_t>(i))));
   }
 }
 
@@ -747,7 +728,7 @@ struct ExactDraw {
 template <class Format>
 ExactDraw exact_draw(const Logits<Format>& logits, int64_t cell, const SamplingOptions& sampling,
                      double u) {
-  const long double max = exact(logits, cell).max;
+  const long double max = ExactSoftmax(logits, cell).max;
   std::vector<double> sorted;
   for (int64_t i = 0; i < logits.vocab; ++i) sorted.push_back(logits.get(cell, i));
   std::sort(sorted.begin(), sorted.end(), std::greater<>());
@@ -817,7 +798,7 @@ void check_draws(const SamplingOptions& sampling, int64_t vocab, float spread, u
     CHECK(tempered > 0);
     CHECK(std::abs(workspace.drawn[static_cast<size_t>(cell)].tempered - tempered) <=
           (want.error + kPlace) * tempered);
-    const Exact top = exact(logits, cell);
+    const ExactSoftmax top(logits, cell);
     CHECK(
         close(memory.confidence[static_cast<size_t>(cell)], top, top.max - logits.get(cell, got)));
   }

@@ -120,7 +120,7 @@ void run_backward(const LogitsView& logits, const std::vector<int64_t>& targets,
 
 template <class Format>
 long double exact_nll(const Logits<Format>& logits, int64_t cell, int64_t target) {
-  const ExactSoftmax row(logits, cell, 1.0);
+  const ExactSoftmax row(logits, cell);
   return row.log_mass + (row.max - logits.get(cell, target));
 }
 
@@ -134,11 +134,10 @@ void check_statistics(const Logits<Format>& logits, const std::vector<int64_t>& 
                       double temperature, const Rows& got) {
   for (int64_t cell = 0; cell < logits.batch * logits.length; ++cell) {
     const auto c = static_cast<size_t>(cell);
-    const ExactSoftmax row(logits, cell, 1.0);
-    const long double p = std::exp(-row.log_mass);
+    const ExactSoftmax row(logits, cell);
     CHECK(got.prediction[c] == row.prediction);
     CHECK(close(got.nll[c], exact_nll(logits, cell, targets[c]), row.mass_error));
-    CHECK(close(got.confidence[c], p, p * row.mass_error));
+    CHECK(close(got.confidence[c], row.p(), row.p() * row.mass_error));
     if (temperature == 0.0) {
       CHECK(got.entropy[c] == 0.0f);
       continue;
@@ -162,7 +161,7 @@ double least(cuda::Half) { return 0x1p-25; }
 template <class Format>
 void check_gradient(const Logits<Format>& logits, int64_t cell, int64_t target, double d_nll,
                     double d_entropy, double temperature, const Logits<Format>& got) {
-  const ExactSoftmax row(logits, cell, 1.0), tempered(logits, cell, temperature);
+  const ExactSoftmax row(logits, cell), tempered(logits, cell, temperature);
   const long double nll = exact_nll(logits, cell, target);
   for (int64_t i = 0; i < logits.vocab; ++i) {
     const long double below = row.max - logits.get(cell, i);
@@ -225,7 +224,7 @@ TEST(a_confident_row_keeps_the_digits_of_its_loss_and_entropy) {
         const Rows got = run_forward(logits, {at}, 1.0);
         check_statistics(logits, {at}, 1.0, got);
         // The digits: the bounds above are as small as the loss and the entropy themselves are.
-        const ExactSoftmax want(logits, 0, 1.0);
+        const ExactSoftmax want(logits, 0);
         CHECK(want.prediction == at && want.mass_error < 1e-4L * want.log_mass);
         CHECK(want.entropy_error() < 1e-4L * want.entropy);
       }
