@@ -4,8 +4,7 @@
 //   exp2                             4: its 2 last places
 //   its exponent, a nat of it        3: the difference to the maximum, the scale and their product;
 //                                    2.25 at temperature 1, where the scale is off by 0.224 of one
-//   a sum of a vector's 4 or 8       3, as a tree; the greatest term and its neighbours are added
-//   in
+//   a sum of a vector's 4 or 8       3, as a tree; the greatest term and its neighbours go to
 //                                    double, so that only the rest of the mass, 1 - p, has it
 //   a product term * exponent        1, and as one of a chain of 8 all of its sums' roundings
 //
